@@ -1,0 +1,1662 @@
+-- The money functions. Each locks the organizations' gate rows first, in organization order, then takes the one instant, then decides.
+-- They belong to bursar_money and are the named composers: settle writes balances, ledger and attribution in one transaction.
+set local role bursar_money;
+
+-- ------------------------------------------------------------------------------------------------ guards
+
+-- require_tenant: whoever is not a lane acts only for the organization that is set.
+create or replace function credits.require_tenant(p_organization_id uuid) returns void
+language plpgsql stable set search_path = credits, pg_temp as $$
+begin
+    if session_user in ('bursar_lane', 'bursar_simulator') then
+        return;
+    end if;
+    if p_organization_id is distinct from nullif(current_setting('app.organization_id', true), '')::uuid then
+        raise exception 'no such organization' using errcode = 'BR404';
+    end if;
+end $$;
+comment on function credits.require_tenant is 'Refuses (BR404) to act for an organization other than the one that is set';
+
+-- now_under_gate: the one instant of a command, after the gate is locked. Only the simulator may choose it.
+create or replace function credits.now_under_gate(p_at timestamptz) returns timestamptz
+language plpgsql volatile set search_path = credits, pg_temp as $$
+begin
+    if p_at is not null and session_user <> 'bursar_simulator' then
+        raise exception 'only the simulator dates money' using errcode = 'BR403';
+    end if;
+    return coalesce(p_at, clock_timestamp());
+end $$;
+comment on function credits.now_under_gate is 'The instant of a command: the database''s clock after the locks; p_at for the simulator alone';
+
+-- lock_gate: take one organization's gate, fold what is due, and return the instant.
+create or replace function credits.lock_gate(p_organization_id uuid, p_at timestamptz) returns timestamptz
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_due timestamptz;
+    v_now timestamptz;
+begin
+    perform credits.require_tenant(p_organization_id);
+    select next_event_at into v_due from gates where organization_id = p_organization_id for no key update;
+    if not found then
+        raise exception 'no such organization' using errcode = 'BR404';
+    end if;
+    v_now := credits.now_under_gate(p_at);
+    if v_due <= v_now then
+        perform credits.fold_due_pools(p_organization_id, v_now);
+    end if;
+    return v_now;
+end $$;
+comment on function credits.lock_gate is 'Locks an organization''s gate, applies due time events and returns the instant of the command';
+
+-- stored_outcome: the stored result of a command, null when the key is new; another body under the same key is BR422.
+create or replace function credits.stored_outcome(p_organization_id uuid, p_key text, p_body_hash bytea, p_now timestamptz) returns jsonb
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_row commands;
+begin
+    select * into v_row from commands where organization_id = p_organization_id and idempotency_key = p_key;
+    if not found then
+        return null;
+    end if;
+    if v_row.kept_until <= p_now then
+        delete from commands where organization_id = p_organization_id and idempotency_key = p_key;
+        return null;
+    end if;
+    if v_row.body_hash <> p_body_hash then
+        raise exception 'this idempotency key was used with another body' using errcode = 'BR422';
+    end if;
+    return v_row.outcome;
+end $$;
+comment on function credits.stored_outcome is 'Result stored under an idempotency key; null: a new key; BR422: used with another body';
+
+create or replace function credits.store_outcome(p_organization_id uuid, p_key text, p_body_hash bytea, p_outcome jsonb, p_now timestamptz)
+returns void language sql volatile set search_path = credits, pg_temp as $$
+    insert into commands (organization_id, idempotency_key, body_hash, outcome, answered_at, kept_until)
+    values (p_organization_id, p_key, p_body_hash, p_outcome, p_now, p_now + interval '35 days');
+$$;
+comment on function credits.store_outcome is 'Keeps the result of a money command for 35 days under its key';
+
+-- hash_of: one hash for the arguments of a command.
+create or replace function credits.hash_of(variadic p_arguments text[]) returns bytea
+language sql immutable set search_path = pg_catalog, pg_temp as $$
+    select sha256(convert_to(array_to_string(p_arguments, chr(31), chr(30)), 'UTF8'));
+$$;
+comment on function credits.hash_of is 'Hash of a command''s arguments, nulls told apart from empty texts';
+
+-- ------------------------------------------------------------------------------------------------ grants and time events
+
+-- set_pool_limit: move a pool's limit by a delta; its open part follows: pool less everything reserved.
+create or replace function credits.set_pool_limit(p_organization_id uuid, p_pool_id uuid, p_delta bigint) returns void
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_limit bigint;
+    v_open uuid;
+    v_reserved bigint;
+begin
+    update balances set
+        limit_amount = limit_amount + p_delta,
+        excess_amount = greatest(0, used_amount + held_amount - limit_amount - p_delta)
+    where organization_id = p_organization_id and balance_id = p_pool_id and period_start = '-infinity'
+    returning limit_amount into strict v_limit;
+    select open_part_id into v_open from pools where organization_id = p_organization_id and pool_id = p_pool_id;
+    if v_open is null then
+        return;
+    end if;
+    -- What an ended share has used stays claimed: the pool counts it as used too.
+    select coalesce(sum(case when a.ended_at is null then greatest(b.limit_amount, b.used_amount + b.held_amount)
+                             else b.used_amount + b.held_amount end), 0)
+    into v_reserved
+    from allocations a
+    join balances b on b.organization_id = a.organization_id and b.balance_id = a.allocation_id
+    where a.organization_id = p_organization_id and a.pool_id = p_pool_id and a.kind = 'reserved';
+    update balances set
+        limit_amount = greatest(0, v_limit - v_reserved),
+        excess_amount = greatest(0, used_amount + held_amount - greatest(0, v_limit - v_reserved))
+    where organization_id = p_organization_id and balance_id = v_open and period_start = '-infinity';
+end $$;
+comment on function credits.set_pool_limit is 'Moves a pool''s limit and sets its open part to what no allocation reserves';
+
+-- pour: attribute a pool's use since the last pour to its active grants, in burn order; what no grant covers waits for the next one.
+create or replace function credits.pour(p_organization_id uuid, p_pool_id uuid, p_at timestamptz) returns void
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_used bigint;
+    v_poured bigint;
+    v_take bigint;
+    v_row record;
+begin
+    select b.used_amount, p.poured_micros into strict v_used, v_poured
+    from pools p join balances b on b.organization_id = p.organization_id and b.balance_id = p.pool_id
+    where p.organization_id = p_organization_id and p.pool_id = p_pool_id;
+
+    -- A correction may have taken use back: the last credits burnt return first, to the grants that paid them.
+    while v_poured > v_used loop
+        select * into strict v_row from burns
+        where organization_id = p_organization_id and pool_id = p_pool_id and end_micros = v_poured;
+        v_take := least(v_poured - v_used, v_row.end_micros - v_row.start_micros);
+        if v_take = v_row.end_micros - v_row.start_micros then
+            delete from burns where organization_id = p_organization_id and pool_id = p_pool_id and start_micros = v_row.start_micros;
+        else
+            update burns set end_micros = end_micros - v_take
+            where organization_id = p_organization_id and pool_id = p_pool_id and start_micros = v_row.start_micros;
+        end if;
+        -- A grant that had ended lingers until the next fold books what came back as expired, or is active again.
+        update grant_states s set left_micros = s.left_micros + v_take, ended_at = null,
+            state = case when s.state <> 'ended' then s.state when g.expires_at <= p_at then 'lingering' else 'active' end
+        from grants g
+        where s.organization_id = p_organization_id and s.grant_id = v_row.grant_id
+          and g.organization_id = s.organization_id and g.grant_id = s.grant_id;
+        v_poured := v_poured - v_take;
+    end loop;
+
+    for v_row in
+        select s.grant_id, s.left_micros
+        from grant_states s join grants g on g.organization_id = s.organization_id and g.grant_id = s.grant_id
+        where s.organization_id = p_organization_id and s.pool_id = p_pool_id and s.state in ('active', 'lingering') and s.left_micros > 0
+        order by g.priority, g.expires_at, g.is_free desc, g.effective_at, g.created_at, g.grant_id
+    loop
+        exit when v_poured >= v_used;
+        v_take := least(v_row.left_micros, v_used - v_poured);
+        insert into burns (organization_id, pool_id, start_micros, end_micros, grant_id, poured_at)
+        values (p_organization_id, p_pool_id, v_poured, v_poured + v_take, v_row.grant_id, p_at);
+        update grant_states set left_micros = left_micros - v_take,
+            state = case when left_micros = v_take then 'ended' else state end,
+            ended_at = case when left_micros = v_take then p_at end
+        where organization_id = p_organization_id and grant_id = v_row.grant_id;
+        v_poured := v_poured + v_take;
+    end loop;
+    update pools set poured_micros = v_poured where organization_id = p_organization_id and pool_id = p_pool_id;
+end $$;
+comment on function credits.pour is 'Pours a pool''s use since the last pour over its active grants in burn order';
+
+-- expire_grants: at p_at, book as expired what grants past their end have left, less what open holds placed before still need.
+create or replace function credits.expire_grants(p_organization_id uuid, p_pool_id uuid, p_at timestamptz, p_now timestamptz) returns void
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_row record;
+    v_held bigint;
+    v_before bigint := 0;   -- left of the grants that burn before this one
+    v_keep bigint;
+    v_lost bigint := 0;
+begin
+    for v_row in
+        select s.grant_id, s.left_micros, g.expires_at
+        from grant_states s join grants g on g.organization_id = s.organization_id and g.grant_id = s.grant_id
+        where s.organization_id = p_organization_id and s.pool_id = p_pool_id and s.state in ('active', 'lingering')
+        order by g.priority, g.expires_at, g.is_free desc, g.effective_at, g.created_at, g.grant_id
+    loop
+        if v_row.expires_at > p_at then
+            v_before := v_before + v_row.left_micros;
+            continue;
+        end if;
+        -- Holds pour after what is used; what falls into this grant stays payable until those holds end.
+        select coalesce(sum(case when h.leg_micros is null then h.amount_micros else h.leg_micros[l.leg] end), 0) into v_held
+        from holds h
+        join chains c on c.organization_id = h.organization_id and c.chain_id = h.chain_id
+        cross join lateral unnest(c.leg_pool_ids) with ordinality l(pool_id, leg)
+        where h.organization_id = p_organization_id and h.placed_at < v_row.expires_at and l.pool_id = p_pool_id
+          and (h.leg_micros is not null or h.leg = l.leg);
+        v_keep := least(v_row.left_micros, greatest(0, v_held - v_before));
+        if v_keep < v_row.left_micros then
+            insert into ledger.entries (organization_id, entry_id, booked_at, happened_at, kind, from_kind, from_id, to_kind, amount, grant_id, reason)
+            values (p_organization_id, gen_random_uuid(), p_now, v_row.expires_at, 'expiry', 'pool', p_pool_id, 'expired',
+                    v_row.left_micros - v_keep, v_row.grant_id, 'grant expired');
+        end if;
+        v_lost := v_lost + v_row.left_micros - v_keep;
+        v_before := v_before + v_keep;
+        update grant_states set left_micros = v_keep,
+            state = case when v_keep > 0 then 'lingering' else 'ended' end,
+            ended_at = case when v_keep > 0 then null else p_at end
+        where organization_id = p_organization_id and grant_id = v_row.grant_id;
+    end loop;
+    if v_lost > 0 then
+        perform credits.set_pool_limit(p_organization_id, p_pool_id, -v_lost);
+    end if;
+end $$;
+comment on function credits.expire_grants is 'Books what is left of expired grants, keeping what holds placed before the expiry still need';
+
+-- activate_grants: at p_at, scheduled grants whose time has come become spendable; each is one ledger entry.
+create or replace function credits.activate_grants(p_organization_id uuid, p_pool_id uuid, p_at timestamptz, p_now timestamptz) returns void
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_row record;
+begin
+    for v_row in
+        select g.* from grant_states s join grants g on g.organization_id = s.organization_id and g.grant_id = s.grant_id
+        where s.organization_id = p_organization_id and s.pool_id = p_pool_id and s.state = 'scheduled' and g.effective_at <= p_at
+        order by g.effective_at, g.created_at, g.grant_id
+    loop
+        insert into ledger.entries (organization_id, entry_id, booked_at, happened_at, kind, from_kind, from_id, to_kind, to_id, amount, grant_id, actor_id, reason)
+        values (p_organization_id, gen_random_uuid(), p_now, greatest(v_row.effective_at, v_row.created_at), 'grant', 'issuance', null, 'pool', p_pool_id,
+                v_row.amount_micros, v_row.grant_id, v_row.created_by, v_row.reason);
+        update grant_states set state = 'active' where organization_id = p_organization_id and grant_id = v_row.grant_id;
+        perform credits.set_pool_limit(p_organization_id, p_pool_id, v_row.amount_micros);
+    end loop;
+end $$;
+comment on function credits.activate_grants is 'Makes scheduled grants spendable at their instant and books them';
+
+-- fold_pool: apply every time event of one pool up to p_now, each at its very instant, in order. Nothing was used between an
+-- event and now, because whoever moves credits folds first.
+create or replace function credits.fold_pool(p_organization_id uuid, p_pool_id uuid, p_now timestamptz) returns void
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_at timestamptz;
+begin
+    loop
+        select min(case s.state when 'scheduled' then g.effective_at when 'active' then g.expires_at end) into v_at
+        from grant_states s join grants g on g.organization_id = s.organization_id and g.grant_id = s.grant_id
+        where s.organization_id = p_organization_id and s.pool_id = p_pool_id and s.state in ('scheduled', 'active');
+        v_at := coalesce(v_at, 'infinity');
+        exit when v_at > p_now;
+        perform credits.pour(p_organization_id, p_pool_id, v_at);
+        perform credits.expire_grants(p_organization_id, p_pool_id, v_at, p_now);
+        perform credits.activate_grants(p_organization_id, p_pool_id, v_at, p_now);
+    end loop;
+    if exists (select 1 from grant_states where organization_id = p_organization_id and pool_id = p_pool_id and state = 'lingering') then
+        perform credits.pour(p_organization_id, p_pool_id, p_now);
+        perform credits.expire_grants(p_organization_id, p_pool_id, p_now, p_now);
+        if exists (select 1 from grant_states where organization_id = p_organization_id and pool_id = p_pool_id and state = 'lingering') then
+            v_at := '-infinity';  -- due again in every batch until the holds that need it have ended
+        end if;
+    end if;
+    update pools set next_event_at = v_at where organization_id = p_organization_id and pool_id = p_pool_id;
+    update gates set next_event_at = (select coalesce(min(next_event_at), 'infinity') from pools where organization_id = p_organization_id)
+    where organization_id = p_organization_id;
+end $$;
+comment on function credits.fold_pool is 'Applies a pool''s time events up to now: pours use, books expiries, starts grants';
+
+create or replace function credits.fold_due_pools(p_organization_id uuid, p_now timestamptz) returns void
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_pool uuid;
+begin
+    for v_pool in
+        select pool_id from pools where organization_id = p_organization_id and next_event_at <= p_now order by pool_id
+    loop
+        perform credits.fold_pool(p_organization_id, v_pool, p_now);
+    end loop;
+end $$;
+comment on function credits.fold_due_pools is 'Folds every pool of an organization that is due; the gate is locked';
+
+-- ------------------------------------------------------------------------------------------------ accounts, pools, grants
+
+create or replace function credits.limits_changed(p_organization_id uuid) returns void
+language sql volatile security definer set search_path = credits, pg_temp as $$
+    update gates set limits_version = limits_version + 1 where organization_id = p_organization_id;
+$$;
+comment on function credits.limits_changed is 'Makes every chain of an organization stale: after a change of its keys, members, teams or zone';
+
+-- open_organization: the organization's gate. Idempotent.
+create or replace function credits.open_organization(p_organization_id uuid) returns void
+language plpgsql volatile security definer set search_path = credits, pg_temp as $$
+begin
+    perform credits.require_tenant(p_organization_id);
+    insert into gates (organization_id) values (p_organization_id) on conflict do nothing;
+end $$;
+comment on function credits.open_organization is 'Gives an organization its gate row; calling again changes nothing';
+
+-- open_pool: the pool of a kind (and owner, and filter); the open one if there is one already.
+create or replace function credits.open_pool(
+    p_organization_id uuid, p_pool_id uuid, p_kind text, p_owner_user_id uuid, p_name text, p_model_filter text default null,
+    p_at timestamptz default null
+) returns uuid
+language plpgsql volatile security definer set search_path = credits, pg_temp as $$
+declare
+    v_now timestamptz := credits.lock_gate(p_organization_id, p_at);
+    v_pool uuid;
+    v_open uuid;
+begin
+    select pool_id into v_pool from pools
+    where organization_id = p_organization_id and kind = p_kind and owner_user_id is not distinct from p_owner_user_id
+      and model_filter is not distinct from p_model_filter and closed_at is null;
+    if found then
+        return v_pool;
+    end if;
+    if p_kind = 'shared' then
+        v_open := gen_random_uuid();  -- only shared pools can be reserved from
+        insert into balances (organization_id, balance_id, kind, limit_amount) values (p_organization_id, v_open, 'open', 0);
+    end if;
+    insert into pools (organization_id, pool_id, kind, owner_user_id, name, model_filter, open_part_id, created_at)
+    values (p_organization_id, p_pool_id, p_kind, p_owner_user_id, p_name, p_model_filter, v_open, v_now);
+    insert into balances (organization_id, balance_id, kind, limit_amount) values (p_organization_id, p_pool_id, 'pool', 0);
+    perform credits.limits_changed(p_organization_id);
+    return p_pool_id;
+end $$;
+comment on function credits.open_pool is 'Opens a pool of a kind, or returns the open one';
+
+-- add_grant: credits into a pool, spendable on [effective, expires). One ledger entry when it takes effect.
+create or replace function credits.add_grant(
+    p_organization_id uuid, p_grant_id uuid, p_pool_id uuid, p_source text, p_amount_micros bigint, p_priority smallint,
+    p_is_free boolean, p_cost_basis_nano_usd bigint, p_effective_at timestamptz, p_expires_at timestamptz, p_reason text,
+    p_created_by uuid, p_idempotency_key text, p_at timestamptz default null
+) returns uuid
+language plpgsql volatile security definer set search_path = credits, pg_temp as $$
+declare
+    v_now timestamptz := credits.lock_gate(p_organization_id, p_at);
+    v_hash bytea := credits.hash_of('add_grant', p_pool_id::text, p_source, p_amount_micros::text, p_priority::text, p_is_free::text,
+        p_cost_basis_nano_usd::text, extract(epoch from p_effective_at)::text, extract(epoch from p_expires_at)::text, p_reason);
+    v_stored jsonb := credits.stored_outcome(p_organization_id, p_idempotency_key, v_hash, v_now);
+begin
+    if v_stored is not null then
+        return (v_stored ->> 'grant_id')::uuid;
+    end if;
+    if not exists (select 1 from pools where organization_id = p_organization_id and pool_id = p_pool_id and closed_at is null) then
+        raise exception 'no such open pool' using errcode = 'BR404';
+    end if;
+    if coalesce(p_expires_at, 'infinity') <= v_now then
+        raise exception 'the grant would have expired already' using errcode = 'BR400';
+    end if;
+    insert into grants (organization_id, grant_id, pool_id, source, amount_micros, priority, is_free, cost_basis_nano_usd,
+                        effective_at, expires_at, reason, created_at, created_by)
+    values (p_organization_id, p_grant_id, p_pool_id, p_source, p_amount_micros, p_priority, p_is_free, p_cost_basis_nano_usd,
+            coalesce(p_effective_at, v_now), coalesce(p_expires_at, 'infinity'), p_reason, v_now, p_created_by);
+    insert into grant_states (organization_id, grant_id, pool_id, state, left_micros)
+    values (p_organization_id, p_grant_id, p_pool_id, 'scheduled', p_amount_micros);
+    -- What was used until now is paid by the grants there were until now.
+    perform credits.pour(p_organization_id, p_pool_id, v_now);
+    perform credits.fold_pool(p_organization_id, p_pool_id, v_now);
+    perform credits.limits_changed(p_organization_id);
+    perform credits.store_outcome(p_organization_id, p_idempotency_key, v_hash, jsonb_build_object('grant_id', p_grant_id), v_now);
+    return p_grant_id;
+end $$;
+comment on function credits.add_grant is 'Adds credits to a pool; the same idempotency key adds nothing more';
+
+-- void_grant: take back what a grant has left beyond what is held. Returns the micros taken back.
+create or replace function credits.void_grant(
+    p_organization_id uuid, p_grant_id uuid, p_reason text, p_created_by uuid, p_idempotency_key text, p_at timestamptz default null
+) returns bigint
+language plpgsql volatile security definer set search_path = credits, pg_temp as $$
+declare
+    v_now timestamptz := credits.lock_gate(p_organization_id, p_at);
+    v_hash bytea := credits.hash_of('void_grant', p_grant_id::text, p_reason);
+    v_stored jsonb := credits.stored_outcome(p_organization_id, p_idempotency_key, v_hash, v_now);
+    v_state grant_states;
+    v_room bigint;
+    v_taken bigint;
+begin
+    if v_stored is not null then
+        return (v_stored ->> 'voided_micros')::bigint;
+    end if;
+    select * into v_state from grant_states where organization_id = p_organization_id and grant_id = p_grant_id;
+    if not found then
+        raise exception 'no such grant' using errcode = 'BR404';
+    end if;
+    perform credits.pour(p_organization_id, v_state.pool_id, v_now);
+    select * into v_state from grant_states where organization_id = p_organization_id and grant_id = p_grant_id;
+    if v_state.state = 'scheduled' then
+        v_taken := v_state.left_micros;  -- it never reached the pool: nothing to book
+    else
+        select greatest(0, limit_amount - used_amount - held_amount) into strict v_room
+        from balances where organization_id = p_organization_id and balance_id = v_state.pool_id;
+        v_taken := case when v_state.state = 'ended' then 0 else least(v_state.left_micros, v_room) end;
+        if v_taken > 0 then
+            insert into ledger.entries (organization_id, entry_id, booked_at, happened_at, kind, from_kind, from_id, to_kind, amount,
+                                        grant_id, actor_id, reason, idempotency_key)
+            values (p_organization_id, gen_random_uuid(), v_now, v_now, 'void', 'pool', v_state.pool_id, 'voided', v_taken,
+                    p_grant_id, p_created_by, p_reason, p_idempotency_key);
+            perform credits.set_pool_limit(p_organization_id, v_state.pool_id, -v_taken);
+        end if;
+    end if;
+    if v_taken > 0 then
+        update grant_states set left_micros = left_micros - v_taken,
+            state = case when left_micros = v_taken then 'ended' else state end,
+            ended_at = case when left_micros = v_taken then v_now end
+        where organization_id = p_organization_id and grant_id = p_grant_id;
+        perform credits.fold_pool(p_organization_id, v_state.pool_id, v_now);
+    end if;
+    perform credits.limits_changed(p_organization_id);
+    perform credits.store_outcome(p_organization_id, p_idempotency_key, v_hash, jsonb_build_object('voided_micros', v_taken), v_now);
+    return v_taken;
+end $$;
+comment on function credits.void_grant is 'Takes back what a grant has left and no hold needs; returns the micros taken back';
+
+-- ------------------------------------------------------------------------------------------------ allocations and limits
+
+-- allocate: set a user's share of a shared pool. A reserved share larger than the open part is refused unless p_oversubscribe.
+create or replace function credits.allocate(
+    p_organization_id uuid, p_allocation_id uuid, p_pool_id uuid, p_user_id uuid, p_kind text, p_period text, p_amount_micros bigint,
+    p_when_empty text, p_oversubscribe boolean, p_created_by uuid, p_idempotency_key text, p_at timestamptz default null
+) returns uuid
+language plpgsql volatile security definer set search_path = credits, pg_temp as $$
+declare
+    v_now timestamptz := credits.lock_gate(p_organization_id, p_at);
+    v_hash bytea := credits.hash_of('allocate', p_pool_id::text, p_user_id::text, p_kind, p_period, p_amount_micros::text, p_when_empty,
+        p_oversubscribe::text);
+    v_stored jsonb := credits.stored_outcome(p_organization_id, p_idempotency_key, v_hash, v_now);
+    v_old allocations;
+    v_id uuid := p_allocation_id;
+    v_open_room bigint;
+    v_grows bigint;
+begin
+    if v_stored is not null then
+        return (v_stored ->> 'allocation_id')::uuid;
+    end if;
+    select b.limit_amount - b.used_amount - b.held_amount into v_open_room
+    from pools p join balances b on b.organization_id = p.organization_id and b.balance_id = p.open_part_id
+    where p.organization_id = p_organization_id and p.pool_id = p_pool_id and p.kind = 'shared' and p.closed_at is null;
+    if not found then
+        raise exception 'no such shared pool' using errcode = 'BR404';
+    end if;
+    select * into v_old from allocations
+    where organization_id = p_organization_id and pool_id = p_pool_id and user_id = p_user_id and ended_at is null;
+    if found and v_old.kind = p_kind and v_old.period = p_period then
+        v_id := v_old.allocation_id;
+    elsif found then
+        perform credits.close_allocation(p_organization_id, v_old.allocation_id, v_now);
+        v_old := null;
+        select b.limit_amount - b.used_amount - b.held_amount into v_open_room
+        from pools p join balances b on b.organization_id = p.organization_id and b.balance_id = p.open_part_id
+        where p.organization_id = p_organization_id and p.pool_id = p_pool_id;
+    end if;
+    v_grows := p_amount_micros - coalesce(v_old.amount_micros, 0);
+    if p_kind = 'reserved' and v_grows > 0 and v_grows > v_open_room and not p_oversubscribe then
+        raise exception 'the pool has % micros that no allocation reserves, % more are asked for', greatest(0, v_open_room), v_grows
+            using errcode = 'BR409';
+    end if;
+    if v_old.allocation_id is null then
+        insert into allocations (organization_id, allocation_id, pool_id, user_id, kind, period, amount_micros, when_empty, created_at, created_by)
+        values (p_organization_id, v_id, p_pool_id, p_user_id, p_kind, p_period, p_amount_micros, p_when_empty, v_now, p_created_by);
+        if p_kind = 'reserved' then
+            insert into balances (organization_id, balance_id, kind, limit_amount)
+            values (p_organization_id, v_id, 'allocation', p_amount_micros);
+        end if;
+    else
+        update allocations set amount_micros = p_amount_micros, when_empty = p_when_empty
+        where organization_id = p_organization_id and allocation_id = v_id;
+        perform credits.set_current_limit(p_organization_id, v_id, p_amount_micros, v_now);
+    end if;
+    perform credits.set_pool_limit(p_organization_id, p_pool_id, 0);
+    perform credits.limits_changed(p_organization_id);
+    perform credits.store_outcome(p_organization_id, p_idempotency_key, v_hash, jsonb_build_object('allocation_id', v_id), v_now);
+    return v_id;
+end $$;
+comment on function credits.allocate is 'Sets a user''s share of a shared pool, reserved or capped';
+
+-- set_current_limit: the limit of a balance's newest period (or its only one); older periods are history.
+create or replace function credits.set_current_limit(p_organization_id uuid, p_balance_id uuid, p_amount bigint, p_now timestamptz) returns void
+language sql volatile set search_path = credits, pg_temp as $$
+    update balances set limit_amount = p_amount, excess_amount = greatest(0, used_amount + held_amount - p_amount)
+    where organization_id = p_organization_id and balance_id = p_balance_id
+      and period_start = (select max(period_start) from balances where organization_id = p_organization_id and balance_id = p_balance_id and period_start <= p_now);
+$$;
+comment on function credits.set_current_limit is 'Sets the limit of a balance''s current period';
+
+create or replace function credits.close_allocation(p_organization_id uuid, p_allocation_id uuid, p_now timestamptz) returns void
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_row allocations;
+begin
+    update allocations set ended_at = p_now where organization_id = p_organization_id and allocation_id = p_allocation_id and ended_at is null
+    returning * into v_row;
+    if not found then
+        raise exception 'no such allocation' using errcode = 'BR404';
+    end if;
+    perform credits.set_pool_limit(p_organization_id, v_row.pool_id, 0);
+end $$;
+comment on function credits.close_allocation is 'Ends an allocation; what it had not used returns to the open part';
+
+create or replace function credits.end_allocation(
+    p_organization_id uuid, p_allocation_id uuid, p_at timestamptz default null
+) returns void
+language plpgsql volatile security definer set search_path = credits, pg_temp as $$
+declare
+    v_now timestamptz := credits.lock_gate(p_organization_id, p_at);
+begin
+    perform credits.close_allocation(p_organization_id, p_allocation_id, v_now);
+    perform credits.limits_changed(p_organization_id);
+end $$;
+comment on function credits.end_allocation is 'Ends a user''s share; its open holds settle against it';
+
+-- set_limit: the cap of a scope, metric, period and model filter; setting it again changes its amount.
+create or replace function credits.set_limit(
+    p_organization_id uuid, p_limit_id uuid, p_scope text, p_scope_id uuid, p_metric text, p_model_filter text, p_period text,
+    p_amount bigint, p_action text, p_created_by uuid, p_at timestamptz default null
+) returns uuid
+language plpgsql volatile security definer set search_path = credits, pg_temp as $$
+declare
+    v_now timestamptz := credits.lock_gate(p_organization_id, p_at);
+    v_id uuid;
+begin
+    select limit_id into v_id from limits
+    where organization_id = p_organization_id and scope = p_scope and scope_id is not distinct from p_scope_id and metric = p_metric
+      and period = p_period and model_filter is not distinct from p_model_filter and action = p_action and ended_at is null;
+    if found then
+        update limits set amount = p_amount where organization_id = p_organization_id and limit_id = v_id;
+        perform credits.set_current_limit(p_organization_id, v_id, p_amount, v_now);
+    else
+        v_id := p_limit_id;
+        insert into limits (organization_id, limit_id, scope, scope_id, metric, model_filter, period, amount, action, created_at, created_by)
+        values (p_organization_id, v_id, p_scope, p_scope_id, p_metric, p_model_filter, p_period, p_amount, p_action, v_now, p_created_by);
+    end if;
+    perform credits.limits_changed(p_organization_id);
+    return v_id;
+end $$;
+comment on function credits.set_limit is 'Sets a cap; with the same scope, metric, period, filter and action it changes the amount';
+
+create or replace function credits.end_limit(p_organization_id uuid, p_limit_id uuid, p_at timestamptz default null) returns void
+language plpgsql volatile security definer set search_path = credits, pg_temp as $$
+declare
+    v_now timestamptz := credits.lock_gate(p_organization_id, p_at);
+begin
+    update limits set ended_at = v_now where organization_id = p_organization_id and limit_id = p_limit_id and ended_at is null;
+    if not found then
+        raise exception 'no such limit' using errcode = 'BR404';
+    end if;
+    perform credits.limits_changed(p_organization_id);
+end $$;
+comment on function credits.end_limit is 'Lifts a cap';
+
+-- ------------------------------------------------------------------------------------------------ chains
+
+-- period_start: where the period that contains p_at begins, in a zone. 'none' has no beginning.
+create or replace function credits.period_start(p_period text, p_zone text, p_at timestamptz) returns timestamptz
+language sql stable set search_path = pg_catalog, pg_temp as $$
+    select case when p_period = 'none' then '-infinity'::timestamptz
+                else date_trunc(p_period, p_at at time zone p_zone) at time zone p_zone end;
+$$;
+comment on function credits.period_start is 'Start of the day, week (Monday) or month that contains an instant, in a zone; -infinity for none';
+
+create or replace function credits.period_end(p_period text, p_zone text, p_at timestamptz) returns timestamptz
+language sql stable set search_path = pg_catalog, pg_temp as $$
+    select case when p_period = 'none' then 'infinity'::timestamptz
+                else (date_trunc(p_period, p_at at time zone p_zone) + ('1 ' || p_period)::interval) at time zone p_zone end;
+$$;
+comment on function credits.period_end is 'End of the day, week or month that contains an instant, in a zone; infinity for none';
+
+-- chain_refusal: why this user and key may spend nothing in the organization; null when they may. v_until: when that may change by itself.
+create or replace function credits.chain_refusal(
+    p_organization identity.organizations, p_key identity.api_keys, p_user_id uuid, p_api_key_id uuid, p_now timestamptz
+) returns text
+language plpgsql stable set search_path = credits, pg_temp as $$
+begin
+    if p_organization.organization_id is null or p_organization.status <> 'active' then
+        return 'organization_closed';
+    elsif p_api_key_id <> '00000000-0000-0000-0000-000000000000' and p_key.api_key_id is null then
+        return 'key_unknown';
+    elsif p_key.revoked_at <= p_now then
+        return 'key_revoked';
+    elsif p_key.expires_at <= p_now then
+        return 'key_expired';
+    elsif p_user_id <> '00000000-0000-0000-0000-000000000000' and not exists (
+        select 1 from identity.memberships m
+        where m.organization_id = p_organization.organization_id and m.user_id = p_user_id and m.status = 'active') then
+        return 'not_a_member';
+    end if;
+    return null;
+end $$;
+comment on function credits.chain_refusal is 'Reason why a user and key may spend nothing in an organization; null: they may';
+
+-- build_chain: what one user and key must pass, as of now; creates the period rows it needs and replaces the older chain.
+create or replace function credits.build_chain(p_organization_id uuid, p_user_id uuid, p_api_key_id uuid, p_now timestamptz) returns uuid
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_zero constant uuid := '00000000-0000-0000-0000-000000000000';
+    v_organization identity.organizations;
+    v_key identity.api_keys;
+    v_member identity.memberships;
+    v_chain chains;
+    v_row record;
+    v_leg smallint := 0;
+begin
+    select * into v_organization from identity.organizations where organization_id = p_organization_id;
+    if p_api_key_id <> v_zero then
+        -- A personal key lives in its user's home organization and acts in the companies its user belongs to.
+        select * into v_key from identity.api_keys
+        where api_key_id = p_api_key_id and organization_id in (p_organization_id, route.home_of_user(p_user_id));
+    end if;
+    select * into v_member from identity.memberships where organization_id = p_organization_id and user_id = p_user_id;
+
+    v_chain.organization_id := p_organization_id;
+    v_chain.chain_id := gen_random_uuid();
+    v_chain.user_id := p_user_id;
+    v_chain.api_key_id := p_api_key_id;
+    select limits_version into strict v_chain.limits_version from gates where organization_id = p_organization_id;
+    v_chain.refusal := credits.chain_refusal(v_organization, v_key, p_user_id, p_api_key_id, p_now);
+    v_chain.valid_until := coalesce(least(v_key.expires_at, v_key.revoked_at), 'infinity');
+    if v_chain.valid_until <= p_now then
+        v_chain.valid_until := 'infinity';
+    end if;
+    v_chain.team_id := coalesce(case when v_key.organization_id = p_organization_id then v_key.team_id end, v_member.team_id);
+    v_chain.department_id := coalesce(case when v_key.organization_id = p_organization_id then v_key.department_id end, v_member.department_id);
+    select name into v_chain.department_name from identity.departments
+    where organization_id = p_organization_id and department_id = v_chain.department_id;
+    v_chain.leg_pool_ids := '{}'; v_chain.leg_filters := '{}';
+    v_chain.entry_ids := '{}'; v_chain.entry_starts := '{}'; v_chain.entry_metrics := '{}'; v_chain.entry_legs := '{}'; v_chain.entry_filters := '{}';
+
+    -- Legs: restricted pools first, then personal, then shared; an empty pool is skipped while another has something left.
+    for v_row in
+        with legs as (
+            select p.pool_id, p.model_filter, part.part_id, part.nr as part_nr,
+                   (p.model_filter is null)::int as filter_rank, array_position(array['personal', 'shared', 'individual'], p.kind) as kind_rank,
+                   p.created_at,
+                   b.limit_amount - b.used_amount > 0 and coalesce(pb.limit_amount - pb.used_amount > 0, true) as has_some
+            from pools p
+            left join allocations a on a.organization_id = p.organization_id and a.pool_id = p.pool_id and a.user_id = p_user_id
+                and a.kind = 'reserved' and a.ended_at is null
+            cross join lateral (
+                select a.allocation_id as part_id, 1 as nr where a.allocation_id is not null
+                union all
+                select p.open_part_id, 2 where a.allocation_id is null or a.when_empty = 'open_part'
+            ) part
+            join balances b on b.organization_id = p.organization_id and b.balance_id = p.pool_id
+            left join balances pb on pb.organization_id = p.organization_id and pb.balance_id = part.part_id
+            where p.organization_id = p_organization_id and p.closed_at is null and p.kind <> 'residual'
+              and (p.owner_user_id is null or p.owner_user_id = p_user_id)
+        )
+        select * from legs where has_some or not exists (select 1 from legs where has_some)
+        order by filter_rank, kind_rank, created_at, pool_id, part_nr
+    loop
+        v_leg := v_leg + 1;
+        v_chain.leg_pool_ids := v_chain.leg_pool_ids || v_row.pool_id;
+        v_chain.leg_filters := v_chain.leg_filters || v_row.model_filter;
+        v_chain.entry_ids := v_chain.entry_ids || v_row.pool_id;
+        v_chain.entry_starts := v_chain.entry_starts || '-infinity'::timestamptz;
+        v_chain.entry_metrics := v_chain.entry_metrics || 0::smallint;
+        v_chain.entry_legs := v_chain.entry_legs || v_leg;
+        v_chain.entry_filters := v_chain.entry_filters || null::text;
+        if v_row.part_id is not null then
+            v_chain.entry_ids := v_chain.entry_ids || v_row.part_id;
+            v_chain.entry_starts := v_chain.entry_starts || '-infinity'::timestamptz;
+            v_chain.entry_metrics := v_chain.entry_metrics || 0::smallint;
+            v_chain.entry_legs := v_chain.entry_legs || v_leg;
+            v_chain.entry_filters := v_chain.entry_filters || null::text;
+        end if;
+    end loop;
+    if v_leg = 0 and v_chain.refusal is null then
+        v_chain.refusal := 'no_pool';
+    end if;
+
+    for v_row in
+        select l.limit_id as id, array_position(array['credits', 'calls', 'tokens'], l.metric) - 1 as metric, l.model_filter, l.period,
+               l.amount, l.action = 'stops' as stops, 'limit' as kind
+        from limits l
+        where l.organization_id = p_organization_id and l.ended_at is null
+          and (l.scope = 'organization' or (l.scope = 'user' and l.scope_id = p_user_id) or (l.scope = 'key' and l.scope_id = p_api_key_id)
+               or (l.scope = 'team' and l.scope_id = v_chain.team_id) or (l.scope = 'department' and l.scope_id = v_chain.department_id))
+        union all
+        select a.allocation_id, 0, null, a.period, a.amount_micros, true, 'allocation'
+        from allocations a
+        where a.organization_id = p_organization_id and a.user_id = p_user_id and a.kind = 'capped' and a.ended_at is null
+        order by 1
+    loop
+        insert into balances (organization_id, balance_id, period_start, kind, stops, limit_amount)
+        values (p_organization_id, v_row.id, credits.period_start(v_row.period, v_organization.zone, p_now), v_row.kind, v_row.stops, v_row.amount)
+        on conflict do nothing;
+        v_chain.entry_ids := v_chain.entry_ids || v_row.id;
+        v_chain.entry_starts := v_chain.entry_starts || credits.period_start(v_row.period, v_organization.zone, p_now);
+        v_chain.entry_metrics := v_chain.entry_metrics || v_row.metric::smallint;
+        v_chain.entry_legs := v_chain.entry_legs || 0::smallint;
+        v_chain.entry_filters := v_chain.entry_filters || v_row.model_filter;
+        v_chain.valid_until := least(v_chain.valid_until, credits.period_end(v_row.period, v_organization.zone, p_now));
+    end loop;
+
+    v_chain.built_at := p_now;
+    update chains set replaced_at = p_now
+    where organization_id = p_organization_id and user_id = p_user_id and api_key_id = p_api_key_id and replaced_at is null;
+    insert into chains select v_chain.*;
+    return v_chain.chain_id;
+end $$;
+comment on function credits.build_chain is 'Builds what one user and key must pass now: legs to pay from and balances to check';
+
+-- first_leg: the first leg whose filter admits the model; 0 when none does.
+create or replace function credits.first_leg(p_filters text[], p_model text) returns smallint
+language sql immutable set search_path = pg_catalog, pg_temp as $$
+    select coalesce((select min(nr) from unnest(p_filters) with ordinality f(filter, nr) where filter is null or p_model like filter), 0)::smallint;
+$$;
+comment on function credits.first_leg is 'First leg of a chain that may pay for a model; 0: none';
+
+-- ------------------------------------------------------------------------------------------------ move_batch
+
+-- book_split: the slow way to settle or release one request: its hold drew from several pools, or costs more than was held while
+-- further pools could pay, or there is no hold any more. Everything else is settled set-based in move_batch.
+-- Returns the outcome: 0 booked, 3 known (already booked), 4 no hold to release.
+create or replace function credits.book_split(
+    p_organization_id uuid, p_request_id uuid, p_is_release boolean, p_user_id uuid, p_api_key_id uuid, p_amount bigint, p_tokens bigint,
+    p_flags integer, p_row ledger.attribution, p_now timestamptz, out outcome smallint, out charged_micros bigint, out held_micros bigint
+) language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_hold holds;
+    v_chain chains;
+    v_earlier record;
+    v_legs smallint;
+    v_held bigint[];
+    v_paid bigint[];
+    v_left bigint := p_amount;
+    v_room bigint;
+    v_model text;
+    v_first smallint;
+    v_take record;
+begin
+    delete from holds where organization_id = p_organization_id and request_id = p_request_id returning * into v_hold;
+    held_micros := coalesce(v_hold.amount_micros, 0);
+    charged_micros := p_amount;
+    if v_hold.request_id is null then
+        if p_is_release then
+            outcome := 4;
+            return;
+        end if;
+        select sum(a.charged_micros)::bigint as charged, sum(a.provider_cost_nano_usd)::bigint as cost, count(*) as rows,
+               bool_or(a.flags & 64 = 64) and bool_and(a.kind = 0) as by_expiry, min(a.chain_id::text)::uuid as chain_id
+        into v_earlier from ledger.attribution a where a.organization_id = p_organization_id and a.request_id = p_request_id;
+        if v_earlier.rows > 0 then
+            charged_micros := v_earlier.charged;
+            outcome := 3;
+            if v_earlier.by_expiry and p_flags & 64 = 0 then
+                -- Expiry had booked an estimate: the true cost comes now, and the difference is booked.
+                perform credits.book_correction(p_organization_id, p_request_id, v_earlier.chain_id, p_amount - v_earlier.charged,
+                    p_row.provider_cost_nano_usd - v_earlier.cost, p_row, p_now);
+                charged_micros := p_amount;
+                outcome := 0;
+            end if;
+            return;
+        end if;
+        p_flags := p_flags | 128;  -- late: the hold had been released, but what was used is always charged
+        select * into v_chain from chains
+        where organization_id = p_organization_id and user_id = p_user_id and api_key_id = p_api_key_id and replaced_at is null
+          and valid_until > p_now and limits_version = (select limits_version from gates where organization_id = p_organization_id);
+        if not found then
+            select * into strict v_chain from chains
+            where organization_id = p_organization_id
+              and chain_id = credits.build_chain(p_organization_id, p_user_id, p_api_key_id, p_now);
+        end if;
+        if cardinality(v_chain.leg_pool_ids) = 0 then
+            raise exception 'request % has no pool that could pay for it', p_request_id using errcode = 'BR404';
+        end if;
+    else
+        select * into strict v_chain from chains where organization_id = p_organization_id and chain_id = v_hold.chain_id;
+    end if;
+    v_model := coalesce(p_row.model, v_hold.model);
+    v_legs := cardinality(v_chain.leg_pool_ids);
+    v_held := coalesce(v_hold.leg_micros, array_fill(0::bigint, array[v_legs::int]));
+    if v_hold.request_id is not null and v_hold.leg_micros is null then
+        v_held[v_hold.leg] := v_hold.amount_micros;
+    end if;
+    v_paid := array_fill(0::bigint, array[v_legs::int]);
+
+    if not p_is_release then
+        for i in 1..v_legs loop  -- first what was held, leg by leg
+            v_paid[i] := least(v_left, v_held[i]);
+            v_left := v_left - v_paid[i];
+        end loop;
+        if v_left > 0 then       -- then what legs have room for, the rest is the last fitting leg's excess
+            for i in 1..v_legs loop
+                continue when v_chain.leg_filters[i] is not null and v_model not like v_chain.leg_filters[i];
+                v_first := i;
+                select min(greatest(0, b.limit_amount - b.used_amount - b.held_amount)) into v_room
+                from unnest(v_chain.entry_ids, v_chain.entry_legs) e(id, leg)
+                join balances b on b.organization_id = p_organization_id and b.balance_id = e.id and b.period_start = '-infinity'
+                where e.leg = i;
+                v_room := least(v_room, v_left);
+                v_paid[i] := v_paid[i] + v_room;
+                v_left := v_left - v_room;
+                exit when v_left = 0;
+            end loop;
+            v_first := coalesce(v_first, v_legs);
+            v_paid[v_first] := v_paid[v_first] + v_left;
+        end if;
+    end if;
+
+    with entries as (
+        select e.id, e.start,
+            sum(case e.metric when 0 then case when e.leg = 0 then case when p_is_release then 0 else p_amount end else v_paid[e.leg] end
+                              when 1 then case when p_is_release then 0 else 1 end
+                              else case when p_is_release then 0 else p_tokens end end)::bigint as used,
+            sum(case when v_hold.request_id is null then 0 else
+                case e.metric when 0 then case when e.leg = 0 then v_hold.amount_micros else v_held[e.leg] end
+                              when 1 then 1 else v_hold.tokens end end)::bigint as held
+        from unnest(v_chain.entry_ids, v_chain.entry_starts, v_chain.entry_metrics, v_chain.entry_legs, v_chain.entry_filters) e(id, start, metric, leg, filter)
+        where (e.filter is null or v_model like e.filter) and not (e.metric = 0 and (p_flags | coalesce(v_hold.flags, 0)) & 2 = 2)
+        group by e.id, e.start
+    )
+    update balances b set used_amount = used_amount + e.used, held_amount = held_amount - e.held,
+        excess_amount = greatest(0, used_amount + e.used + held_amount - e.held - limit_amount)
+    from entries e where b.organization_id = p_organization_id and b.balance_id = e.id and b.period_start = e.start;
+
+    outcome := 0;
+    if p_is_release then
+        return;
+    end if;
+    -- The first pool that paid is in the row itself, the others are takes; a leg's pool may come twice (its share, then its open part).
+    p_row.organization_id := p_organization_id; p_row.request_id := p_request_id; p_row.booked_at := p_now;
+    p_row.used_at := coalesce(p_row.used_at, p_now); p_row.kind := 0; p_row.chain_id := v_chain.chain_id;
+    p_row.user_id := nullif(v_chain.user_id, '00000000-0000-0000-0000-000000000000');
+    p_row.api_key_id := nullif(v_chain.api_key_id, '00000000-0000-0000-0000-000000000000');
+    p_row.team_id := v_chain.team_id; p_row.department_id := v_chain.department_id; p_row.department_name := v_chain.department_name;
+    p_row.model := v_model; p_row.provider := coalesce(p_row.provider, v_hold.provider);
+    p_row.price_version_id := coalesce(p_row.price_version_id, v_hold.price_version_id);
+    p_row.provider_key_id := coalesce(p_row.provider_key_id, v_hold.provider_key_id);
+    p_row.conversation_id := coalesce(p_row.conversation_id, v_hold.conversation_id);
+    p_row.charged_micros := p_amount; p_row.hold_micros := held_micros; p_row.flags := (p_flags & ~1) | (coalesce(v_hold.flags, 0) & 2);
+    for v_take in
+        select p.pool_id, sum(p.paid)::bigint as paid, b.used_amount - sum(p.paid)::bigint as position, row_number() over (order by min(p.leg)) as nr
+        from unnest(v_chain.leg_pool_ids, v_paid) with ordinality p(pool_id, paid, leg)
+        join balances b on b.organization_id = p_organization_id and b.balance_id = p.pool_id
+        where p.paid > 0 group by p.pool_id, b.used_amount
+    loop
+        if v_take.nr = 1 then
+            p_row.pool_id := v_take.pool_id; p_row.position_micros := v_take.position;
+        else
+            insert into ledger.attribution_takes (organization_id, request_id, booked_at, pool_id, position_micros, charged_micros)
+            values (p_organization_id, p_request_id, p_now, v_take.pool_id, v_take.position, v_take.paid);
+        end if;
+    end loop;
+    insert into ledger.attribution select p_row.*;
+end $$;
+comment on function credits.book_split is 'Settles or releases one request whose hold drew from several pools, or that has no hold any more';
+
+-- book_correction: add a difference (either sign) to what a request was charged, on its first pool and its limits.
+create or replace function credits.book_correction(
+    p_organization_id uuid, p_request_id uuid, p_chain_id uuid, p_delta bigint, p_cost_delta bigint, p_row ledger.attribution, p_now timestamptz
+) returns void
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_first ledger.attribution;
+    v_chain chains;
+    v_position bigint;
+begin
+    select * into strict v_first from ledger.attribution
+    where organization_id = p_organization_id and request_id = p_request_id and kind = 0;
+    select * into strict v_chain from chains where organization_id = p_organization_id and chain_id = p_chain_id;
+    with entries as (
+        select distinct on (e.id, e.start) e.id, e.start, e.leg
+        from unnest(v_chain.entry_ids, v_chain.entry_starts, v_chain.entry_metrics, v_chain.entry_legs, v_chain.entry_filters)
+            e(id, start, metric, leg, filter)
+        where e.metric = 0 and (e.filter is null or v_first.model like e.filter)
+          and (e.leg = 0 or e.leg = (select min(l.leg) from unnest(v_chain.leg_pool_ids) with ordinality l(pool_id, leg) where l.pool_id = v_first.pool_id))
+        order by e.id, e.start
+    )
+    update balances b set used_amount = used_amount + p_delta,
+        excess_amount = greatest(0, used_amount + p_delta + held_amount - limit_amount)
+    from entries e where b.organization_id = p_organization_id and b.balance_id = e.id and b.period_start = e.start;
+    select used_amount - p_delta into strict v_position from balances
+    where organization_id = p_organization_id and balance_id = v_first.pool_id and period_start = '-infinity';
+    -- The correction's row has the true usage; the first row keeps its estimate. Sums over both are true.
+    p_row.organization_id := p_organization_id; p_row.request_id := p_request_id; p_row.booked_at := p_now; p_row.used_at := v_first.used_at;
+    p_row.kind := 1; p_row.user_id := v_first.user_id; p_row.api_key_id := v_first.api_key_id; p_row.provider_key_id := v_first.provider_key_id;
+    p_row.provider := v_first.provider; p_row.model := v_first.model; p_row.team_id := v_first.team_id; p_row.department_id := v_first.department_id;
+    p_row.department_name := v_first.department_name; p_row.conversation_id := v_first.conversation_id; p_row.chain_id := v_first.chain_id;
+    p_row.price_version_id := v_first.price_version_id; p_row.pool_id := v_first.pool_id; p_row.position_micros := v_position;
+    p_row.charged_micros := p_delta; p_row.hold_micros := 0; p_row.provider_cost_nano_usd := p_cost_delta; p_row.flags := 128; p_row.requests := 0;
+    insert into ledger.attribution select p_row.*;
+    if p_delta < 0 then
+        perform credits.limits_changed(p_organization_id);  -- an empty pool may have something again
+    end if;
+end $$;
+comment on function credits.book_correction is 'Books the difference between an estimate that expiry charged and the true cost that came later';
+
+-- attribution_of: the caller's half of an attribution row.
+create or replace function credits.attribution_of(
+    p_usage integer[], p_cost bigint, p_flags integer, p_provider text, p_model text, p_price_version_id uuid, p_provider_key_id uuid,
+    p_conversation_id uuid, p_used_at timestamptz
+) returns ledger.attribution
+language plpgsql immutable set search_path = credits, pg_temp as $$
+declare
+    v_row ledger.attribution;
+begin
+    v_row.provider := p_provider; v_row.model := p_model; v_row.price_version_id := p_price_version_id;
+    v_row.provider_key_id := p_provider_key_id; v_row.conversation_id := p_conversation_id; v_row.used_at := p_used_at;
+    v_row.provider_cost_nano_usd := case when p_flags & 2 = 2 then 0 else p_cost end;
+    v_row.customer_cost_nano_usd := case when p_flags & 2 = 2 then p_cost else 0 end;
+    v_row.input_tokens := p_usage[1]; v_row.cache_read_tokens := p_usage[2]; v_row.cache_write_5m_tokens := p_usage[3];
+    v_row.cache_write_1h_tokens := p_usage[4]; v_row.output_tokens := p_usage[5]; v_row.reasoning_tokens := p_usage[6];
+    v_row.audio_input_tokens := p_usage[7]; v_row.audio_output_tokens := p_usage[8]; v_row.image_input_tokens := p_usage[9];
+    v_row.image_output_tokens := p_usage[10]; v_row.images := p_usage[11]; v_row.web_searches := p_usage[12];
+    v_row.audio_milliseconds := p_usage[13]; v_row.characters := p_usage[14]; v_row.requests := p_usage[15];
+    return v_row;
+end $$;
+comment on function credits.attribution_of is 'Builds the caller''s half of an attribution row from the arrays of a batch';
+
+-- available_of: what a chain could still spend on a model: over its legs the sum, under every limit.
+create or replace function credits.available_of(p_organization_id uuid, p_chain_id uuid, p_model text) returns bigint
+language sql stable set search_path = credits, pg_temp as $$
+    with rooms as (
+        select e.leg, min(greatest(0, b.limit_amount - b.used_amount - b.held_amount)) as room
+        from chains c
+        cross join lateral unnest(c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters) e(id, start, metric, leg, filter)
+        join balances b on b.organization_id = c.organization_id and b.balance_id = e.id and b.period_start = e.start
+        where c.organization_id = p_organization_id and c.chain_id = p_chain_id and e.metric = 0 and b.stops
+          and (e.leg = 0 or c.leg_filters[e.leg] is null or p_model like c.leg_filters[e.leg])
+          and (e.filter is null or p_model like e.filter)
+        group by e.leg
+    )
+    -- Two legs on one pool (a share, then the open part) are bounded by that pool too, which each leg's room has in it already.
+    select least(coalesce(sum(room) filter (where leg > 0), 0)::bigint, min(room) filter (where leg = 0)) from rooms;
+$$;
+comment on function credits.available_of is 'Micros that a chain could still spend on a model now';
+
+-- decide_tight: arrival order, one by one, in memory, for the requests that touch a balance whose summed demand did not fit.
+-- What the guarded update had applied for them elsewhere is taken back, what they are granted is applied, in one update.
+create or replace function credits.decide_tight(
+    p_organization_ids uuid[], p_actions smallint[], p_amounts bigint[], p_tokens bigint[], p_flags integer[], p_models text[],
+    p_chains uuid[], p_legs smallint[], p_outcomes smallint[], p_details text[], p_bindings uuid[],
+    p_tight_orgs uuid[], p_tight_ids uuid[], p_tight_starts timestamptz[], p_now timestamptz,
+    out outcomes smallint[], out details text[], out bindings uuid[], out legs smallint[],
+    out split_places integer[], out split_legs smallint[], out split_micros bigint[]
+) language plpgsql volatile set search_path = credits, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+declare
+    v_suspects integer[];
+    v_orgs uuid[]; v_ids uuid[]; v_starts timestamptz[]; v_kinds text[];
+    v_rooms bigint[];        -- limit - used - held, without what suspects were applied
+    v_frees bigint[];        -- limit - used: what open holds alone stand in the way of
+    v_stops boolean[]; v_blocked boolean[];
+    v_helds bigint[]; v_useds bigint[];   -- net change to apply
+    v_row record;
+    v_i integer; v_need bigint; v_left bigint; v_free_left bigint; v_bind integer; v_wait boolean;
+    v_leg_room bigint[]; v_leg_free bigint[]; v_leg_bind integer[]; v_take bigint[]; v_legs_used smallint;
+begin
+    outcomes := p_outcomes; details := p_details; bindings := p_bindings; legs := p_legs;
+    split_places := '{}'; split_legs := '{}'; split_micros := '{}';
+
+    with tight as (select * from unnest(p_tight_orgs, p_tight_ids, p_tight_starts) t(org, id, start)),
+    applied as materialized (
+        select w.place::int, w.org, w.action, w.leg as chosen, w.flags, w.model, w.chain_id, e.id, e.start, t.id is not null as is_tight,
+            case e.metric when 0 then w.amount when 1 then case w.action when 2 then 0 else 1 end else w.tokens end as amount
+        from unnest(p_organization_ids, p_actions, p_amounts, p_tokens, p_flags, p_models, p_chains, p_legs, p_outcomes) with ordinality
+            as w(org, action, amount, tokens, flags, model, chain_id, leg, outcome, place)
+        join chains c on c.organization_id = w.org and c.chain_id = w.chain_id
+        left join lateral unnest(c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters) e(id, start, metric, leg, filter)
+            on (e.leg = 0 or e.leg = w.leg) and (e.filter is null or w.model like e.filter) and not (e.metric = 0 and w.flags & 2 = 2)
+        left join tight t on t.org = w.org and t.id = e.id and t.start = e.start
+        where w.action in (1, 2, 5) and w.outcome = -1 and not (w.action = 2 and w.amount = 0 and w.tokens = 0)
+    ), suspects as (
+        select distinct place, org, flags, model, chain_id from applied
+        where is_tight or (action in (1, 5) and chosen = 0 and flags & 2 = 0)
+    ), taken as (
+        select a.org, a.id, a.start, sum(a.amount) filter (where a.action <> 5)::bigint as held, sum(a.amount) filter (where a.action = 5)::bigint as used
+        from applied a where a.place in (select place from suspects) and not a.is_tight group by 1, 2, 3
+    ), touched as (
+        select distinct s.org, e.id, e.start
+        from suspects s join chains c on c.organization_id = s.org and c.chain_id = s.chain_id
+        cross join lateral unnest(c.entry_ids, c.entry_starts, c.entry_filters) e(id, start, filter)
+        where e.filter is null or s.model like e.filter
+    )
+    select (select array_agg(place order by place) from suspects),
+        array_agg(b.organization_id), array_agg(b.balance_id), array_agg(b.period_start), array_agg(b.kind), array_agg(b.stops),
+        array_agg(b.stops and b.excess_amount > 0),
+        array_agg(b.limit_amount - b.used_amount - b.held_amount + coalesce(k.held, 0) + coalesce(k.used, 0)),
+        array_agg(b.limit_amount - b.used_amount + coalesce(k.used, 0)),
+        array_agg(-coalesce(k.held, 0)), array_agg(-coalesce(k.used, 0))
+    into v_suspects, v_orgs, v_ids, v_starts, v_kinds, v_stops, v_blocked, v_rooms, v_frees, v_helds, v_useds
+    from touched t
+    join balances b on b.organization_id = t.org and b.balance_id = t.id and b.period_start = t.start
+    left join taken k on k.org = t.org and k.id = t.id and k.start = t.start;
+
+    for v_row in
+        select s.place, p_actions[s.place] as action, p_flags[s.place] as flags, p_amounts[s.place] as amount, p_tokens[s.place] as tokens,
+            p_legs[s.place] as leg, cardinality(c.leg_filters) as n_legs,
+            coalesce(array_agg(e.leg order by e.nr) filter (where x.i is not null), '{}') as legs,
+            coalesce(array_agg(e.metric order by e.nr) filter (where x.i is not null), '{}') as metrics,
+            coalesce(array_agg(x.i::int order by e.nr) filter (where x.i is not null), '{}') as idxs
+        from unnest(v_suspects) s(place)
+        join chains c on c.organization_id = p_organization_ids[s.place] and c.chain_id = p_chains[s.place]
+        left join lateral unnest(c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters) with ordinality e(id, start, metric, leg, filter, nr)
+            on (e.filter is null or p_models[s.place] like e.filter)
+               and (e.leg = 0 or ((c.leg_filters[e.leg] is null or p_models[s.place] like c.leg_filters[e.leg])
+                                  and (p_actions[s.place] <> 2 or e.leg = p_legs[s.place])))
+               and not (e.metric = 0 and p_flags[s.place] & 2 = 2)
+        left join unnest(v_orgs, v_ids, v_starts) with ordinality x(org, id, start, i)
+            on x.org = p_organization_ids[s.place] and x.id = e.id and x.start = e.start
+        group by s.place, c.leg_filters
+        order by s.place
+    loop
+        v_bind := null; v_wait := true; v_left := v_row.amount; v_free_left := v_row.amount; v_legs_used := 0;
+        v_leg_room := array_fill(null::bigint, array[v_row.n_legs]); v_leg_free := v_leg_room;
+        v_leg_bind := array_fill(null::int, array[v_row.n_legs]); v_take := array_fill(0::bigint, array[v_row.n_legs]);
+        for k in 1..cardinality(v_row.idxs) loop
+            v_i := v_row.idxs[k];
+            if v_row.legs[k] > 0 then
+                if v_leg_room[v_row.legs[k]] is null or v_rooms[v_i] < v_leg_room[v_row.legs[k]] or v_blocked[v_i] then
+                    v_leg_room[v_row.legs[k]] := case when v_blocked[v_i] then -1 else v_rooms[v_i] end;
+                    v_leg_bind[v_row.legs[k]] := v_i;
+                end if;
+                v_leg_free[v_row.legs[k]] := least(v_leg_free[v_row.legs[k]], case when v_blocked[v_i] then 0 else v_frees[v_i] end);
+            else
+                v_need := case v_row.metrics[k] when 0 then v_row.amount when 1 then case v_row.action when 2 then 0 else 1 end else v_row.tokens end;
+                if v_stops[v_i] and (v_blocked[v_i] or v_rooms[v_i] < v_need) then
+                    v_bind := coalesce(v_bind, v_i);
+                    v_wait := v_wait and not v_blocked[v_i] and v_frees[v_i] >= v_need;
+                end if;
+            end if;
+        end loop;
+        if v_row.flags & 2 = 0 then
+            for l in 1..v_row.n_legs loop
+                continue when v_leg_room[l] is null or v_leg_room[l] < 0;
+                v_free_left := v_free_left - least(v_free_left, greatest(0, v_leg_free[l]));
+                -- A share and the open part draw on one pool: what the first leg takes is gone for the second.
+                v_take[l] := least(v_left, greatest(0, v_leg_room[l] - coalesce((select sum(v_take[q]) from generate_series(1, l - 1) q
+                    where exists (select 1 from unnest(v_row.legs, v_row.idxs) a(leg, i) join unnest(v_row.legs, v_row.idxs) b(leg, i) using (i)
+                                  where a.leg = q and b.leg = l)), 0)));
+                if v_take[l] > 0 or (v_row.amount = 0 and v_legs_used = 0) then
+                    v_legs_used := v_legs_used + 1;
+                    if v_legs_used = 1 then
+                        legs[v_row.place] := l;
+                    end if;
+                end if;
+                v_left := v_left - v_take[l];
+                exit when v_left = 0 and v_legs_used > 0;
+            end loop;
+            if v_left > 0 or v_legs_used = 0 then
+                v_wait := v_wait and v_free_left <= 0;
+                v_bind := coalesce(v_bind, (select b from unnest(v_leg_bind) b where b is not null limit 1));
+                if v_bind is null then
+                    outcomes[v_row.place] := 1;
+                    details[v_row.place] := 'no_pool_for_model';
+                    continue;
+                end if;
+            end if;
+        end if;
+        if v_bind is not null then
+            outcomes[v_row.place] := case when v_wait and v_row.flags & 16 = 16 then 2 else 1 end;
+            bindings[v_row.place] := v_ids[v_bind];
+            details[v_row.place] := case v_kinds[v_bind] when 'limit' then 'cap_reached' when 'allocation' then 'allocation_exhausted' else 'pool_exhausted' end;
+            continue;
+        end if;
+        for k in 1..cardinality(v_row.idxs) loop
+            v_i := v_row.idxs[k];
+            v_need := case when v_row.legs[k] > 0 then v_take[v_row.legs[k]]
+                           else case v_row.metrics[k] when 0 then v_row.amount when 1 then case v_row.action when 2 then 0 else 1 end else v_row.tokens end end;
+            v_rooms[v_i] := v_rooms[v_i] - v_need;
+            if v_row.action = 5 then
+                v_useds[v_i] := v_useds[v_i] + v_need;
+                v_frees[v_i] := v_frees[v_i] - v_need;
+            else
+                v_helds[v_i] := v_helds[v_i] + v_need;
+            end if;
+        end loop;
+        if v_legs_used > 1 then
+            for l in 1..v_row.n_legs loop
+                continue when v_take[l] = 0;
+                split_places := split_places || v_row.place; split_legs := split_legs || l::smallint; split_micros := split_micros || v_take[l];
+            end loop;
+        end if;
+        if legs[v_row.place] <> v_row.leg and v_row.leg > 0 and v_frees[v_leg_bind[v_row.leg]] <= 0 then
+            -- The first leg is used up for good: a rebuilt chain leaves it out, and the next call is decided set-based again.
+            update chains set valid_until = least(valid_until, p_now)
+            where organization_id = p_organization_ids[v_row.place] and chain_id = p_chains[v_row.place];
+        end if;
+    end loop;
+
+    update balances b set held_amount = held_amount + d.held, used_amount = used_amount + d.used,
+        excess_amount = case when b.stops then b.excess_amount else greatest(0, used_amount + d.used + held_amount + d.held - limit_amount) end
+    from unnest(v_orgs, v_ids, v_starts, v_helds, v_useds) d(org, id, start, held, used)
+    where b.organization_id = d.org and b.balance_id = d.id and b.period_start = d.start and (d.held <> 0 or d.used <> 0);
+end $$;
+comment on function credits.decide_tight is 'Decides one by one, in arrival order, the requests of a batch that touch a balance without room for all of them';
+
+-- post_batch: write what move_batch decided: holds, attribution, requests that cost nothing, stored results; one insert each.
+create or replace function credits.post_batch(
+    p_organization_ids uuid[], p_actions smallint[], p_request_ids uuid[], p_amounts bigint[], p_tokens bigint[], p_costs bigint[],
+    p_usages integer[], p_marks bigint[], p_leases integer[], p_flags integer[], p_providers text[], p_models text[],
+    p_price_version_ids uuid[], p_provider_key_ids uuid[], p_conversation_ids uuid[], p_used_at timestamptz[], p_keys text[], p_body_hashes bytea[],
+    p_chains uuid[], p_legs smallint[], p_outcomes smallint[], p_details text[], p_bindings uuid[], p_held bigint[], p_charged bigint[],
+    p_user_ids uuid[], p_api_key_ids uuid[], p_split_places integer[], p_split_legs smallint[], p_split_micros bigint[], p_now timestamptz
+) returns void
+language plpgsql volatile set search_path = credits, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+declare
+    v_zero constant uuid := '00000000-0000-0000-0000-000000000000';
+begin
+    if 1 = any (p_actions) then
+        insert into holds (organization_id, request_id, chain_id, is_sent, leg, leg_micros, amount_micros, tokens, floor_micros, progress_micros,
+            cost_nano_usd, flags, provider, model, price_version_id, provider_key_id, conversation_id, placed_at, lease_expires_at)
+        select w.org, w.request_id, w.chain_id, w.flags & 1 = 1, greatest(w.leg, 1::smallint),
+            case when w.place = any (p_split_places) then (
+                select array_agg(coalesce(s.micros, 0) order by n.leg)
+                from generate_series(1, (select cardinality(c.leg_filters) from chains c where c.organization_id = w.org and c.chain_id = w.chain_id)) n(leg)
+                left join unnest(p_split_places, p_split_legs, p_split_micros) s(place, leg, micros) on s.place = w.place and s.leg = n.leg) end,
+            w.amount, w.tokens, w.mark, w.mark, w.cost, w.flags & 10, w.provider, w.model, w.price_version_id, w.provider_key_id, w.conversation_id,
+            p_now, p_now + make_interval(secs => w.lease)
+        from unnest(p_organization_ids, p_actions, p_request_ids, p_amounts, p_tokens, p_costs, p_marks, p_leases, p_flags, p_providers, p_models,
+            p_price_version_ids, p_provider_key_ids, p_conversation_ids, p_chains, p_legs, p_outcomes) with ordinality
+            w(org, action, request_id, amount, tokens, cost, mark, lease, flags, provider, model, price_version_id, provider_key_id, conversation_id,
+              chain_id, leg, outcome, place)
+        where w.action = 1 and w.outcome = -1;
+    end if;
+
+    if 2 = any (p_actions) then
+        -- Progress is recorded whether or not the extension was granted: what was streamed was streamed.
+        update holds h set amount_micros = h.amount_micros + case when w.outcome = -1 then w.amount else 0 end,
+            leg_micros = case when h.leg_micros is null or w.outcome <> -1 then h.leg_micros
+                              else h.leg_micros[:h.leg - 1] || (h.leg_micros[h.leg] + w.amount) || h.leg_micros[h.leg + 1:] end,
+            tokens = h.tokens + case when w.outcome = -1 then w.tokens else 0 end,
+            cost_nano_usd = h.cost_nano_usd + case when w.outcome = -1 then w.cost else 0 end,
+            progress_micros = greatest(h.progress_micros, w.mark), is_sent = h.is_sent or w.flags & 1 = 1,
+            flags = h.flags | (w.flags & 8), lease_expires_at = greatest(h.lease_expires_at, p_now + make_interval(secs => w.lease))
+        from unnest(p_organization_ids, p_actions, p_request_ids, p_amounts, p_tokens, p_costs, p_marks, p_leases, p_flags, p_outcomes)
+            w(org, action, request_id, amount, tokens, cost, mark, lease, flags, outcome)
+        where w.action = 2 and w.outcome in (-1, 1, 2) and h.organization_id = w.org and h.request_id = w.request_id;
+    end if;
+
+    if 3 = any (p_actions) or 5 = any (p_actions) then
+        with w as materialized (
+            select w.*, c.user_id, c.api_key_id, c.team_id, c.department_id, c.department_name,
+                case when w.flags & 2 = 2 then null else c.leg_pool_ids[w.leg] end as pool_id,
+                w.charged - coalesce((select sum(s.micros) from unnest(p_split_places, p_split_legs, p_split_micros) s(place, leg, micros)
+                    where s.place = w.place and c.leg_pool_ids[s.leg] <> c.leg_pool_ids[w.leg]), 0)::bigint as own_micros
+            from unnest(p_organization_ids, p_actions, p_request_ids, p_costs, p_flags, p_providers, p_models, p_price_version_ids, p_provider_key_ids,
+                p_conversation_ids, p_used_at, p_chains, p_legs, p_outcomes, p_held, p_charged) with ordinality
+                w(org, action, request_id, cost, flags, provider, model, price_version_id, provider_key_id, conversation_id, used_at,
+                  chain_id, leg, outcome, held, charged, place)
+            join chains c on c.organization_id = w.org and c.chain_id = w.chain_id
+            where w.action in (3, 5) and w.outcome = -1
+        ), takes as materialized (
+            select w.place, w.org, w.request_id, c.leg_pool_ids[s.leg] as pool_id, sum(s.micros)::bigint as micros
+            from w join chains c on c.organization_id = w.org and c.chain_id = w.chain_id
+            join unnest(p_split_places, p_split_legs, p_split_micros) s(place, leg, micros) on s.place = w.place
+            where c.leg_pool_ids[s.leg] <> w.pool_id group by 1, 2, 3, 4
+        ), drawn as (
+            select place, org, pool_id, own_micros as micros from w where pool_id is not null
+            union all select place, org, pool_id, micros from takes
+        ), positions as materialized (
+            -- Running total before each draw: what the pool has used now, less what this and the later places of the batch drew.
+            select d.place, d.org, d.pool_id, b.used_amount - sum(d.micros) over (partition by d.org, d.pool_id order by d.place desc)::bigint as position
+            from drawn d join balances b on b.organization_id = d.org and b.balance_id = d.pool_id and b.period_start = '-infinity'
+        ), booked_takes as (
+            insert into ledger.attribution_takes (organization_id, request_id, booked_at, pool_id, position_micros, charged_micros)
+            select t.org, t.request_id, p_now, t.pool_id, p.position, t.micros
+            from takes t join positions p on p.place = t.place and p.org = t.org and p.pool_id = t.pool_id
+        )
+        insert into ledger.attribution (organization_id, request_id, booked_at, used_at, kind, user_id, api_key_id, provider_key_id, provider, model,
+            team_id, department_id, department_name, conversation_id, chain_id, price_version_id, pool_id, position_micros, charged_micros, hold_micros,
+            provider_cost_nano_usd, customer_cost_nano_usd, flags, input_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens,
+            output_tokens, reasoning_tokens, audio_input_tokens, audio_output_tokens, image_input_tokens, image_output_tokens, images, web_searches,
+            audio_milliseconds, characters, requests)
+        select w.org, w.request_id, p_now, coalesce(w.used_at, p_now), 0, nullif(w.user_id, v_zero), nullif(w.api_key_id, v_zero), w.provider_key_id,
+            w.provider, w.model, w.team_id, w.department_id, w.department_name, w.conversation_id, w.chain_id, w.price_version_id, w.pool_id, p.position,
+            w.charged, w.held, case when w.flags & 2 = 2 then 0 else w.cost end, case when w.flags & 2 = 2 then w.cost else 0 end, w.flags & ~49,
+            p_usages[u.at + 1], p_usages[u.at + 2], p_usages[u.at + 3], p_usages[u.at + 4], p_usages[u.at + 5], p_usages[u.at + 6], p_usages[u.at + 7],
+            p_usages[u.at + 8], p_usages[u.at + 9], p_usages[u.at + 10], p_usages[u.at + 11], p_usages[u.at + 12], p_usages[u.at + 13],
+            p_usages[u.at + 14], p_usages[u.at + 15]
+        from w cross join lateral (select ((w.place - 1) * 15)::int as at) u
+        left join positions p on p.place = w.place and p.org = w.org and p.pool_id = w.pool_id
+        order by w.place;
+    end if;
+
+    if 1 = any (p_outcomes) or 4 = any (p_actions) then
+        insert into unbilled_requests (organization_id, request_id, happened_at, outcome, user_id, api_key_id, provider, model, conversation_id,
+            wanted_micros, binding_id, detail)
+        select w.org, w.request_id, p_now,
+            case when w.action <> 4 then 'refused' when w.flags & 64 = 64 then 'expired' else 'released' end,
+            nullif(w.user_id, v_zero), nullif(w.api_key_id, v_zero), w.provider, w.model, w.conversation_id,
+            case w.action when 4 then w.held else w.amount end, w.binding_id, w.detail
+        from unnest(p_organization_ids, p_actions, p_request_ids, p_user_ids, p_api_key_ids, p_amounts, p_flags, p_providers, p_models,
+            p_conversation_ids, p_outcomes, p_details, p_bindings, p_held)
+            w(org, action, request_id, user_id, api_key_id, amount, flags, provider, model, conversation_id, outcome, detail, binding_id, held)
+        where (w.action in (1, 5) and w.outcome = 1) or (w.action = 4 and w.outcome in (-1, 9))
+        on conflict do nothing;
+    end if;
+
+    if array_remove(p_keys, null) <> '{}' then
+        delete from commands k using unnest(p_organization_ids, p_keys) w(org, key)
+        where k.organization_id = w.org and k.idempotency_key = w.key and k.kept_until <= p_now;
+        insert into commands (organization_id, idempotency_key, body_hash, request_id, outcome, answered_at, kept_until)
+        select w.org, w.key, w.body_hash, w.request_id,
+            jsonb_build_object('outcome', greatest(w.outcome, 0), 'request_id', w.request_id, 'detail', w.detail, 'binding_id', w.binding_id,
+                'held_micros', case w.action when 1 then w.amount else 0 end, 'charged_micros', case when w.action in (3, 5) then w.charged else 0 end),
+            p_now, p_now + case when w.outcome in (1, 6) then interval '24 hours' else interval '35 days' end
+        from unnest(p_organization_ids, p_actions, p_keys, p_body_hashes, p_request_ids, p_amounts, p_outcomes, p_details, p_bindings, p_charged)
+            w(org, action, key, body_hash, request_id, amount, outcome, detail, binding_id, charged)
+        where w.key is not null and w.outcome in (-1, 1, 9);
+    end if;
+end $$;
+comment on function credits.post_batch is 'Writes what a batch decided: holds, attribution, requests that cost nothing, stored results';
+
+-- move_batch: decide everything that is waiting, in one call: settles and releases first, then authorizes, extends and deductions.
+-- Parallel arrays, one place a request; null means none, in user and key ids the zero uuid does.
+--   p_route          the organization that routes the call (Citus); on plain PostgreSQL the arrays may name many
+--   p_actions        1 authorize, 2 extend, 3 settle, 4 release, 5 deduct (authorize and settle in one)
+--   p_request_ids    UUIDv7, no id twice in one batch
+--   p_amounts        micros: to hold, to hold in addition, charged, -, charged
+--   p_tokens         the same in tokens, for limits that count them
+--   p_costs          provider cost in nano-dollars that the amount stands for
+--   p_usages         15 integers a place in the order of the attribution's columns, for settle and deduct
+--   p_marks          micros: authorize: cost of the input alone; extend: cost so far
+--   p_leases         seconds until an authorized or extended hold ends by itself
+--   p_flags          bits: 1 sent, 2 customer's own key, 4 estimated, 8 streamed, 16 may wait, 32 repeated after an unknown answer,
+--                    64 by expiry, 256 unpriced by policy
+--   p_keys, p_body_hashes   idempotency key of the command and hash of its body
+--   p_at             null; the simulator's instant
+-- Returns one verdict a place: 0 accepted, 1 refused by a balance, 2 wait (only open holds stand in the way), 3 known: the stored
+-- acceptance, 4 there is no such hold, 5 the key was used with another body, 6 not allowed at all, 7 known: the stored refusal.
+create or replace function credits.move_batch(
+    p_route uuid, p_organization_ids uuid[], p_actions smallint[], p_request_ids uuid[], p_user_ids uuid[], p_api_key_ids uuid[],
+    p_amounts bigint[], p_tokens bigint[], p_costs bigint[], p_usages integer[], p_marks bigint[], p_leases integer[], p_flags integer[],
+    p_providers text[], p_models text[], p_price_version_ids uuid[], p_provider_key_ids uuid[], p_conversation_ids uuid[],
+    p_used_at timestamptz[], p_keys text[], p_body_hashes bytea[], p_at timestamptz default null
+) returns setof credits.verdict
+language plpgsql volatile security definer
+set search_path = credits, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+    v_zero constant uuid := '00000000-0000-0000-0000-000000000000';
+    v_n constant integer := coalesce(cardinality(p_request_ids), 0);
+    v_now timestamptz;
+    v_due uuid[];
+    v_gates integer;
+    v_chains uuid[];
+    v_legs smallint[];
+    v_outcomes smallint[];     -- -1 undecided
+    v_details text[];
+    v_bindings uuid[] := array_fill(null::uuid, array[v_n]);
+    v_held bigint[];
+    v_charged bigint[] := p_amounts;
+    v_slow integer[];
+    v_stale boolean;
+    v_settles boolean;
+    v_demands boolean;
+    v_lingering boolean := false;
+    v_all boolean;
+    v_room_places integer[] := '{}';
+    v_rooms bigint[] := '{}';
+    v_tight_orgs uuid[];
+    v_tight_ids uuid[];
+    v_tight_starts timestamptz[];
+    v_split_places integer[] := '{}';
+    v_split_legs smallint[] := '{}';
+    v_split_micros bigint[] := '{}';
+    v_row record;
+    v_booked record;
+begin
+    if v_n = 0 then
+        return;
+    end if;
+    -- (1) gates, in organization order: whoever moves credits does this first, so nothing can deadlock
+    select count(*), array_agg(g.organization_id) filter (where g.next_event_at <> 'infinity') into v_gates, v_due
+    from (select organization_id, next_event_at from gates where organization_id = any (p_organization_ids)
+          order by organization_id for no key update) g;
+    -- (2) the one instant of this batch
+    v_now := credits.now_under_gate(p_at);
+    -- (3) time events that are due
+    if v_due is not null then
+        for v_row in select organization_id from gates where organization_id = any (v_due) and next_event_at <= v_now order by 1 loop
+            perform credits.fold_due_pools(v_row.organization_id, v_now);
+            v_lingering := v_lingering or (select next_event_at = '-infinity' from gates where organization_id = v_row.organization_id);
+        end loop;
+    end if;
+
+    -- Resolve: which chain and leg each request goes by; chains that are missing or stale are built, then once more.
+    for v_try in 1..2 loop
+        select array_agg(r.chain_id order by r.place), array_agg(r.leg order by r.place), array_agg(r.outcome order by r.place),
+               array_agg(r.detail order by r.place), array_agg(r.held order by r.place),
+               array_agg(r.place order by r.place) filter (where r.is_slow), bool_or(r.is_stale),
+               bool_or(r.action in (3, 4)), bool_or(r.action in (1, 2, 5))
+        into v_chains, v_legs, v_outcomes, v_details, v_held, v_slow, v_stale, v_settles, v_demands
+        from (
+            select w.place::int, w.action,
+                case when h.chain_id is not null then h.chain_id else c.chain_id end as chain_id,
+                case when h.chain_id is not null then h.leg
+                     when cardinality(c.leg_filters) = 1 and c.leg_filters[1] is null then 1::smallint
+                     else credits.first_leg(c.leg_filters, w.model) end as leg,
+                case when g.organization_id is null then 6
+                     when w.action = 1 and h.chain_id is not null then 3
+                     when w.action in (2, 4) and h.chain_id is null then 4
+                     when w.action in (3, 4) and w.flags & 64 = 64 and (h.chain_id is null or h.lease_expires_at > v_now) then 4
+                     when w.action in (1, 5) and c.refusal is not null then 6
+                     else -1 end::smallint as outcome,
+                case when g.organization_id is null then 'organization_unknown'
+                     when w.action in (1, 5) then c.refusal end as detail,
+                coalesce(h.amount_micros, 0) as held,
+                g.organization_id is not null and w.flags & 64 = 0 and (
+                    (w.action = 3 and (h.chain_id is null or h.leg_micros is not null or (w.amount > h.amount_micros
+                        and (select cardinality(hc.leg_filters) > 1 from chains hc where hc.organization_id = h.organization_id and hc.chain_id = h.chain_id))))
+                    or (w.action = 4 and h.leg_micros is not null))
+                    or (w.flags & 64 = 64 and h.leg_micros is not null and h.lease_expires_at <= v_now) as is_slow,
+                w.action in (1, 5) and h.chain_id is null and g.organization_id is not null
+                    and (c.chain_id is null or c.limits_version <> g.limits_version or c.valid_until <= v_now) as is_stale
+            from unnest(p_organization_ids, p_actions, p_request_ids, p_user_ids, p_api_key_ids, p_amounts, p_flags, p_models)
+                with ordinality as w(org, action, request_id, user_id, api_key_id, amount, flags, model, place)
+            left join gates g on g.organization_id = w.org
+            left join holds h on h.organization_id = w.org and h.request_id = w.request_id
+            left join chains c on w.action in (1, 5) and c.organization_id = w.org and c.user_id = coalesce(w.user_id, v_zero)
+                and c.api_key_id = coalesce(w.api_key_id, v_zero) and c.replaced_at is null
+        ) r;
+        exit when not v_stale;
+        assert v_try = 1, 'a chain was stale right after it was built';
+        for v_row in
+            select distinct w.org, coalesce(w.user_id, v_zero) as user_id, coalesce(w.api_key_id, v_zero) as api_key_id
+            from unnest(p_organization_ids, p_actions, p_user_ids, p_api_key_ids) w(org, action, user_id, api_key_id)
+            join gates g on g.organization_id = w.org
+            left join chains c on c.organization_id = w.org and c.user_id = coalesce(w.user_id, v_zero)
+                and c.api_key_id = coalesce(w.api_key_id, v_zero) and c.replaced_at is null
+            where w.action in (1, 5) and (c.chain_id is null or c.limits_version <> g.limits_version or c.valid_until <= v_now)
+            order by 1, 2, 3
+        loop
+            perform credits.build_chain(v_row.org, v_row.user_id, v_row.api_key_id, v_now);
+        end loop;
+    end loop;
+
+    -- (5) known keys answer with their stored result; a twin in this very batch gets its elder's
+    if array_remove(p_keys, null) <> '{}' then
+        for v_row in
+            select w.place, k.outcome, k.body_hash = w.body_hash as same,
+                   first_value(w.place) over twins as elder, first_value(w.body_hash) over twins = w.body_hash as same_as_elder
+            from unnest(p_organization_ids, p_keys, p_body_hashes) with ordinality w(org, key, body_hash, place)
+            left join commands k on k.organization_id = w.org and k.idempotency_key = w.key and k.kept_until > v_now
+            where w.key is not null
+            window twins as (partition by w.org, w.key order by w.place)
+            order by w.place
+        loop
+            if v_row.outcome is not null then
+                v_outcomes[v_row.place] := case when not v_row.same then 5 when (v_row.outcome ->> 'outcome')::int in (1, 6) then 7 else 3 end;
+                v_details[v_row.place] := v_row.outcome ->> 'detail';
+                v_bindings[v_row.place] := (v_row.outcome ->> 'binding_id')::uuid;
+                v_held[v_row.place] := coalesce((v_row.outcome ->> 'held_micros')::bigint, 0);
+                v_charged[v_row.place] := coalesce((v_row.outcome ->> 'charged_micros')::bigint, 0);
+                p_request_ids[v_row.place] := (v_row.outcome ->> 'request_id')::uuid;
+            elsif v_row.elder <> v_row.place then
+                v_outcomes[v_row.place] := case when v_row.same_as_elder then 8 else 5 end;  -- 8: copied from the elder at the end
+                v_legs[v_row.place] := v_row.elder;
+            end if;
+        end loop;
+        v_slow := array(select s from unnest(v_slow) s where v_outcomes[s] = -1);
+    end if;
+    -- A deduction repeated after an unknown answer may have been booked the first time.
+    if exists (select 1 from unnest(p_actions, p_flags) r(action, flags) where r.action = 5 and r.flags & 32 = 32) then
+        for v_row in
+            select w.place, a.charged from unnest(p_organization_ids, p_request_ids, p_actions, p_flags) with ordinality w(org, request_id, action, flags, place)
+            cross join lateral (select sum(charged_micros)::bigint as charged, count(*) as rows from ledger.attribution
+                                where organization_id = w.org and request_id = w.request_id) a
+            where w.action = 5 and w.flags & 32 = 32 and a.rows > 0
+        loop
+            v_outcomes[v_row.place] := 3;
+            v_charged[v_row.place] := v_row.charged;
+        end loop;
+    end if;
+
+    -- (4) settles and releases
+    if v_settles then
+        if v_slow is not null then
+            for v_row in
+                select s.place from unnest(v_slow) s(place) order by 1
+            loop
+                select * into v_booked from credits.book_split(
+                    p_organization_ids[v_row.place], p_request_ids[v_row.place], p_actions[v_row.place] = 4,
+                    coalesce(p_user_ids[v_row.place], v_zero), coalesce(p_api_key_ids[v_row.place], v_zero), p_amounts[v_row.place],
+                    p_tokens[v_row.place], p_flags[v_row.place],
+                    credits.attribution_of(p_usages[(v_row.place - 1) * 15 + 1 : v_row.place * 15], p_costs[v_row.place], p_flags[v_row.place],
+                        p_providers[v_row.place], p_models[v_row.place], p_price_version_ids[v_row.place], p_provider_key_ids[v_row.place],
+                        p_conversation_ids[v_row.place], p_used_at[v_row.place]),
+                    v_now);
+                v_outcomes[v_row.place] := case when v_booked.outcome = 0 then 9 else v_booked.outcome end;  -- 9: accepted, booked already
+                v_charged[v_row.place] := v_booked.charged_micros;
+                v_held[v_row.place] := v_booked.held_micros;
+            end loop;
+        end if;
+        with gone as (
+            delete from holds h
+            using unnest(p_organization_ids, p_request_ids, p_actions, p_amounts, p_tokens, v_outcomes, p_flags) with ordinality
+                w(org, request_id, action, amount, tokens, outcome, flags, place)
+            where w.action in (3, 4) and w.outcome = -1 and h.organization_id = w.org and h.request_id = w.request_id
+            returning w.place::int, h.organization_id as org, h.chain_id, h.leg, h.model, h.flags | w.flags as flags, h.amount_micros, h.tokens as held_tokens,
+                case w.action when 3 then w.amount else 0 end as charged, case w.action when 3 then w.tokens else 0 end as tokens,
+                case w.action when 3 then 1 else 0 end as calls
+        ), deltas as materialized (
+            select g.org, e.id, e.start,
+                sum(case e.metric when 0 then g.charged when 1 then g.calls else g.tokens end)::bigint as used,
+                sum(case e.metric when 0 then g.amount_micros when 1 then 1 else g.held_tokens end)::bigint as held
+            from gone g join chains c on c.organization_id = g.org and c.chain_id = g.chain_id
+            cross join lateral unnest(c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters) e(id, start, metric, leg, filter)
+            where (e.leg = 0 or e.leg = g.leg) and (e.filter is null or g.model like e.filter) and not (e.metric = 0 and g.flags & 2 = 2)
+            group by 1, 2, 3
+        ), moved as (
+            update balances b set used_amount = used_amount + d.used, held_amount = held_amount - d.held,
+                excess_amount = greatest(0, used_amount + d.used + held_amount - d.held - limit_amount)
+            from deltas d where b.organization_id = d.org and b.balance_id = d.id and b.period_start = d.start
+            returning 1
+        )
+        select count(*) into v_gates from moved;
+        if v_lingering then
+            -- What a released hold kept of an expired grant must be gone before anybody else is authorized.
+            for v_row in select distinct o from unnest(p_organization_ids) o order by 1 loop
+                perform credits.fold_due_pools(v_row.o, v_now);
+            end loop;
+        end if;
+    end if;
+
+    -- (6) one guarded update of all summed demands: what does not come back is tight
+    if v_demands then
+        with w as materialized (
+            select w.* from unnest(p_organization_ids, p_actions, p_amounts, p_tokens, p_flags, p_models, v_chains, v_legs, v_outcomes) with ordinality
+                as w(org, action, amount, tokens, flags, model, chain_id, leg, outcome, place)
+            where w.action in (1, 2, 5) and w.outcome = -1 and not (w.action = 2 and w.amount = 0 and w.tokens = 0)
+        ), demand as materialized (
+            select w.place, w.org, w.action, e.id, e.start, e.metric,
+                case e.metric when 0 then w.amount when 1 then case w.action when 2 then 0 else 1 end else w.tokens end as amount
+            from w join chains c on c.organization_id = w.org and c.chain_id = w.chain_id
+            cross join lateral unnest(c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters) e(id, start, metric, leg, filter)
+            where (e.leg = 0 or e.leg = w.leg) and (e.filter is null or w.model like e.filter) and not (e.metric = 0 and w.flags & 2 = 2)
+        ), sums as materialized (
+            select org, id, start, coalesce(sum(amount) filter (where action <> 5), 0)::bigint as held,
+                coalesce(sum(amount) filter (where action = 5), 0)::bigint as used
+            from demand group by 1, 2, 3
+        ), moved as (
+            update balances b set held_amount = held_amount + s.held, used_amount = used_amount + s.used,
+                excess_amount = case when b.stops then 0 else greatest(0, used_amount + s.used + held_amount + s.held - limit_amount) end
+            from sums s
+            where b.organization_id = s.org and b.balance_id = s.id and b.period_start = s.start
+              and (not b.stops or (b.excess_amount = 0 and b.used_amount + b.held_amount + s.held + s.used <= b.limit_amount))
+            returning b.organization_id as org, b.balance_id as id, b.period_start as start,
+                case when b.stops then b.limit_amount - b.used_amount - b.held_amount end as room
+        ), rooms as (
+            select d.place, min(m.room) as room from demand d join moved m on m.org = d.org and m.id = d.id and m.start = d.start
+            where d.metric = 0 group by d.place
+        ), tight as (
+            select array_agg(s.org) as orgs, array_agg(s.id) as ids, array_agg(s.start) as starts
+            from sums s left join moved m on m.org = s.org and m.id = s.id and m.start = s.start where m.id is null
+        )
+        select t.orgs is null, t.orgs, t.ids, t.starts, r.places, r.rooms
+        into v_all, v_tight_orgs, v_tight_ids, v_tight_starts, v_room_places, v_rooms
+        from tight t, (select array_agg(place::int) as places, array_agg(room) as rooms from rooms) r;
+
+        -- No leg may pay for the model: nothing was asked of any pool.
+        for v_row in select place from unnest(p_actions, v_outcomes, v_legs, p_flags) with ordinality u(action, outcome, leg, flags, place)
+                     where action in (1, 5) and outcome = -1 and leg = 0 and flags & 2 = 0 loop
+            v_details[v_row.place] := 'no_pool_for_model';
+        end loop;
+
+        -- (7) only the requests that touch a tight balance are decided one by one
+        if not v_all or 'no_pool_for_model' = any (v_details) then
+            select t.outcomes, t.details, t.bindings, t.legs, t.split_places, t.split_legs, t.split_micros
+            into v_outcomes, v_details, v_bindings, v_legs, v_split_places, v_split_legs, v_split_micros
+            from credits.decide_tight(p_organization_ids, p_actions, p_amounts, p_tokens, p_flags, p_models, v_chains, v_legs, v_outcomes,
+                v_details, v_bindings, coalesce(v_tight_orgs, '{}'), coalesce(v_tight_ids, '{}'), coalesce(v_tight_starts, '{}'), v_now) t;
+            v_room_places := '{}';  -- measured before the refusals were taken back
+            v_rooms := '{}';
+        end if;
+    end if;
+
+    -- (8) what was decided, in one insert each
+    perform credits.post_batch(p_organization_ids, p_actions, p_request_ids, p_amounts, p_tokens, p_costs, p_usages, p_marks, p_leases, p_flags,
+        p_providers, p_models, p_price_version_ids, p_provider_key_ids, p_conversation_ids, p_used_at, p_keys, p_body_hashes,
+        v_chains, v_legs, v_outcomes, v_details, v_bindings, v_held, v_charged, p_user_ids, p_api_key_ids,
+        v_split_places, v_split_legs, v_split_micros, v_now);
+
+    return query
+    select w.place::int,
+        case when e.outcome = 9 or e.outcome = -1 then 0 else e.outcome end::smallint,
+        e.request_id,
+        case when w.action in (1, 2) and e.outcome in (-1, 3) then e.held + case when w.action = 2 or e.held = 0 then case when e.outcome = 3 then 0 else e.amount end else 0 end else 0 end,
+        case when w.action in (3, 5) and e.outcome in (-1, 9, 3) then e.charged else 0 end,
+        coalesce(r.room, credits.available_of(w.org, e.chain_id, w.model)),
+        e.binding_id, e.detail
+    from unnest(p_organization_ids, p_actions, p_models, v_outcomes, v_legs) with ordinality w(org, action, model, outcome, leg, place)
+    cross join lateral (select case when w.outcome = 8 then w.leg::int else w.place::int end as at) a
+    cross join lateral (select v_outcomes[a.at] as outcome, p_request_ids[a.at] as request_id, v_held[a.at] as held, p_amounts[a.at] as amount,
+        v_charged[a.at] as charged, v_chains[a.at] as chain_id, v_bindings[a.at] as binding_id, v_details[a.at] as detail) e
+    left join unnest(v_room_places, v_rooms) r(place, room) on r.place = w.place
+    order by w.place;
+end $$;
+comment on function credits.move_batch is 'Decides a batch of settles, releases, authorizes, extends and deductions; one verdict a request';
+
+-- ------------------------------------------------------------------------------------------------ expiry, and a batch of one
+
+-- expire_holds: end at most p_most holds whose lease is over: a placed one is released; a sent one is charged, marked estimated, at its
+-- last progress if it streamed and at its estimate if it did not. Returns how many ended. Run until it returns 0.
+create or replace function credits.expire_holds(p_most integer default 500, p_at timestamptz default null) returns integer
+language plpgsql volatile security definer set search_path = credits, pg_temp as $$
+declare
+    v_count integer;
+begin
+    select count(*) filter (where v.outcome = 0) into v_count
+    from (
+        select array_agg(h.organization_id order by h.lease_expires_at, h.request_id) as orgs,
+            array_agg(case when h.is_sent then 3 else 4 end::smallint order by h.lease_expires_at, h.request_id) as actions,
+            array_agg(h.request_id order by h.lease_expires_at, h.request_id) as requests,
+            array_agg(c.user_id order by h.lease_expires_at, h.request_id) as users,
+            array_agg(c.api_key_id order by h.lease_expires_at, h.request_id) as keys,
+            array_agg(h.charge order by h.lease_expires_at, h.request_id) as amounts,
+            array_agg(h.tokens order by h.lease_expires_at, h.request_id) as tokens,
+            array_agg(case when h.amount_micros = 0 then h.cost_nano_usd
+                           else round(h.cost_nano_usd::numeric * h.charge / h.amount_micros)::bigint end order by h.lease_expires_at, h.request_id) as costs,
+            array_agg(68 | h.flags order by h.lease_expires_at, h.request_id) as flags,
+            array_agg(h.provider order by h.lease_expires_at, h.request_id) as providers,
+            array_agg(h.model order by h.lease_expires_at, h.request_id) as models,
+            array_agg(h.price_version_id order by h.lease_expires_at, h.request_id) as prices,
+            array_agg(h.provider_key_id order by h.lease_expires_at, h.request_id) as provider_keys,
+            array_agg(h.conversation_id order by h.lease_expires_at, h.request_id) as conversations,
+            count(*)::int as n
+        from (
+            select *, case when not is_sent then 0 when flags & 8 = 8 then greatest(floor_micros, progress_micros) else amount_micros end as charge
+            from holds where lease_expires_at <= coalesce(p_at, clock_timestamp()) order by lease_expires_at, request_id limit p_most
+        ) h join chains c on c.organization_id = h.organization_id and c.chain_id = h.chain_id
+    ) b
+    cross join lateral credits.move_batch(b.orgs[1], b.orgs, b.actions, b.requests, b.users, b.keys, b.amounts, b.tokens, b.costs,
+        array_fill(0, array[b.n * 15]), array_fill(0::bigint, array[b.n]), array_fill(0, array[b.n]), b.flags, b.providers, b.models, b.prices,
+        b.provider_keys, b.conversations, array_fill(null::timestamptz, array[b.n]), array_fill(null::text, array[b.n]),
+        array_fill(null::bytea, array[b.n]), p_at) v
+    where b.n > 0;
+    return v_count;
+end $$;
+comment on function credits.expire_holds is 'Ends holds whose lease is over: releases what was never sent, charges what was; returns how many';
+
+-- move_one: a batch of one, for whoever acts for the organization that is set.
+create or replace function credits.move_one(
+    p_organization_id uuid, p_action smallint, p_request_id uuid, p_user_id uuid, p_api_key_id uuid, p_amount bigint, p_tokens bigint,
+    p_cost bigint, p_usage integer[], p_mark bigint, p_lease integer, p_flags integer, p_provider text, p_model text, p_price_version_id uuid,
+    p_provider_key_id uuid, p_conversation_id uuid, p_used_at timestamptz, p_key text, p_body_hash bytea, p_at timestamptz default null
+) returns credits.verdict
+language plpgsql volatile security definer set search_path = credits, pg_temp as $$
+declare
+    v_verdict credits.verdict;
+begin
+    perform credits.require_tenant(p_organization_id);
+    select * into strict v_verdict from credits.move_batch(p_organization_id, array[p_organization_id], array[p_action], array[p_request_id],
+        array[p_user_id], array[p_api_key_id], array[p_amount], array[p_tokens], array[p_cost], p_usage, array[p_mark], array[p_lease], array[p_flags],
+        array[p_provider], array[p_model], array[p_price_version_id], array[p_provider_key_id], array[p_conversation_id], array[p_used_at],
+        array[p_key], array[p_body_hash], p_at);
+    return v_verdict;
+end $$;
+comment on function credits.move_one is 'A batch of one for the organization that is set';
+
+create or replace function credits.no_usage() returns integer[]
+language sql immutable set search_path = pg_catalog, pg_temp as $$ select array[0,0,0,0,0,0,0,0,0,0,0,0,0,0,1] $$;
+comment on function credits.no_usage is 'Usage of a request of which only the amount is known';
+
+-- authorize, extend, settle, release: by name, for SQL callers; the gateway batches.
+create or replace function credits.authorize(
+    p_organization_id uuid, p_request_id uuid, p_user_id uuid, p_api_key_id uuid, p_amount_micros bigint, p_model text,
+    p_lease_seconds integer default 600, p_idempotency_key text default null, p_at timestamptz default null
+) returns credits.verdict
+language sql volatile security definer set search_path = credits, pg_temp as $$
+    select credits.move_one(p_organization_id, 1::smallint, p_request_id, p_user_id, p_api_key_id, p_amount_micros, 0, 0, credits.no_usage(), 0,
+        p_lease_seconds, 0, null, p_model, null, null, null, null, p_idempotency_key,
+        credits.hash_of('authorize', p_user_id::text, p_api_key_id::text, p_amount_micros::text, p_model), p_at);
+$$;
+comment on function credits.authorize is 'Holds credits for one request';
+
+create or replace function credits.extend(
+    p_organization_id uuid, p_request_id uuid, p_more_micros bigint, p_progress_micros bigint, p_lease_seconds integer default 600,
+    p_at timestamptz default null
+) returns credits.verdict
+language sql volatile security definer set search_path = credits, pg_temp as $$
+    select credits.move_one(p_organization_id, 2::smallint, p_request_id, null, null, p_more_micros, 0, 0, credits.no_usage(), p_progress_micros,
+        p_lease_seconds, 1, null, null, null, null, null, null, null, null, p_at);
+$$;
+comment on function credits.extend is 'Holds more for a running request, marks its progress and renews its lease';
+
+create or replace function credits.settle(
+    p_organization_id uuid, p_request_id uuid, p_user_id uuid, p_api_key_id uuid, p_charged_micros bigint, p_model text,
+    p_provider_cost_nano_usd bigint default 0, p_at timestamptz default null
+) returns credits.verdict
+language sql volatile security definer set search_path = credits, pg_temp as $$
+    select credits.move_one(p_organization_id, 3::smallint, p_request_id, p_user_id, p_api_key_id, p_charged_micros, 0, p_provider_cost_nano_usd,
+        credits.no_usage(), 0, 0, 0, null, p_model, null, null, null, null, null, null, p_at);
+$$;
+comment on function credits.settle is 'Charges a request its true cost and frees the rest of its hold';
+
+create or replace function credits.release(p_organization_id uuid, p_request_id uuid, p_at timestamptz default null) returns credits.verdict
+language sql volatile security definer set search_path = credits, pg_temp as $$
+    select credits.move_one(p_organization_id, 4::smallint, p_request_id, null, null, 0, 0, 0, credits.no_usage(), 0, 0, 0, null, null, null, null,
+        null, null, null, null, p_at);
+$$;
+comment on function credits.release is 'Frees a hold and charges nothing';
+
+create or replace function credits.deduct(
+    p_organization_id uuid, p_request_id uuid, p_user_id uuid, p_api_key_id uuid, p_charged_micros bigint, p_model text,
+    p_idempotency_key text default null, p_at timestamptz default null
+) returns credits.verdict
+language sql volatile security definer set search_path = credits, pg_temp as $$
+    select credits.move_one(p_organization_id, 5::smallint, p_request_id, p_user_id, p_api_key_id, p_charged_micros, 0, 0, credits.no_usage(), 0, 0, 0,
+        null, p_model, null, null, null, null, p_idempotency_key,
+        credits.hash_of('deduct', p_user_id::text, p_api_key_id::text, p_charged_micros::text, p_model), p_at);
+$$;
+comment on function credits.deduct is 'Authorize and settle in one: charges now or refuses';
+
+-- ------------------------------------------------------------------------------------------------ the four functions of the billing relations
+
+create or replace function credits.has_sufficient_credits(p_organization_id uuid, p_user_id uuid, p_amount_micros bigint) returns boolean
+language plpgsql volatile security definer set search_path = credits, pg_temp as $$
+declare
+    v_zero constant uuid := '00000000-0000-0000-0000-000000000000';
+    v_now timestamptz := credits.lock_gate(p_organization_id, null);
+    v_chain chains;
+begin
+    select * into v_chain from chains c
+    where c.organization_id = p_organization_id and c.user_id = coalesce(p_user_id, v_zero) and c.api_key_id = v_zero and c.replaced_at is null
+      and c.valid_until > v_now and c.limits_version = (select limits_version from gates where organization_id = p_organization_id);
+    if not found then
+        select * into strict v_chain from chains
+        where organization_id = p_organization_id
+          and chain_id = credits.build_chain(p_organization_id, coalesce(p_user_id, v_zero), v_zero, v_now);
+    end if;
+    return v_chain.refusal is null and coalesce(credits.available_of(p_organization_id, v_chain.chain_id, ''), 0) >= p_amount_micros;
+end $$;
+comment on function credits.has_sufficient_credits is 'True when the user could spend this many micros now; asks, moves nothing';
+
+create or replace function credits.deduct_credits(
+    p_organization_id uuid, p_user_id uuid, p_amount_micros bigint, p_model text, p_idempotency_key text
+) returns credits.verdict
+language sql volatile security definer set search_path = credits, pg_temp as $$
+    select credits.deduct(p_organization_id, gen_random_uuid(), p_user_id, null, p_amount_micros, p_model, p_idempotency_key);
+$$;
+comment on function credits.deduct_credits is 'Charges a user''s organization now, or refuses; thin wrapper of deduct';
+
+create or replace function credits.add_credits_to_pool(
+    p_organization_id uuid, p_pool_id uuid, p_amount_micros bigint, p_source text, p_idempotency_key text
+) returns uuid
+language sql volatile security definer set search_path = credits, pg_temp as $$
+    select credits.add_grant(p_organization_id, gen_random_uuid(), p_pool_id, p_source, p_amount_micros, 100::smallint, false, 0, null, null, null,
+        null, p_idempotency_key);
+$$;
+comment on function credits.add_credits_to_pool is 'Adds credits that never expire; thin wrapper of add_grant';
+
+create or replace function credits.allocate_credits_to_user(
+    p_organization_id uuid, p_user_id uuid, p_amount_micros bigint, p_idempotency_key text
+) returns uuid
+language sql volatile security definer set search_path = credits, pg_temp as $$
+    select credits.allocate(p_organization_id, gen_random_uuid(),
+        (select pool_id from pools where organization_id = p_organization_id and kind = 'shared' and model_filter is null and closed_at is null),
+        p_user_id, 'reserved', 'none', p_amount_micros, 'stops', false, null, p_idempotency_key);
+$$;
+comment on function credits.allocate_credits_to_user is 'Reserves a share of the shared pool for a user; thin wrapper of allocate';
+
+-- ------------------------------------------------------------------------------------------------ who may call what
+
+revoke all on all functions in schema credits from public;
+grant execute on function credits.move_batch, credits.expire_holds to bursar_lane, bursar_simulator;
+grant execute on function credits.open_organization, credits.open_pool, credits.add_grant, credits.void_grant, credits.allocate,
+    credits.end_allocation, credits.set_limit, credits.end_limit, credits.move_one, credits.authorize, credits.extend, credits.settle,
+    credits.release, credits.deduct, credits.has_sufficient_credits, credits.deduct_credits, credits.add_credits_to_pool,
+    credits.allocate_credits_to_user to bursar_app, bursar_simulator;
+grant execute on function credits.limits_changed to bursar_app, bursar_owner, bursar_simulator;
+grant execute on function credits.available_of, credits.period_start, credits.period_end, credits.hash_of, credits.no_usage to bursar_app, bursar_platform;
