@@ -1,0 +1,14 @@
+"""The request path: an OpenAI- and Anthropic-compatible endpoint that holds, calls the provider and settles.
+
+What it promises: the caller's bytes reach the provider unchanged except for the fields named in `wire.WireRequest`, and
+the provider's bytes reach the caller unchanged except for a usage chunk that the caller did not ask for. Nothing of the
+caller's credentials goes to a provider, nothing of the provider's account goes to the caller.
+
+`tokens`, `sse`, `wire`, `openai_wire`, `anthropic_wire`   read requests and answers as far as metering needs them
+`upstream`, `providers`, `routes`                          call a provider; which provider serves which model
+`sealing`, `provider_keys`                                 provider keys, encrypted at rest
+`demo_provider`                                            an offline provider that answers deterministically
+
+Tables: gateway.providers, gateway.model_routes, gateway.platform_provider_keys (all global);
+gateway.provider_keys (tenant).
+"""
