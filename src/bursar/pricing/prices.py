@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, time
 from enum import Enum
+from fractions import Fraction
 from itertools import groupby
 from math import lcm
 from typing import Final
@@ -203,6 +204,13 @@ def price(
     context, at: what the request asked for and when, where the price depends on that.
     """
     return price_apart(version, version, usage, markup_ppm, context=context, at=at, rounding=rounding)
+
+
+def exact_nano_usd(
+    version: PriceVersion, usage: Usage, *, context: Context | None = None, at: datetime | None = None
+) -> Fraction:
+    """What the provider asks, in nano-dollars, before any rounding."""
+    return Fraction(version._table(context, at).amount(usage.as_array(), usage.total_input_tokens), SCALE)
 
 
 def price_apart(
