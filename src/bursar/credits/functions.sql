@@ -451,7 +451,7 @@ begin
     v_grows := p_amount_micros - coalesce(v_old.amount_micros, 0);
     if p_kind = 'reserved' and v_grows > 0 and v_grows > v_open_room and not p_oversubscribe then
         raise exception 'the pool has % micros that no allocation reserves, % more are asked for', greatest(0, v_open_room), v_grows
-            using errcode = 'BR409';
+            using errcode = 'BR430';
     end if;
     if v_old.allocation_id is null then
         insert into allocations (organization_id, allocation_id, pool_id, user_id, kind, period, amount_micros, when_empty, created_at, created_by)
@@ -671,7 +671,7 @@ begin
                l.amount, l.action = 'stops' as stops, 'limit' as kind
         from limits l
         where l.organization_id = p_organization_id and l.ended_at is null
-          and (l.scope = 'organization' or (l.scope = 'user' and l.scope_id = p_user_id) or (l.scope = 'key' and l.scope_id = p_api_key_id)
+          and (l.scope = 'organization' or (l.scope = 'user' and l.scope_id = p_user_id) or (l.scope = 'key' and l.scope_id in (p_api_key_id, v_key.original_api_key_id))
                or (l.scope = 'team' and l.scope_id = v_chain.team_id) or (l.scope = 'department' and l.scope_id = v_chain.department_id))
         union all
         select a.allocation_id, 0, null, a.period, a.amount_micros, true, 'allocation'
@@ -1091,9 +1091,15 @@ create or replace function credits.post_batch(
     p_chains uuid[], p_legs smallint[], p_outcomes smallint[], p_details text[], p_bindings uuid[], p_held bigint[], p_charged bigint[],
     p_user_ids uuid[], p_api_key_ids uuid[], p_split_places integer[], p_split_legs smallint[], p_split_micros bigint[], p_now timestamptz
 ) returns void
-language plpgsql volatile set search_path = credits, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+language plpgsql volatile set search_path = credits, pg_temp as $$
 declare
     v_zero constant uuid := '00000000-0000-0000-0000-000000000000';
+    v_pools uuid[];        -- first pool that pays, by place
+    v_positions bigint[];  -- its running total before, by place
+    v_take_places integer[];
+    v_take_pools uuid[];
+    v_take_positions bigint[];
+    v_take_micros bigint[];
 begin
     if 1 = any (p_actions) then
         insert into holds (organization_id, request_id, chain_id, is_sent, leg, leg_micros, amount_micros, tokens, floor_micros, progress_micros,
@@ -1127,48 +1133,59 @@ begin
     end if;
 
     if 3 = any (p_actions) or 5 = any (p_actions) then
-        with w as materialized (
-            select w.*, c.user_id, c.api_key_id, c.team_id, c.department_id, c.department_name,
-                case when w.flags & 2 = 2 then null else c.leg_pool_ids[w.leg] end as pool_id,
-                w.charged - coalesce((select sum(s.micros) from unnest(p_split_places, p_split_legs, p_split_micros) s(place, leg, micros)
-                    where s.place = w.place and c.leg_pool_ids[s.leg] <> c.leg_pool_ids[w.leg]), 0)::bigint as own_micros
-            from unnest(p_organization_ids, p_actions, p_request_ids, p_costs, p_flags, p_providers, p_models, p_price_version_ids, p_provider_key_ids,
-                p_conversation_ids, p_used_at, p_chains, p_legs, p_outcomes, p_held, p_charged) with ordinality
-                w(org, action, request_id, cost, flags, provider, model, price_version_id, provider_key_id, conversation_id, used_at,
-                  chain_id, leg, outcome, held, charged, place)
-            join chains c on c.organization_id = w.org and c.chain_id = w.chain_id
-            where w.action in (3, 5) and w.outcome = -1
-        ), takes as materialized (
-            select w.place, w.org, w.request_id, c.leg_pool_ids[s.leg] as pool_id, sum(s.micros)::bigint as micros
-            from w join chains c on c.organization_id = w.org and c.chain_id = w.chain_id
-            join unnest(p_split_places, p_split_legs, p_split_micros) s(place, leg, micros) on s.place = w.place
-            where c.leg_pool_ids[s.leg] <> w.pool_id group by 1, 2, 3, 4
+        -- Each pool's running total before each draw: what it has used now, less what this and the later places of the batch drew.
+        with takes as (
+            select s.place, p_organization_ids[s.place] as org, c.leg_pool_ids[s.leg] as pool_id, sum(s.micros)::bigint as micros
+            from unnest(p_split_places, p_split_legs, p_split_micros) s(place, leg, micros)
+            join chains c on c.organization_id = p_organization_ids[s.place] and c.chain_id = p_chains[s.place]
+            where p_actions[s.place] = 5 and c.leg_pool_ids[s.leg] <> c.leg_pool_ids[p_legs[s.place]]
+            group by 1, 2, 3
         ), drawn as (
-            select place, org, pool_id, own_micros as micros from w where pool_id is not null
-            union all select place, org, pool_id, micros from takes
-        ), positions as materialized (
-            -- Running total before each draw: what the pool has used now, less what this and the later places of the batch drew.
-            select d.place, d.org, d.pool_id, b.used_amount - sum(d.micros) over (partition by d.org, d.pool_id order by d.place desc)::bigint as position
-            from drawn d join balances b on b.organization_id = d.org and b.balance_id = d.pool_id and b.period_start = '-infinity'
-        ), booked_takes as (
-            insert into ledger.attribution_takes (organization_id, request_id, booked_at, pool_id, position_micros, charged_micros)
-            select t.org, t.request_id, p_now, t.pool_id, p.position, t.micros
-            from takes t join positions p on p.place = t.place and p.org = t.org and p.pool_id = t.pool_id
+            select w.place::int, w.org, case when w.action in (3, 5) and w.outcome = -1 and w.flags & 2 = 0 then c.leg_pool_ids[w.leg] end as pool_id,
+                w.charged as micros, true as is_first
+            from unnest(p_organization_ids, p_actions, p_flags, p_chains, p_legs, p_outcomes, p_charged) with ordinality
+                w(org, action, flags, chain_id, leg, outcome, charged, place)
+            left join chains c on c.organization_id = w.org and c.chain_id = w.chain_id
+            union all
+            select place, org, pool_id, micros, false from takes
+            union all  -- what further pools took is not drawn from the first
+            select t.place, t.org, c.leg_pool_ids[p_legs[t.place]], -t.micros, null
+            from takes t join chains c on c.organization_id = t.org and c.chain_id = p_chains[t.place]
+        ), sums as (
+            select place, org, pool_id, sum(micros)::bigint as micros, bool_or(is_first) as is_first from drawn group by place, org, pool_id
+        ), positions as (
+            select d.place, d.pool_id, d.micros, d.is_first,
+                b.used_amount - sum(d.micros) over (partition by d.org, d.pool_id order by d.place desc)::bigint as position
+            from sums d left join balances b on b.organization_id = d.org and b.balance_id = d.pool_id and b.period_start = '-infinity'
         )
+        select array_agg(pool_id order by place) filter (where is_first), array_agg(position order by place) filter (where is_first),
+            array_agg(place) filter (where not is_first), array_agg(pool_id) filter (where not is_first),
+            array_agg(position) filter (where not is_first), array_agg(micros) filter (where not is_first)
+        into v_pools, v_positions, v_take_places, v_take_pools, v_take_positions, v_take_micros
+        from positions;
+
+        insert into ledger.attribution_takes (organization_id, request_id, booked_at, pool_id, position_micros, charged_micros)
+        select p_organization_ids[t.place], p_request_ids[t.place], p_now, t.pool_id, t.position, t.micros
+        from unnest(v_take_places, v_take_pools, v_take_positions, v_take_micros) t(place, pool_id, position, micros);
+
         insert into ledger.attribution (organization_id, request_id, booked_at, used_at, kind, user_id, api_key_id, provider_key_id, provider, model,
             team_id, department_id, department_name, conversation_id, chain_id, price_version_id, pool_id, position_micros, charged_micros, hold_micros,
             provider_cost_nano_usd, customer_cost_nano_usd, flags, input_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens,
             output_tokens, reasoning_tokens, audio_input_tokens, audio_output_tokens, image_input_tokens, image_output_tokens, images, web_searches,
             audio_milliseconds, characters, requests)
-        select w.org, w.request_id, p_now, coalesce(w.used_at, p_now), 0, nullif(w.user_id, v_zero), nullif(w.api_key_id, v_zero), w.provider_key_id,
-            w.provider, w.model, w.team_id, w.department_id, w.department_name, w.conversation_id, w.chain_id, w.price_version_id, w.pool_id, p.position,
+        select w.org, w.request_id, p_now, coalesce(w.used_at, p_now), 0, nullif(c.user_id, v_zero), nullif(c.api_key_id, v_zero), w.provider_key_id,
+            w.provider, w.model, c.team_id, c.department_id, c.department_name, w.conversation_id, w.chain_id, w.price_version_id, w.pool_id, w.position,
             w.charged, w.held, case when w.flags & 2 = 2 then 0 else w.cost end, case when w.flags & 2 = 2 then w.cost else 0 end, w.flags & ~49,
             p_usages[u.at + 1], p_usages[u.at + 2], p_usages[u.at + 3], p_usages[u.at + 4], p_usages[u.at + 5], p_usages[u.at + 6], p_usages[u.at + 7],
             p_usages[u.at + 8], p_usages[u.at + 9], p_usages[u.at + 10], p_usages[u.at + 11], p_usages[u.at + 12], p_usages[u.at + 13],
             p_usages[u.at + 14], p_usages[u.at + 15]
-        from w cross join lateral (select ((w.place - 1) * 15)::int as at) u
-        left join positions p on p.place = w.place and p.org = w.org and p.pool_id = w.pool_id
-        order by w.place;
+        from unnest(p_organization_ids, p_actions, p_request_ids, p_costs, p_flags, p_providers, p_models, p_price_version_ids, p_provider_key_ids,
+            p_conversation_ids, p_used_at, p_chains, p_outcomes, p_held, p_charged, v_pools, v_positions) with ordinality
+            w(org, action, request_id, cost, flags, provider, model, price_version_id, provider_key_id, conversation_id, used_at,
+              chain_id, outcome, held, charged, pool_id, position, place)
+        join chains c on c.organization_id = w.org and c.chain_id = w.chain_id
+        cross join lateral (select ((w.place - 1) * 15)::int as at) u
+        where w.action in (3, 5) and w.outcome = -1;
     end if;
 
     if 1 = any (p_outcomes) or 4 = any (p_actions) then
@@ -1224,7 +1241,7 @@ create or replace function credits.move_batch(
     p_used_at timestamptz[], p_keys text[], p_body_hashes bytea[], p_at timestamptz default null
 ) returns setof credits.verdict
 language plpgsql volatile security definer
-set search_path = credits, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set jit = off
+set search_path = credits, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_material = off set jit = off
 as $$
 #variable_conflict use_column
 declare
@@ -1427,7 +1444,8 @@ begin
             where (e.leg = 0 or e.leg = w.leg) and (e.filter is null or w.model like e.filter) and not (e.metric = 0 and w.flags & 2 = 2)
         ), sums as materialized (
             select org, id, start, coalesce(sum(amount) filter (where action <> 5), 0)::bigint as held,
-                coalesce(sum(amount) filter (where action = 5), 0)::bigint as used
+                coalesce(sum(amount) filter (where action = 5), 0)::bigint as used,
+                array_agg(place::int) filter (where metric = 0) as places
             from demand group by 1, 2, 3
         ), moved as (
             update balances b set held_amount = held_amount + s.held, used_amount = used_amount + s.used,
@@ -1435,18 +1453,18 @@ begin
             from sums s
             where b.organization_id = s.org and b.balance_id = s.id and b.period_start = s.start
               and (not b.stops or (b.excess_amount = 0 and b.used_amount + b.held_amount + s.held + s.used <= b.limit_amount))
-            returning b.organization_id as org, b.balance_id as id, b.period_start as start,
+            returning b.organization_id as org, b.balance_id as id, b.period_start as start, s.places,
                 case when b.stops then b.limit_amount - b.used_amount - b.held_amount end as room
         ), rooms as (
-            select d.place, min(m.room) as room from demand d join moved m on m.org = d.org and m.id = d.id and m.start = d.start
-            where d.metric = 0 group by d.place
+            select p.place, min(m.room) as room from moved m cross join lateral unnest(m.places) p(place) group by p.place
         ), tight as (
+            -- NOT IN is a hashed look-up; a join of the two would compare every row with every other
             select array_agg(s.org) as orgs, array_agg(s.id) as ids, array_agg(s.start) as starts
-            from sums s left join moved m on m.org = s.org and m.id = s.id and m.start = s.start where m.id is null
+            from sums s where (s.org, s.id, s.start) not in (select org, id, start from moved)
         )
         select t.orgs is null, t.orgs, t.ids, t.starts, r.places, r.rooms
         into v_all, v_tight_orgs, v_tight_ids, v_tight_starts, v_room_places, v_rooms
-        from tight t, (select array_agg(place::int) as places, array_agg(room) as rooms from rooms) r;
+        from tight t, (select array_agg(place) as places, array_agg(room) as rooms from rooms) r;
 
         -- No leg may pay for the model: nothing was asked of any pool.
         for v_row in select place from unnest(p_actions, v_outcomes, v_legs, p_flags) with ordinality u(action, outcome, leg, flags, place)
@@ -1604,21 +1622,30 @@ comment on function credits.deduct is 'Authorize and settle in one: charges now 
 
 -- ------------------------------------------------------------------------------------------------ the four functions of the billing relations
 
-create or replace function credits.has_sufficient_credits(p_organization_id uuid, p_user_id uuid, p_amount_micros bigint) returns boolean
+-- current_chain: what a user and key must pass as of now, built when it is missing or stale.
+create or replace function credits.current_chain(p_organization_id uuid, p_user_id uuid, p_api_key_id uuid) returns uuid
 language plpgsql volatile security definer set search_path = credits, pg_temp as $$
 declare
     v_zero constant uuid := '00000000-0000-0000-0000-000000000000';
     v_now timestamptz := credits.lock_gate(p_organization_id, null);
+    v_chain_id uuid;
+begin
+    select chain_id into v_chain_id from chains c
+    where c.organization_id = p_organization_id and c.user_id = coalesce(p_user_id, v_zero) and c.api_key_id = coalesce(p_api_key_id, v_zero)
+      and c.replaced_at is null and c.valid_until > v_now
+      and c.limits_version = (select limits_version from gates where organization_id = p_organization_id);
+    return coalesce(v_chain_id,
+        credits.build_chain(p_organization_id, coalesce(p_user_id, v_zero), coalesce(p_api_key_id, v_zero), v_now));
+end $$;
+comment on function credits.current_chain is 'The chain of a user and key as of now; asks, moves nothing';
+
+create or replace function credits.has_sufficient_credits(p_organization_id uuid, p_user_id uuid, p_amount_micros bigint) returns boolean
+language plpgsql volatile security definer set search_path = credits, pg_temp as $$
+declare
     v_chain chains;
 begin
-    select * into v_chain from chains c
-    where c.organization_id = p_organization_id and c.user_id = coalesce(p_user_id, v_zero) and c.api_key_id = v_zero and c.replaced_at is null
-      and c.valid_until > v_now and c.limits_version = (select limits_version from gates where organization_id = p_organization_id);
-    if not found then
-        select * into strict v_chain from chains
-        where organization_id = p_organization_id
-          and chain_id = credits.build_chain(p_organization_id, coalesce(p_user_id, v_zero), v_zero, v_now);
-    end if;
+    select * into strict v_chain from chains
+    where organization_id = p_organization_id and chain_id = credits.current_chain(p_organization_id, p_user_id, null);
     return v_chain.refusal is null and coalesce(credits.available_of(p_organization_id, v_chain.chain_id, ''), 0) >= p_amount_micros;
 end $$;
 comment on function credits.has_sufficient_credits is 'True when the user could spend this many micros now; asks, moves nothing';
@@ -1656,7 +1683,7 @@ revoke all on all functions in schema credits from public;
 grant execute on function credits.move_batch, credits.expire_holds to bursar_lane, bursar_simulator;
 grant execute on function credits.open_organization, credits.open_pool, credits.add_grant, credits.void_grant, credits.allocate,
     credits.end_allocation, credits.set_limit, credits.end_limit, credits.move_one, credits.authorize, credits.extend, credits.settle,
-    credits.release, credits.deduct, credits.has_sufficient_credits, credits.deduct_credits, credits.add_credits_to_pool,
+    credits.release, credits.deduct, credits.current_chain, credits.has_sufficient_credits, credits.deduct_credits, credits.add_credits_to_pool,
     credits.allocate_credits_to_user to bursar_app, bursar_simulator;
 grant execute on function credits.limits_changed to bursar_app, bursar_owner, bursar_simulator;
 grant execute on function credits.available_of, credits.period_start, credits.period_end, credits.hash_of, credits.no_usage to bursar_app, bursar_platform;

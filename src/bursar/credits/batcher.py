@@ -1,0 +1,238 @@
+"""The batcher: whatever waits to move credits is decided by one database call, and answered after its commit.
+
+While one batch is in flight the next collects; there is no timer. A lane is one connection and takes a hash class of
+organizations, so that two lanes never wait for one organization's gate.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+from uuid import UUID
+
+import psycopg
+import structlog
+from prometheus_client import Counter, Gauge, Histogram
+
+from bursar.credits.moves import MOVE_BATCH, Action, Move, Outcome, Verdict, as_arguments, as_verdicts
+from bursar.db import arrays
+from bursar.problems import Problem
+
+MOST_A_BATCH: Final = 128
+GIVE_UP_SECONDS: Final = 10.0
+RETRY_SECONDS: Final = 0.05
+
+log = structlog.get_logger(__name__)
+BATCH_SIZES = Histogram("bursar_batch_size", "Moves decided in one call", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
+BATCH_SECONDS = Histogram(
+    "bursar_batch_seconds", "Time of one call", buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5)
+)
+REFUSALS = Counter("bursar_refusals_total", "Requests that a balance or rule refused", ["reason"])
+WAITING = Gauge("bursar_moves_waiting", "Calls that wait for other calls' holds")
+
+
+class Unavailable(Problem):
+    """The database does not answer; the request may be sent again. Nothing was charged that was not acknowledged."""
+
+    status, code, title = 503, "unavailable", "The books cannot be reached at the moment"
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A move and who waits for its verdict."""
+
+    move: Move
+    answer: asyncio.Future[Verdict]
+    give_up_at: float
+    parked: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """One connection and the moves that wait for it. One task runs `run`."""
+
+    dsn: str
+    queue: deque[_Waiting] = field(default_factory=deque)
+    parked: deque[_Waiting] = field(default_factory=deque)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    connection: psycopg.AsyncConnection[tuple[object, ...]] | None = None
+    closing: bool = False
+
+    def put(self, waiting: _Waiting) -> None:
+        """Queue a move; it goes out with the next batch."""
+        self.queue.append(waiting)
+        self.wake.set()
+
+    async def run(self) -> None:
+        """Decide batch after batch until closed and empty."""
+        while not (self.closing and not self.queue and not self.parked):
+            await self._wait_for_work()
+            batch = self._take()
+            if batch:
+                await self._decide(batch)
+        if self.connection is not None:
+            await self.connection.close()
+
+    async def _wait_for_work(self) -> None:
+        if self.queue:
+            return
+        self.wake.clear()
+        try:
+            # Parked calls are tried again by the clock too: another process may have settled what blocked them.
+            await asyncio.wait_for(self.wake.wait(), RETRY_SECONDS if self.parked else None)
+        except TimeoutError:
+            self._unpark(None)
+
+    def _take(self) -> list[_Waiting]:
+        """The next batch: what arrived first, no request twice, nothing whose caller has gone before it was sent."""
+        batch: list[_Waiting] = []
+        requests: set[UUID] = set()
+        later: list[_Waiting] = []
+        while self.queue and len(batch) < MOST_A_BATCH:
+            waiting = self.queue.popleft()
+            if waiting.answer.cancelled() and waiting.move.action in (Action.AUTHORIZE, Action.DEDUCT):
+                self._leave_park(waiting)
+                continue
+            if waiting.move.request_id in requests:
+                later.append(waiting)
+                continue
+            requests.add(waiting.move.request_id)
+            batch.append(waiting)
+        self.queue.extendleft(reversed(later))
+        return batch
+
+    async def _decide(self, batch: list[_Waiting]) -> None:
+        try:
+            verdicts = await self._call([waiting.move for waiting in batch])
+        except (psycopg.OperationalError, OSError) as error:
+            await self._lost(batch, error)
+            return
+        except psycopg.Error as error:
+            await self._refused_whole(batch, error)
+            return
+        freed: set[UUID] = set()
+        for waiting, verdict in zip(batch, verdicts, strict=True):
+            if waiting.move.action in (Action.SETTLE, Action.RELEASE):
+                freed.add(waiting.move.organization_id)
+            self._answer(waiting, verdict)
+        if freed and self.parked:
+            self._unpark(freed)
+
+    async def _call(self, moves: Sequence[Move]) -> list[Verdict]:
+        """One call of move_batch; committed when it returns."""
+        connection = await self._connected()
+        began = time.perf_counter()
+        cursor = connection.cursor(binary=True)
+        await cursor.execute(MOVE_BATCH, as_arguments(moves), prepare=True)
+        rows = await cursor.fetchall()
+        BATCH_SECONDS.observe(time.perf_counter() - began)
+        BATCH_SIZES.observe(len(moves))
+        return as_verdicts(rows)
+
+    async def _connected(self) -> psycopg.AsyncConnection[tuple[object, ...]]:
+        if self.connection is None or self.connection.closed:
+            self.connection = await psycopg.AsyncConnection.connect(
+                self.dsn, autocommit=True, connect_timeout=5, application_name="bursar lane"
+            )
+            arrays.register(self.connection)
+        return self.connection
+
+    async def _lost(self, batch: list[_Waiting], error: Exception) -> None:
+        """The connection broke: the answer is unknown, so the same requests are asked again, marked as repeated.
+
+        A repeated settle or deduction finds what was booked, a repeated authorize finds its hold; a repeated extend
+        may hold its addition twice, which settling frees.
+        """
+        log.warning("lane lost its connection", error=str(error), moves=len(batch))
+        if self.connection is not None:
+            await self.connection.close()
+            self.connection = None
+        for waiting in reversed(batch):
+            if time.monotonic() >= waiting.give_up_at:
+                self._fail(waiting, Unavailable("the database does not answer", headers={"Retry-After": "2"}))
+            else:
+                waiting.move = waiting.move.repeated()
+                self.queue.appendleft(waiting)
+        await asyncio.sleep(RETRY_SECONDS)
+
+    async def _refused_whole(self, batch: list[_Waiting], error: psycopg.Error) -> None:
+        """One move made the call fail and nothing was booked: each is asked alone, so that only the culprit fails."""
+        if len(batch) == 1:
+            self._fail(batch[0], error)
+            return
+        log.warning("batch failed, asking one by one", error=str(error), moves=len(batch))
+        for waiting in batch:
+            await self._decide([waiting])
+
+    def _answer(self, waiting: _Waiting, verdict: Verdict) -> None:
+        if verdict.outcome is Outcome.WAIT:
+            if time.monotonic() < waiting.give_up_at and not self.closing:
+                self._park(waiting)
+            else:
+                waiting.move = waiting.move.impatient()
+                self.put(waiting)
+            return
+        self._leave_park(waiting)
+        if verdict.outcome in (Outcome.REFUSED, Outcome.NOT_ALLOWED):
+            REFUSALS.labels(verdict.detail or "unknown").inc()
+        if not waiting.answer.done():
+            waiting.answer.set_result(verdict)
+
+    def _fail(self, waiting: _Waiting, error: Exception) -> None:
+        self._leave_park(waiting)
+        if not waiting.answer.done():
+            waiting.answer.set_exception(error)
+
+    def _park(self, waiting: _Waiting) -> None:
+        if not waiting.parked:
+            waiting.parked = True
+            WAITING.inc()
+        self.parked.append(waiting)
+
+    def _leave_park(self, waiting: _Waiting) -> None:
+        if waiting.parked:
+            waiting.parked = False
+            WAITING.dec()
+
+    def _unpark(self, organizations: set[UUID] | None) -> None:
+        """Try parked calls again, first come first, before what arrived later; None: those of every organization."""
+        again = [each for each in self.parked if organizations is None or each.move.organization_id in organizations]
+        if again:
+            self.parked = deque(each for each in self.parked if each not in set(again))
+            self.queue.extendleft(reversed(again))
+            self.wake.set()
+
+
+class Batcher:
+    """Lanes of one process. Start it with `async with`; leaving waits until everything queued is decided."""
+
+    def __init__(self, dsn: str, *, lanes: int = 2) -> None:
+        self._lanes = [Lane(dsn) for _ in range(lanes)]
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> "Batcher":
+        self._tasks = [asyncio.create_task(lane.run(), name=f"lane {n}") for n, lane in enumerate(self._lanes)]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for lane in self._lanes:
+            lane.closing = True
+            lane._unpark(None)
+            lane.wake.set()
+        await asyncio.gather(*self._tasks)
+
+    async def move(self, move: Move) -> Verdict:
+        """The verdict on one move, after its commit.
+
+        A settle or release goes out even when its caller is cancelled meanwhile.
+
+        Raises:
+            Unavailable: the database did not answer for 10 s.
+            psycopg.Error: the database refused the call itself.
+        """
+        answer: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(move, answer, time.monotonic() + GIVE_UP_SECONDS)
+        self._lanes[move.organization_id.int % len(self._lanes)].put(waiting)
+        return await answer

@@ -1,0 +1,306 @@
+"""Where did this charge come from: the grants it drew from, the limits it passed, the price and the usage behind it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any, Final
+from uuid import UUID
+
+from bursar import db
+from bursar.credits.grants import Grant
+from bursar.credits.why import LimitState
+from bursar.money import Micros, NanoUsd, format_credits, format_usd
+from bursar.pricing.usage import USAGE_KINDS
+from bursar.problems import NotFound
+
+QUERIES: Final = db.load_queries("bursar.credits")
+FLAG_NAMES: Final = {
+    2: "own_key",
+    4: "estimated",
+    8: "streamed",
+    64: "booked_by_expiry",
+    128: "late",
+    256: "unpriced",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Attribution:
+    """One row of ledger.attribution; columns and units as commented there."""
+
+    request_id: UUID
+    booked_at: datetime
+    used_at: datetime
+    kind: int
+    user_id: UUID | None
+    api_key_id: UUID | None
+    provider_key_id: UUID | None
+    provider: str | None
+    model: str | None
+    team_id: UUID | None
+    department_id: UUID | None
+    department_name: str | None
+    conversation_id: UUID | None
+    chain_id: UUID | None
+    price_version_id: UUID | None
+    pool_id: UUID | None
+    position_micros: Micros | None
+    charged_micros: Micros
+    hold_micros: Micros
+    provider_cost_nano_usd: NanoUsd
+    customer_cost_nano_usd: NanoUsd
+    flags: int
+    input_tokens: int
+    cache_read_tokens: int
+    cache_write_5m_tokens: int
+    cache_write_1h_tokens: int
+    output_tokens: int
+    reasoning_tokens: int
+    audio_input_tokens: int
+    audio_output_tokens: int
+    image_input_tokens: int
+    image_output_tokens: int
+    images: int
+    web_searches: int
+    audio_milliseconds: int
+    characters: int
+    requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """A stretch of a pool's running total that the request drew."""
+
+    pool_id: UUID
+    position_micros: Micros
+    charged_micros: Micros
+
+
+@dataclass(frozen=True, slots=True)
+class Burn:
+    """A stretch of a pool's running total that one grant paid; grant_id None: no grant has paid it yet."""
+
+    grant_id: UUID | None
+    start_micros: Micros
+    end_micros: Micros
+
+
+@dataclass(frozen=True, slots=True)
+class GrantLeft:
+    """What an active grant has left to burn, in burn order."""
+
+    grant_id: UUID
+    left_micros: Micros
+
+
+@dataclass(frozen=True, slots=True)
+class OpenHold:
+    """A request that is still running."""
+
+    request_id: UUID
+    chain_id: UUID
+    is_sent: bool
+    amount_micros: Micros
+    progress_micros: Micros
+    provider: str | None
+    model: str | None
+    placed_at: datetime
+    lease_expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Unbilled:
+    """A request that cost nothing."""
+
+    request_id: UUID
+    happened_at: datetime
+    outcome: str
+    user_id: UUID | None
+    api_key_id: UUID | None
+    provider: str | None
+    model: str | None
+    wanted_micros: Micros
+    binding_id: UUID | None
+    detail: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """All that is known of one request. state: held, charged, refused, released, expired."""
+
+    request_id: UUID
+    state: str
+    rows: tuple[Attribution, ...] = ()
+    burns: tuple[Burn, ...] = ()
+    grants: tuple[Grant, ...] = ()
+    limits: tuple[LimitState, ...] = ()
+    hold: OpenHold | None = None
+    unbilled: Unbilled | None = None
+
+    @property
+    def charged_micros(self) -> Micros:
+        """What it cost in all, corrections included."""
+        return Micros(sum(row.charged_micros for row in self.rows))
+
+    def as_json(self) -> dict[str, Any]:
+        """As GET /api/v1/requests/{id} and `bursar explain --json` show it."""
+        return {
+            "request_id": f"req_{self.request_id.hex}",
+            "state": self.state,
+            "charged": _credits(self.charged_micros),
+            "rows": [_row_json(row) for row in self.rows],
+            "grants": [_burn_json(burn, self.grants) for burn in self.burns],
+            "limits_passed": [each.as_json(binding=False) for each in self.limits],
+            "hold": _hold_json(self.hold) if self.hold else None,
+            "not_charged": _unbilled_json(self.unbilled) if self.unbilled else None,
+        }
+
+
+async def explain(conn: db.Connection, *, organization_id: UUID, request_id: UUID) -> Story:
+    """The story of one request of the organization that is set.
+
+    Raises:
+        NotFound: no such request in this organization.
+    """
+    where = {"organization_id": organization_id, "request_id": request_id}
+    rows = await db.fetch_all(conn, Attribution, QUERIES.attribution_of_request, **where)
+    hold = await db.fetch_optional(conn, OpenHold, QUERIES.hold, **where)
+    unbilled = await db.fetch_optional(conn, Unbilled, QUERIES.unbilled_request, **where)
+    if rows:
+        burns = await _burns_of(conn, organization_id, rows[0])
+        grants = await db.fetch_all(
+            conn,
+            Grant,
+            QUERIES.grants_by_id,
+            organization_id=organization_id,
+            grant_ids=[burn.grant_id for burn in burns if burn.grant_id],
+        )
+        limits = await _limits_of(conn, organization_id, rows[0].chain_id, rows[0].model)
+        return Story(request_id, "charged", tuple(rows), tuple(burns), tuple(grants), tuple(limits))
+    if hold is not None:
+        limits = await _limits_of(conn, organization_id, hold.chain_id, hold.model)
+        return Story(request_id, "held", limits=tuple(limits), hold=hold)
+    if unbilled is not None:
+        return Story(request_id, unbilled.outcome, unbilled=unbilled)
+    raise NotFound("no such request")
+
+
+async def _limits_of(
+    conn: db.Connection, organization_id: UUID, chain_id: UUID | None, model: str | None
+) -> list[LimitState]:
+    states = await db.fetch_all(
+        conn, LimitState, QUERIES.chain, organization_id=organization_id, chain_id=chain_id, model=model or ""
+    )
+    return [state for state in states if state.balance_id is not None]
+
+
+async def _burns_of(conn: db.Connection, organization_id: UUID, row: Attribution) -> list[Burn]:
+    """The grants behind a charge: from the stretches already poured, and for the rest as pouring now would have it."""
+    if row.pool_id is None or row.position_micros is None:
+        return []
+    takes = await db.fetch_all(
+        conn, Take, QUERIES.takes_of_request, organization_id=organization_id, request_id=row.request_id
+    )
+    own = Micros(row.charged_micros - sum(take.charged_micros for take in takes))
+    burns: list[Burn] = []
+    for take in [Take(row.pool_id, row.position_micros, own), *takes]:
+        burns += await _burns_of_take(conn, organization_id, take)
+    return burns
+
+
+async def _burns_of_take(conn: db.Connection, organization_id: UUID, take: Take) -> list[Burn]:
+    start, end = take.position_micros, take.position_micros + take.charged_micros
+    pool = {"organization_id": organization_id, "pool_id": take.pool_id}
+    poured = await db.fetch_value(conn, QUERIES.pool_poured, **pool)
+    burns = await db.fetch_all(conn, Burn, QUERIES.burns_of_stretch, start=start, end=min(end, poured), **pool)
+    if end > poured:
+        grants = await db.fetch_all(conn, GrantLeft, QUERIES.grants_of_pool, **pool)
+        burns += pour(grants, poured=poured, start=max(start, poured), end=end)
+    return burns
+
+
+def pour(grants: Sequence[GrantLeft], *, poured: int, start: int, end: int) -> list[Burn]:
+    """Which grants pay the stretch [start, end) of a running total that is poured up to `poured`.
+
+    grants: in burn order. What they do not cover is a burn without grant, at the end.
+    """
+    burns: list[Burn] = []
+    at = poured
+    for grant in grants:
+        low, high = max(start, at), min(end, at + grant.left_micros)
+        if high > low:
+            burns.append(Burn(grant.grant_id, Micros(low), Micros(high)))
+        at += grant.left_micros
+    if end > max(at, start):
+        burns.append(Burn(None, Micros(max(at, start)), Micros(end)))
+    return burns
+
+
+def _credits(amount: Micros) -> dict[str, str]:
+    return {"amount": format_credits(amount), "unit": "credit"}
+
+
+def _id(prefix: str, identifier: UUID | None) -> str | None:
+    return f"{prefix}_{identifier.hex}" if identifier else None
+
+
+def _row_json(row: Attribution) -> dict[str, Any]:
+    return {
+        "kind": "correction" if row.kind == 1 else "charge",
+        "used_at": row.used_at.isoformat(),
+        "booked_at": row.booked_at.isoformat(),
+        "user_id": _id("usr", row.user_id),
+        "api_key_id": _id("key", row.api_key_id),
+        "provider": row.provider,
+        "provider_key_id": _id("pvk", row.provider_key_id),
+        "model": row.model,
+        "team_id": _id("team", row.team_id),
+        "department_id": _id("dep", row.department_id),
+        "department": row.department_name,
+        "conversation_id": _id("conv", row.conversation_id),
+        "price_version_id": _id("prc", row.price_version_id),
+        "pool_id": _id("pool", row.pool_id),
+        "held": _credits(row.hold_micros),
+        "charged": _credits(row.charged_micros),
+        "marks": [name for bit, name in FLAG_NAMES.items() if row.flags & bit],
+        "usage": {kind: getattr(row, kind) for kind in USAGE_KINDS if getattr(row, kind)},
+    }
+
+
+def _burn_json(burn: Burn, grants: Sequence[Grant]) -> dict[str, Any]:
+    grant = next((each for each in grants if each.grant_id == burn.grant_id), None)
+    return {
+        "grant_id": _id("grt", burn.grant_id),
+        "source": grant.source if grant else None,
+        "reason": grant.reason if grant else "not covered by any grant yet",
+        "drawn": _credits(Micros(burn.end_micros - burn.start_micros)),
+    }
+
+
+def _hold_json(hold: OpenHold) -> dict[str, Any]:
+    return {
+        "held": _credits(hold.amount_micros),
+        "used_so_far": _credits(hold.progress_micros),
+        "sent": hold.is_sent,
+        "model": hold.model,
+        "placed_at": hold.placed_at.isoformat(),
+        "ends_by_itself_at": hold.lease_expires_at.isoformat(),
+    }
+
+
+def _unbilled_json(request: Unbilled) -> dict[str, Any]:
+    return {
+        "outcome": request.outcome,
+        "happened_at": request.happened_at.isoformat(),
+        "model": request.model,
+        "wanted": _credits(request.wanted_micros),
+        "reason": request.detail,
+    }
+
+
+def provider_cost(story: Story) -> str:
+    """What the provider asks for it, in dollars; for those who may see margins."""
+    return format_usd(NanoUsd(sum(row.provider_cost_nano_usd for row in story.rows)))
+
+
+assert {field.name for field in fields(Attribution)} >= set(USAGE_KINDS)

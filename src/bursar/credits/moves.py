@@ -1,0 +1,148 @@
+"""One request to move credits, the verdict on it, and a batch of them as one call of credits.move_batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from enum import IntEnum, IntFlag
+from typing import Any, Final
+from uuid import UUID
+
+from bursar.db import arrays
+from bursar.money import Micros, NanoUsd
+from bursar.pricing.usage import Usage
+
+ONE_REQUEST: Final = Usage().as_array()
+NOTHING: Final = Micros(0)
+NO_COST: Final = NanoUsd(0)
+
+
+class Action(IntEnum):
+    """What is asked, in the numbers of move_batch."""
+
+    AUTHORIZE = 1
+    EXTEND = 2
+    SETTLE = 3
+    RELEASE = 4
+    DEDUCT = 5
+
+
+class Flag(IntFlag):
+    """Bits of a move; the stored ones are explained at ledger.attribution.flags."""
+
+    NONE = 0
+    SENT = 1
+    OWN_KEY = 2
+    ESTIMATED = 4
+    STREAMED = 8
+    MAY_WAIT = 16
+    REPEATED = 32
+    UNPRICED = 256
+
+
+class Outcome(IntEnum):
+    """What was decided, in the numbers of move_batch."""
+
+    ACCEPTED = 0
+    REFUSED = 1
+    WAIT = 2
+    KNOWN = 3
+    NO_HOLD = 4
+    KEY_REUSED = 5
+    NOT_ALLOWED = 6
+    KNOWN_REFUSED = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One request to move credits.
+
+    amount_micros: to hold (authorize), to hold in addition (extend), to charge (settle, deduct).
+    tokens: the same, for limits that count tokens. cost_nano_usd: provider cost that the amount stands for.
+    mark_micros: cost of the input alone (authorize), cost so far (extend).
+    """
+
+    action: Action
+    organization_id: UUID
+    request_id: UUID
+    user_id: UUID | None = None
+    api_key_id: UUID | None = None
+    amount_micros: Micros = NOTHING
+    tokens: int = 0
+    cost_nano_usd: NanoUsd = NO_COST
+    usage: tuple[int, ...] = ONE_REQUEST
+    mark_micros: Micros = NOTHING
+    lease_seconds: int = 0
+    flags: Flag = Flag.NONE
+    provider: str | None = None
+    model: str | None = None
+    price_version_id: UUID | None = None
+    provider_key_id: UUID | None = None
+    conversation_id: UUID | None = None
+    used_at: datetime | None = None
+    idempotency_key: str | None = None
+    body_hash: bytes | None = None
+
+    def repeated(self) -> "Move":
+        """The same move, after an answer that never came."""
+        return replace(self, flags=self.flags | Flag.REPEATED)
+
+    def impatient(self) -> "Move":
+        """The same move, to be refused where it would have to wait."""
+        return replace(self, flags=self.flags & ~Flag.MAY_WAIT)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was decided on a move. held and charged are micros; available is what its user and key could still spend."""
+
+    outcome: Outcome
+    request_id: UUID
+    held_micros: Micros
+    charged_micros: Micros
+    available_micros: Micros | None
+    binding_id: UUID | None
+    detail: str | None
+
+    @property
+    def accepted(self) -> bool:
+        """Decided in favor, now or earlier under the same key."""
+        return self.outcome in (Outcome.ACCEPTED, Outcome.KNOWN)
+
+
+MOVE_BATCH: Final = (
+    "select place, outcome, request_id, held_micros, charged_micros, available_micros, binding_id, detail "
+    "from credits.move_batch(%b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %t)"
+)
+
+
+def as_arguments(moves: Sequence[Move], at: datetime | None = None) -> list[Any]:
+    """The arguments of MOVE_BATCH: one array per field, one place per move."""
+    return [
+        moves[0].organization_id,
+        arrays.uuids([move.organization_id for move in moves]),
+        arrays.int2s([move.action for move in moves]),
+        arrays.uuids([move.request_id for move in moves]),
+        arrays.uuids([move.user_id for move in moves]),
+        arrays.uuids([move.api_key_id for move in moves]),
+        arrays.int8s([move.amount_micros for move in moves]),
+        arrays.int8s([move.tokens for move in moves]),
+        arrays.int8s([move.cost_nano_usd for move in moves]),
+        arrays.int4s([count for move in moves for count in move.usage]),
+        arrays.int8s([move.mark_micros for move in moves]),
+        arrays.int4s([move.lease_seconds for move in moves]),
+        arrays.int4s([move.flags for move in moves]),
+        arrays.texts([move.provider for move in moves]),
+        arrays.texts([move.model for move in moves]),
+        arrays.uuids([move.price_version_id for move in moves]),
+        arrays.uuids([move.provider_key_id for move in moves]),
+        arrays.uuids([move.conversation_id for move in moves]),
+        arrays.timestamps([move.used_at for move in moves]),
+        arrays.texts([move.idempotency_key for move in moves]),
+        arrays.byteas([move.body_hash for move in moves]),
+        at,
+    ]
+
+
+def as_verdicts(rows: Sequence[Sequence[Any]]) -> list[Verdict]:
+    """Rows of MOVE_BATCH, in the order of the moves."""
+    return [Verdict(Outcome(row[1]), row[2], row[3], row[4], row[5], row[6], row[7]) for row in rows]

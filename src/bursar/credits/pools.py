@@ -1,0 +1,118 @@
+"""Pools: who shares a balance, and how much is available, used and held in it."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Final
+from uuid import UUID
+
+from bursar import db
+from bursar.clock import uuid7
+from bursar.money import Micros
+from bursar.problems import Problem
+
+QUERIES: Final = db.load_queries("bursar.credits")
+
+
+class PoolKind(StrEnum):
+    """Who may spend from a pool."""
+
+    SHARED = "shared"
+    PERSONAL = "personal"
+    INDIVIDUAL = "individual"
+
+
+class NoPool(Problem):
+    """The organization has no such open pool."""
+
+    status, code, title = 404, "pool_not_found", "No such pool"
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """A pool and its balance, in micros. available: spendable now; excess: used or held beyond what was granted."""
+
+    pool_id: UUID
+    kind: PoolKind
+    owner_user_id: UUID | None
+    name: str
+    model_filter: str | None
+    limit_micros: Micros
+    used_micros: Micros
+    held_micros: Micros
+    excess_micros: Micros
+    next_event_at: datetime | None
+
+    @property
+    def available_micros(self) -> Micros:
+        """What can still be authorized from this pool as a whole."""
+        return Micros(max(0, self.limit_micros - self.used_micros - self.held_micros))
+
+
+async def open_account(conn: db.Connection, *, organization_id: UUID, kind: PoolKind) -> UUID:
+    """Give an organization its gate and its first pool; calling again changes nothing. Returns the pool's id.
+
+    kind: SHARED for a company that shares, INDIVIDUAL for a person without company. An organization whose members have
+    balances of their own calls `open_gate` and opens a PERSONAL pool per member when the first grant arrives.
+    """
+    await open_gate(conn, organization_id=organization_id)
+    name = "Shared credits" if kind is PoolKind.SHARED else "Individual credits"
+    return await open_pool(conn, organization_id=organization_id, kind=kind, name=name)
+
+
+async def open_gate(conn: db.Connection, *, organization_id: UUID) -> None:
+    """Let credits of this organization move at all; idempotent."""
+    await db.execute(conn, QUERIES.open_organization, organization_id=organization_id)
+
+
+async def open_pool(
+    conn: db.Connection,
+    *,
+    organization_id: UUID,
+    kind: PoolKind,
+    name: str,
+    owner_user_id: UUID | None = None,
+    model_filter: str | None = None,
+) -> UUID:
+    """The open pool of this kind, owner and filter; made when there is none. Returns its id.
+
+    model_filter: LIKE pattern of the models it may pay for; None: every one.
+    """
+    pool_id = await db.fetch_value(
+        conn,
+        QUERIES.open_pool,
+        organization_id=organization_id,
+        pool_id=uuid7(),
+        kind=kind,
+        owner_user_id=owner_user_id,
+        name=name,
+        model_filter=model_filter,
+    )
+    assert isinstance(pool_id, UUID)
+    return pool_id
+
+
+async def list_pools(conn: db.Connection, *, organization_id: UUID) -> list[Pool]:
+    """Open pools of the organization, shared first."""
+    return await db.fetch_all(conn, Pool, QUERIES.pools, organization_id=organization_id)
+
+
+async def pool_for(conn: db.Connection, *, organization_id: UUID, owner_user_id: UUID | None = None) -> UUID:
+    """Where credits for this organization go: the owner's personal pool (opened when missing), else the organization's.
+
+    Raises:
+        NoPool: the organization has no pool of its own, because its members have balances of their own.
+    """
+    if owner_user_id is not None:
+        return await open_pool(
+            conn,
+            organization_id=organization_id,
+            kind=PoolKind.PERSONAL,
+            name="Personal credits",
+            owner_user_id=owner_user_id,
+        )
+    pool_id = await db.fetch_value(conn, QUERIES.own_pool, organization_id=organization_id)
+    if pool_id is None:
+        raise NoPool("this organization's members have balances of their own: name the member")
+    assert isinstance(pool_id, UUID)
+    return pool_id

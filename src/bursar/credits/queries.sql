@@ -1,0 +1,139 @@
+-- name: open_organization
+select credits.open_organization(%(organization_id)s)
+
+-- name: open_pool
+select credits.open_pool(%(organization_id)s, %(pool_id)s, %(kind)s, %(owner_user_id)s, %(name)s, %(model_filter)s)
+
+-- name: own_pool
+select pool_id from credits.pools
+where organization_id = %(organization_id)s and kind in ('shared', 'individual') and model_filter is null and closed_at is null
+
+-- name: pools
+select p.pool_id, p.kind, p.owner_user_id, p.name, p.model_filter, b.limit_amount as limit_micros, b.used_amount as used_micros,
+    b.held_amount as held_micros, b.excess_amount as excess_micros,
+    case when isfinite(p.next_event_at) then p.next_event_at end as next_event_at
+from credits.pools p
+join credits.balances b on b.organization_id = p.organization_id and b.balance_id = p.pool_id and b.period_start = '-infinity'
+where p.organization_id = %(organization_id)s and p.closed_at is null
+order by p.kind <> 'shared', p.created_at, p.pool_id
+
+-- name: add_grant
+select credits.add_grant(%(organization_id)s, %(grant_id)s, %(pool_id)s, %(source)s, %(amount_micros)s, %(priority)s::smallint, %(is_free)s,
+    %(cost_basis_nano_usd)s, %(effective_at)s, %(expires_at)s, %(reason)s, %(created_by)s, %(idempotency_key)s)
+
+-- name: void_grant
+select credits.void_grant(%(organization_id)s, %(grant_id)s, %(reason)s, %(created_by)s, %(idempotency_key)s)
+
+-- name: grants
+select g.grant_id, g.pool_id, g.source, g.amount_micros, s.left_micros, s.state, g.priority, g.is_free, g.cost_basis_nano_usd, g.effective_at,
+    case when isfinite(g.expires_at) then g.expires_at end as expires_at, g.reason, g.created_at
+from credits.grants g
+join credits.grant_states s on s.organization_id = g.organization_id and s.grant_id = g.grant_id
+where g.organization_id = %(organization_id)s
+order by g.pool_id, g.priority, g.expires_at, g.is_free desc, g.effective_at, g.created_at, g.grant_id
+
+-- name: allocate
+select credits.allocate(%(organization_id)s, %(allocation_id)s, %(pool_id)s, %(user_id)s, %(kind)s, %(period)s, %(amount_micros)s,
+    %(when_empty)s, %(oversubscribe)s, %(created_by)s, %(idempotency_key)s)
+
+-- name: end_allocation
+select credits.end_allocation(%(organization_id)s, %(allocation_id)s)
+
+-- name: allocations
+select a.allocation_id, a.pool_id, a.user_id, a.kind, a.period, a.amount_micros, a.when_empty,
+    coalesce(b.used_amount, 0) as used_micros, coalesce(b.held_amount, 0) as held_micros
+from credits.allocations a
+join identity.organizations o on o.organization_id = a.organization_id
+left join credits.balances b on b.organization_id = a.organization_id and b.balance_id = a.allocation_id
+    and b.period_start = credits.period_start(a.period, o.zone, statement_timestamp())
+where a.organization_id = %(organization_id)s and a.ended_at is null
+order by a.created_at, a.allocation_id
+
+-- name: set_limit
+select credits.set_limit(%(organization_id)s, %(limit_id)s, %(scope)s, %(scope_id)s, %(metric)s, %(model_filter)s, %(period)s, %(amount)s,
+    %(action)s, %(created_by)s)
+
+-- name: end_limit
+select credits.end_limit(%(organization_id)s, %(limit_id)s)
+
+-- name: limits
+select limit_id, scope, scope_id, metric, model_filter, period, amount, action, created_at
+from credits.limits where organization_id = %(organization_id)s and ended_at is null
+order by created_at, limit_id
+
+-- name: current_chain
+select credits.current_chain(%(organization_id)s, %(user_id)s, %(api_key_id)s)
+
+-- name: chain
+-- The pools and limits that a chain checks for a model, each with its balance now and who set it.
+select c.refusal, e.id as balance_id, e.leg, (array['credits', 'calls', 'tokens'])[e.metric + 1] as metric, b.kind, b.stops,
+    b.limit_amount, b.used_amount, b.held_amount, b.excess_amount,
+    coalesce(l.scope, case when a.allocation_id is not null then 'user' when p.kind in ('personal', 'individual') then 'user' else 'organization' end) as scope,
+    coalesce(l.scope_id, a.user_id, p.owner_user_id) as scope_id,
+    coalesce(l.period, a.period, 'none') as period,
+    case when isfinite(credits.period_end(coalesce(l.period, a.period, 'none'), o.zone, statement_timestamp()))
+         then credits.period_end(coalesce(l.period, a.period, 'none'), o.zone, statement_timestamp()) end as resets_at,
+    coalesce(l.created_by, a.created_by) as owner_id,
+    m.display_name as owner_name, o.zone, p.name as pool_name, coalesce(l.model_filter, c.leg_filters[nullif(e.leg, 0)]) as model_filter
+from credits.chains c
+join identity.organizations o on o.organization_id = c.organization_id
+left join lateral unnest(c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters)
+    with ordinality e(id, start, metric, leg, filter, nr)
+    on (e.filter is null or %(model)s like e.filter) and (e.leg = 0 or c.leg_filters[e.leg] is null or %(model)s like c.leg_filters[e.leg])
+left join credits.balances b on b.organization_id = c.organization_id and b.balance_id = e.id and b.period_start = e.start
+left join credits.limits l on l.organization_id = c.organization_id and l.limit_id = e.id
+left join credits.allocations a on a.organization_id = c.organization_id and a.allocation_id = e.id
+left join credits.pools p on p.organization_id = c.organization_id and (p.pool_id = e.id or p.open_part_id = e.id)
+left join identity.memberships m on m.organization_id = c.organization_id and m.user_id = coalesce(l.created_by, a.created_by)
+where c.organization_id = %(organization_id)s and c.chain_id = %(chain_id)s
+order by e.nr
+
+-- name: attribution_of_request
+select request_id, booked_at, used_at, kind, user_id, api_key_id, provider_key_id, provider, model, team_id, department_id, department_name,
+    conversation_id, chain_id, price_version_id, pool_id, position_micros, charged_micros, hold_micros, provider_cost_nano_usd,
+    customer_cost_nano_usd, flags, input_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens, output_tokens,
+    reasoning_tokens, audio_input_tokens, audio_output_tokens, image_input_tokens, image_output_tokens, images, web_searches,
+    audio_milliseconds, characters, requests
+from ledger.attribution where organization_id = %(organization_id)s and request_id = %(request_id)s
+order by booked_at, kind
+
+-- name: takes_of_request
+select pool_id, position_micros, charged_micros
+from ledger.attribution_takes where organization_id = %(organization_id)s and request_id = %(request_id)s
+order by booked_at, pool_id
+
+-- name: burns_of_stretch
+select grant_id, greatest(start_micros, %(start)s) as start_micros, least(end_micros, %(end)s) as end_micros
+from credits.burns
+where organization_id = %(organization_id)s and pool_id = %(pool_id)s and end_micros > %(start)s and start_micros < %(end)s
+order by start_micros
+
+-- name: pool_poured
+select poured_micros from credits.pools where organization_id = %(organization_id)s and pool_id = %(pool_id)s
+
+-- name: grants_of_pool
+select g.grant_id, s.left_micros
+from credits.grants g
+join credits.grant_states s on s.organization_id = g.organization_id and s.grant_id = g.grant_id
+where g.organization_id = %(organization_id)s and g.pool_id = %(pool_id)s and s.state in ('active', 'lingering') and s.left_micros > 0
+order by g.priority, g.expires_at, g.is_free desc, g.effective_at, g.created_at, g.grant_id
+
+-- name: grants_by_id
+select g.grant_id, g.pool_id, g.source, g.amount_micros, s.left_micros, s.state, g.priority, g.is_free, g.cost_basis_nano_usd, g.effective_at,
+    case when isfinite(g.expires_at) then g.expires_at end as expires_at, g.reason, g.created_at
+from credits.grants g
+join credits.grant_states s on s.organization_id = g.organization_id and s.grant_id = g.grant_id
+where g.organization_id = %(organization_id)s and g.grant_id = any (%(grant_ids)s)
+
+-- name: hold
+select request_id, chain_id, is_sent, amount_micros, progress_micros, provider, model, placed_at, lease_expires_at
+from credits.holds where organization_id = %(organization_id)s and request_id = %(request_id)s
+
+-- name: unbilled_request
+select request_id, happened_at, outcome, user_id, api_key_id, provider, model, wanted_micros, binding_id, detail
+from credits.unbilled_requests where organization_id = %(organization_id)s and request_id = %(request_id)s
+
+-- name: open_holds
+select count(*) as holds, coalesce(sum(amount_micros), 0)::bigint as held_micros,
+    extract(epoch from clock_timestamp() - min(placed_at))::bigint as oldest_seconds
+from credits.holds

@@ -1,0 +1,151 @@
+"""Python lists as PostgreSQL arrays in the binary format, packed at once.
+
+The money path binds some twenty arrays a batch; the driver's own list adaptation asks the type of every element. Each
+function here takes a list with None for null and gives a value that psycopg binds as that array type.
+
+Source: PostgreSQL, array_send: dimensions, has-null flag, element type, then (length, lower bound), then each element
+as its length (-1: null) and bytes.
+"""
+
+import struct
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Final
+from uuid import UUID
+
+import psycopg
+from psycopg import postgres
+from psycopg.adapt import Buffer, Dumper
+from psycopg.pq import Format
+
+_EPOCH: Final = datetime(2000, 1, 1, tzinfo=UTC)
+_NULL: Final = b"\xff\xff\xff\xff"
+_SIXTEEN: Final = b"\x00\x00\x00\x10"
+
+
+class BinaryArray:
+    """An array value, ready to send."""
+
+    __slots__ = ("data",)
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+
+class UuidArray(BinaryArray):
+    """uuid[]"""
+
+
+class Int2Array(BinaryArray):
+    """smallint[]"""
+
+
+class Int4Array(BinaryArray):
+    """integer[]"""
+
+
+class Int8Array(BinaryArray):
+    """bigint[]"""
+
+
+class TextArray(BinaryArray):
+    """text[]"""
+
+
+class ByteaArray(BinaryArray):
+    """bytea[]"""
+
+
+class TimestamptzArray(BinaryArray):
+    """timestamptz[]"""
+
+
+_ELEMENTS: Final = {
+    UuidArray: "uuid",
+    Int2Array: "int2",
+    Int4Array: "int4",
+    Int8Array: "int8",
+    TextArray: "text",
+    ByteaArray: "bytea",
+    TimestamptzArray: "timestamptz",
+}
+
+
+def _oid(name: str) -> int:
+    return postgres.types[name].oid
+
+
+_HEADS: Final = {cls: struct.Struct(">iiiii") for cls in _ELEMENTS}
+_OIDS: Final = {cls: _oid(name) for cls, name in _ELEMENTS.items()}
+
+
+def _head(cls: type[BinaryArray], length: int) -> bytes:
+    """The array's header; the has-null flag is always set, which PostgreSQL takes for 'may have nulls'."""
+    return _HEADS[cls].pack(1, 1, _OIDS[cls], length, 1)
+
+
+def uuids(values: Sequence[UUID | None]) -> UuidArray:
+    """uuid[]"""
+    return UuidArray(
+        _head(UuidArray, len(values)) + b"".join(_NULL if value is None else _SIXTEEN + value.bytes for value in values)
+    )
+
+
+def int2s(values: Sequence[int]) -> Int2Array:
+    """smallint[]; no nulls."""
+    return Int2Array(_head(Int2Array, len(values)) + _integers("h", 2, values))
+
+
+def int4s(values: Sequence[int]) -> Int4Array:
+    """integer[]; no nulls."""
+    return Int4Array(_head(Int4Array, len(values)) + _integers("i", 4, values))
+
+
+def int8s(values: Sequence[int]) -> Int8Array:
+    """bigint[]; no nulls."""
+    return Int8Array(_head(Int8Array, len(values)) + _integers("q", 8, values))
+
+
+def texts(values: Sequence[str | None]) -> TextArray:
+    """text[]"""
+    return TextArray(
+        _head(TextArray, len(values)) + _sized([None if value is None else value.encode() for value in values])
+    )
+
+
+def byteas(values: Sequence[bytes | None]) -> ByteaArray:
+    """bytea[]"""
+    return ByteaArray(_head(ByteaArray, len(values)) + _sized(values))
+
+
+def timestamps(values: Sequence[datetime | None]) -> TimestamptzArray:
+    """timestamptz[]; values are aware."""
+    microseconds = [
+        None if value is None else struct.pack(">q", (value - _EPOCH) // timedelta(microseconds=1)) for value in values
+    ]
+    return TimestamptzArray(_head(TimestamptzArray, len(values)) + _sized(microseconds))
+
+
+def _integers(code: str, size: int, values: Sequence[int]) -> bytes:
+    """Each integer with its length before it, in one pack."""
+    flat = [size] * (2 * len(values))
+    flat[1::2] = values
+    return struct.pack(">" + ("i" + code) * len(values), *flat)
+
+
+def _sized(values: Sequence[bytes | None]) -> bytes:
+    return b"".join(_NULL if value is None else len(value).to_bytes(4, "big") + value for value in values)
+
+
+class _ArrayDumper(Dumper):
+    format = Format.BINARY
+
+    def dump(self, obj: BinaryArray) -> Buffer | None:
+        return obj.data
+
+
+def register(connection: psycopg.AsyncConnection[object] | psycopg.Connection[object]) -> None:
+    """Let this connection bind the arrays of this module."""
+    for cls, name in _ELEMENTS.items():
+        dumper = type(f"{cls.__name__}Dumper", (_ArrayDumper,), {"oid": postgres.types[name].array_oid})
+        connection.adapters.register_dumper(cls, dumper)
