@@ -44,7 +44,8 @@ log = structlog.get_logger(__name__)
 DATABASE: Final = "bursar"
 SUPERUSER: Final = "postgres"
 PORT: Final = 5432  # only names the socket's file; there is no TCP
-START_SECONDS: Final = 60.0
+START_SECONDS: Final = 120.0  # after a crash it reads its log first
+LEFT_OVER_SECONDS: Final = 20.0
 STOP_SECONDS: Final = 60.0
 OWNER_POLL_SECONDS: Final = 0.1
 USER_POLL_SECONDS: Final = 0.5
@@ -123,6 +124,8 @@ class EmbeddedServer:
             fcntl.flock(self._users, fcntl.LOCK_SH)
             self._own_or_attach()
         except BaseException:
+            if self.is_owner:
+                self._end_postmaster()
             self._release()
             raise
         atexit.register(self.stop)
@@ -204,14 +207,14 @@ class EmbeddedServer:
     def _own_or_attach(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         while not self._try_to_own():
-            if self._answers():
+            if self._answers(DATABASE):
                 return
             if time.monotonic() > deadline:
                 raise ServerInUse(f"The database in {self.data_dir} does not answer", why=self._holder())
             time.sleep(0.02)
         self._bring_up()
 
-    def _answers(self) -> bool:
+    def _answers(self, database: str) -> bool:
         if not (self.data_dir / "postgres").exists():
             return False
         found = find_home(self.data_dir)
@@ -219,7 +222,7 @@ class EmbeddedServer:
         if running is None or not running.is_ready:
             return False
         try:
-            psycopg.connect(found.dsn(SUPERUSER, DATABASE, PORT), connect_timeout=5).close()
+            psycopg.connect(found.dsn(SUPERUSER, database, PORT), connect_timeout=5).close()
         except psycopg.OperationalError:
             return False
         return True
@@ -238,18 +241,25 @@ class EmbeddedServer:
         if found is None or not is_alive(found.pid, self.home.data):
             return False
         self._postmaster = Postmaster(found.pid, self.home.data)
-        return self._wait_until_ready(self._postmaster)
+        deadline = time.monotonic() + START_SECONDS
+        while self._wait_until_ready(self._postmaster) and time.monotonic() < deadline:
+            if self._answers("postgres"):  # it may say "ready" and be ending
+                return True
+            time.sleep(0.02)
+        return False
 
     def _clean_up(self) -> None:
-        """After a crash: end what outlived the postmaster; drop its pid file, which may name a zombie or a stranger."""
-        deadline = time.monotonic() + START_SECONDS / 2
+        """After a crash: end what outlived the postmaster; drop lock files that name a zombie or a stranger."""
+        deadline = time.monotonic() + LEFT_OVER_SECONDS
         while left := processes_in(self.home.data):
             late = time.monotonic() > deadline
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL if late else signal.SIGQUIT)
             time.sleep(0.02)
-        (self.home.data / PID_FILE).unlink(missing_ok=True)
+        socket = self.home.socket_dir / f".s.PGSQL.{PORT}"
+        for path in (self.home.data / PID_FILE, socket, socket.with_name(f"{socket.name}.lock")):
+            path.unlink(missing_ok=True)
 
     def _launch(self) -> None:
         programs = self._programs()
@@ -340,8 +350,12 @@ class EmbeddedServer:
 
     def _stop_if_last(self) -> bool:
         assert self._users is not None
-        if not self.is_owner or not _try_lock(self._users):
+        if not _try_lock(self._users):
             return False
+        while not self.is_owner and not self._try_to_own():
+            time.sleep(0.01)  # the supervisor is on its way out too; only users hold that lock
+        if self._postmaster is None:
+            self._adopt_running()
         self._end_postmaster()
         self.home.clear_socket_dir()
         return True

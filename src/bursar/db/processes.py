@@ -33,7 +33,7 @@ def read_pid_file(data: Path) -> PidFile | None:
 def is_alive(pid: int, data: Path) -> bool:
     """Whether this process runs and is a server of this cluster: no zombie, no stranger who got the number later."""
     if sys.platform == "linux":
-        return not _is_zombie(pid) and _works_in(pid, data)
+        return not _is_zombie(pid) and _serves(pid, data)
     answer = subprocess.run(
         ["ps", "-o", "stat=,command=", "-p", str(pid)], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -48,7 +48,7 @@ def processes_in(data: Path) -> list[int]:
     if sys.platform != "linux":
         return []
     pids = [int(each) for each in os.listdir("/proc") if each.isdigit()]
-    return [pid for pid in pids if _works_in(pid, data)]
+    return [pid for pid in pids if _serves(pid, data)]
 
 
 def _is_zombie(pid: int) -> bool:
@@ -60,9 +60,9 @@ def _is_zombie(pid: int) -> bool:
     return text.rpartition(")")[2].split()[0] in ("Z", "X")
 
 
-def _works_in(pid: int, data: Path) -> bool:
+def _serves(pid: int, data: Path) -> bool:
     try:
-        return Path(os.readlink(f"/proc/{pid}/cwd")) == data
+        return Path(os.readlink(f"/proc/{pid}/cwd")) == data and Path(f"/proc/{pid}/comm").read_text() == "postgres\n"
     except OSError:  # gone, a zombie, or another user's and so not ours
         return False
 
