@@ -11,8 +11,12 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+from uuid import UUID
 
 import psycopg
 import pytest
@@ -20,7 +24,16 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from bursar import db
+from bursar.audit.events import OPERATOR
+from bursar.clock import uuid7
+from bursar.credits.pools import PoolKind, open_account, open_gate
 from bursar.db.embedded import EmbeddedServer, ServerInUse
+from bursar.identity.addresses import Address
+from bursar.identity.api_keys import NewApiKey, create_api_key
+from bursar.identity.memberships import add_membership
+from bursar.identity.organizations import Organization, create_organization
+from bursar.identity.roles import Role, Scope
+from bursar.identity.users import User, find_or_create_user
 from bursar.settings import Settings, make_data_dir
 
 MASTER_KEY = "a master key that only the tests of Bursar use"
@@ -62,6 +75,98 @@ async def database(settings: Settings) -> AsyncIterator[db.Database]:
     """The run's database, migrated."""
     async with db.opened(settings, migrate=True) as opened:
         yield opened
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Org:
+    """A fresh organization of a test's own, with its credits opened, and what a test needs to fill it."""
+
+    database: db.Database
+    organization_id: UUID
+    slug: str
+    admin: UUID  # a member with the role org_admin
+
+    def tenant(self) -> AbstractAsyncContextManager[db.Connection]:
+        """One transaction that acts for this organization."""
+        return self.database.tenant(self.organization_id)
+
+    async def user(self, email: str | None = None) -> User:
+        """A person of the installation, not yet a member of anything but their home."""
+        return await find_or_create_user(
+            self.database,
+            address=Address.of(email or f"{uuid7().hex}@{self.slug}.example", self.database.settings),
+            display_name="Dana Test",
+            by=OPERATOR,
+            on_opening=open_credits,
+        )
+
+    async def member(self, *roles: Role, email: str | None = None, **place: Any) -> UUID:
+        """A new member with these roles (member when none); their user id. place: team_id, department_id, at."""
+        email = email or f"{uuid7().hex}@{self.slug}.example"
+        user = await self.user(email)
+        async with self.tenant() as conn:
+            await add_membership(
+                conn,
+                organization_id=self.organization_id,
+                user_id=user.user_id,
+                address=Address.of(email, self.database.settings),
+                display_name="Dana Test",
+                roles=roles or [Role.MEMBER],
+                by=OPERATOR,
+                **place,
+            )
+        return user.user_id
+
+    async def key(
+        self, user_id: UUID | None = None, *, scopes: Collection[Scope] = tuple(Scope), **columns: Any
+    ) -> NewApiKey:
+        """A new key of a member, of a service when None; `.text` is what a client presents."""
+        async with self.tenant() as conn:
+            return await create_api_key(
+                conn,
+                organization_id=self.organization_id,
+                user_id=user_id,
+                name="Test key",
+                by=OPERATOR,
+                scopes=scopes,
+                **columns,
+            )
+
+
+MakeOrg = Callable[..., Awaitable[Org]]
+
+
+@pytest.fixture
+def make_org(database: db.Database) -> MakeOrg:
+    """Makes organizations: `await make_org(zone="Asia/Kolkata", is_shared_token_pool=False)`."""
+
+    async def make(**columns: Any) -> Org:
+        organization_id = uuid7()
+        slug = f"t-{organization_id.hex[8:]}"
+        async with database.tenant(organization_id) as conn:
+            values = {"slug": slug, "name": "Test Corp", **columns}
+            organization = await create_organization(conn, organization_id=organization_id, by=OPERATOR, **values)
+            await open_credits(conn, organization)
+        bare = Org(database=database, organization_id=organization_id, slug=slug, admin=UUID(int=0))
+        return replace(bare, admin=await bare.member(Role.ORG_ADMIN))
+
+    return make
+
+
+@pytest.fixture
+async def org(make_org: MakeOrg) -> Org:
+    """A fresh company with a shared pool and one administrator: where most tests start."""
+    return await make_org()
+
+
+async def open_credits(conn: db.Connection, organization: Organization) -> None:
+    """The accounts that a new organization gets."""
+    if organization.kind == "individual":
+        await open_account(conn, organization_id=organization.organization_id, kind=PoolKind.INDIVIDUAL)
+    elif organization.is_shared_token_pool:
+        await open_account(conn, organization_id=organization.organization_id, kind=PoolKind.SHARED)
+    else:
+        await open_gate(conn, organization_id=organization.organization_id)
 
 
 def _embedded(run_dir: Path) -> Iterator[str]:

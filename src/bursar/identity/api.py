@@ -2,7 +2,7 @@
 
 from typing import Annotated, Final
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 
 from bursar.identity import guards
@@ -41,7 +41,7 @@ async def confirm_sign_in(token: str) -> HTMLResponse:
 
 
 @router.post("/sign-in/{token}", status_code=303, response_class=RedirectResponse, responses=documents(LinkNotValid))
-async def use_sign_in_link(request: Request, token: str) -> HTMLResponse | RedirectResponse:
+async def use_sign_in_link(request: Request, token: str) -> Response:
     """Use the link up, begin a session and go to the person's organization."""
     # Nobody signs others in as himself through a page of his own.
     guards.check_same_origin(request)
