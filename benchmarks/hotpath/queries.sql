@@ -1,0 +1,63 @@
+-- name: add_organizations
+insert into identity.organizations (organization_id, slug, name, kind, zone, currency, is_shared_token_pool, created_at)
+select id, 'bench-' || replace(id::text, '-', ''), 'Benchmark', 'company', 'Europe/Paris', 'USD', true, clock_timestamp()
+from unnest(%(organization_ids)s::uuid[]) id
+
+-- name: add_members
+insert into identity.memberships (organization_id, user_id, email, display_name, roles, joined_at)
+select org, id, id || '@example.com', 'Somebody', array['member'], clock_timestamp()
+from unnest(%(organization_ids)s::uuid[], %(user_ids)s::uuid[]) as m(org, id)
+
+-- name: add_keys
+insert into identity.api_keys (organization_id, api_key_id, original_api_key_id, user_id, name, public_id, last4, scopes, created_at)
+select org, id, id, user_id, 'Benchmark', replace(id::text, '-', ''), 'abcd', array['inference'], clock_timestamp()
+from unnest(%(organization_ids)s::uuid[], %(api_key_ids)s::uuid[], %(user_ids)s::uuid[]) as k(org, id, user_id)
+
+-- name: open_gates
+select count(credits.open_organization(id)) from unnest(%(organization_ids)s::uuid[]) id
+
+-- name: open_pools
+select count(credits.open_pool(org, id, 'shared', null, 'Shared credits'))
+from unnest(%(organization_ids)s::uuid[], %(pool_ids)s::uuid[]) as p(org, id)
+
+-- name: add_grants
+select count(credits.add_grant(org, gen_random_uuid(), id, 'purchase', %(micros)s, 100::smallint, false, 0, null, null, null, null, 'opening'))
+from unnest(%(organization_ids)s::uuid[], %(pool_ids)s::uuid[]) as p(org, id)
+
+-- name: cap
+select count(credits.set_limit(org, gen_random_uuid(), %(scope)s, id, 'credits', null, 'month', micros, 'stops', null))
+from unnest(%(organization_ids)s::uuid[], %(ids)s::uuid[], %(micros)s::bigint[]) as c(org, id, micros)
+
+-- name: add_plain_balances
+insert into bench.balances (organization_id, balance_id, limit_micros)
+select org, id, %(micros)s from unnest(%(organization_ids)s::uuid[], %(balance_ids)s::uuid[]) as b(org, id)
+
+-- name: chains
+select user_id, chain_id, leg_pool_ids[1], entry_ids,
+    -- as in the binary format: microseconds since 2000
+    array(select case when isfinite(s) then (extract(epoch from s) * 1000000)::bigint - 946684800000000 else -9223372036854775808 end
+          from unnest(entry_starts) s)
+from credits.chains where replaced_at is null and refusal is null
+
+-- name: booked
+select (select count(*) from ledger.attribution) + (select count(*) from bench.usage)
+
+-- name: lock_balances
+select balance_id, limit_micros, used_micros from bench.balances
+where organization_id = %(organization_id)s and balance_id = any(%(balance_ids)s) order by balance_id for update
+
+-- name: insert_usage
+insert into bench.usage (organization_id, request_id, user_id, api_key_id, provider, model, charged_micros, provider_cost_nano_usd,
+    input_tokens, output_tokens)
+values (%(organization_id)s, %(request_id)s, %(user_id)s, %(api_key_id)s, %(provider)s, %(model)s, %(micros)s, %(cost)s, %(input)s, %(output)s)
+
+-- name: take
+update bench.balances set used_micros = used_micros + %(micros)s
+where organization_id = %(organization_id)s and balance_id = any(%(balance_ids)s)
+
+-- name: deduct
+select bench.deduct(%(organization_id)s, %(request_id)s, %(user_id)s, %(api_key_id)s, %(balance_ids)s, %(provider)s, %(model)s, %(micros)s,
+    %(cost)s, %(input)s, %(output)s)
+
+-- name: write_floor
+select bench.write_floor(%b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b)

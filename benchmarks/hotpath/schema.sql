@@ -1,0 +1,78 @@
+-- What the contenders of the benchmark use: tables as an application has them, a function written for one deduction,
+-- and the cost floor of a batch. No row-level security, no partitions, one index each: everything in their favor.
+create schema bench;
+
+create table bench.balances (
+    organization_id uuid not null,
+    balance_id uuid not null,
+    limit_micros bigint not null,
+    used_micros bigint not null default 0,
+    primary key (organization_id, balance_id),
+    check (used_micros <= limit_micros)
+) with (fillfactor = 40, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_cost_delay = 0);
+
+create table bench.usage (
+    organization_id uuid not null,
+    request_id uuid not null,
+    used_at timestamptz not null default clock_timestamp(),
+    user_id uuid not null,
+    api_key_id uuid not null,
+    provider text not null,
+    model text not null,
+    charged_micros bigint not null,
+    provider_cost_nano_usd bigint not null,
+    input_tokens integer not null,
+    output_tokens integer not null,
+    primary key (organization_id, request_id)
+);
+
+-- deduct: one deduction in one call, as somebody would write it who writes functions.
+create function bench.deduct(
+    p_organization_id uuid, p_request_id uuid, p_user_id uuid, p_api_key_id uuid, p_balance_ids uuid[], p_provider text, p_model text,
+    p_micros bigint, p_cost bigint, p_input integer, p_output integer
+) returns boolean language plpgsql as $$
+declare
+    v_moved integer;
+begin
+    perform 1 from bench.balances where organization_id = p_organization_id and balance_id = any (p_balance_ids)
+    order by balance_id for no key update;
+    update bench.balances set used_micros = used_micros + p_micros
+    where organization_id = p_organization_id and balance_id = any (p_balance_ids) and used_micros + p_micros <= limit_micros;
+    get diagnostics v_moved = row_count;
+    if v_moved < cardinality(p_balance_ids) then
+        raise exception 'not enough credits' using errcode = 'BR402';
+    end if;
+    insert into bench.usage (organization_id, request_id, user_id, api_key_id, provider, model, charged_micros, provider_cost_nano_usd,
+        input_tokens, output_tokens)
+    values (p_organization_id, p_request_id, p_user_id, p_api_key_id, p_provider, p_model, p_micros, p_cost, p_input, p_output);
+    return true;
+end $$;
+
+-- write_floor: the rows that a batch of deductions cannot avoid writing, and nothing else: no decision, no look-up. The attribution rows
+-- and the summed balance rows come ready from outside; the tables, columns and indexes are the real ones.
+create function bench.write_floor(
+    p_organization_ids uuid[], p_request_ids uuid[], p_user_ids uuid[], p_api_key_ids uuid[], p_chain_ids uuid[], p_pool_ids uuid[],
+    p_positions bigint[], p_amounts bigint[], p_costs bigint[], p_usages integer[], p_providers text[], p_models text[],
+    p_balance_orgs uuid[], p_balance_ids uuid[], p_balance_starts timestamptz[], p_balance_sums bigint[]
+) returns integer language plpgsql
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set jit = off as $$
+declare
+    v_now constant timestamptz := clock_timestamp();
+begin
+    update credits.balances b set used_amount = used_amount + s.amount
+    from unnest(p_balance_orgs, p_balance_ids, p_balance_starts, p_balance_sums) s(org, id, start, amount)
+    where b.organization_id = s.org and b.balance_id = s.id and b.period_start = s.start;
+    insert into ledger.attribution (organization_id, request_id, booked_at, used_at, kind, user_id, api_key_id, provider, model, chain_id,
+        pool_id, position_micros, charged_micros, hold_micros, provider_cost_nano_usd, customer_cost_nano_usd, flags, input_tokens,
+        cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens, output_tokens, reasoning_tokens, audio_input_tokens,
+        audio_output_tokens, image_input_tokens, image_output_tokens, images, web_searches, audio_milliseconds, characters, requests)
+    select w.org, w.request_id, v_now, v_now, 0, w.user_id, w.api_key_id, w.provider, w.model, w.chain_id, w.pool_id, w.position, w.amount, 0,
+        w.cost, 0, 0, p_usages[u.at + 1], p_usages[u.at + 2], p_usages[u.at + 3], p_usages[u.at + 4], p_usages[u.at + 5], p_usages[u.at + 6],
+        p_usages[u.at + 7], p_usages[u.at + 8], p_usages[u.at + 9], p_usages[u.at + 10], p_usages[u.at + 11], p_usages[u.at + 12],
+        p_usages[u.at + 13], p_usages[u.at + 14], p_usages[u.at + 15]
+    from unnest(p_organization_ids, p_request_ids, p_user_ids, p_api_key_ids, p_chain_ids, p_pool_ids, p_positions, p_amounts, p_costs,
+        p_providers, p_models) with ordinality
+        w(org, request_id, user_id, api_key_id, chain_id, pool_id, position, amount, cost, provider, model, place)
+    cross join lateral (select ((w.place - 1) * 15)::int as at) u;
+    return cardinality(p_request_ids);
+end $$;
