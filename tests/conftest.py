@@ -26,12 +26,12 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from bursar import db
 from bursar.audit.events import OPERATOR
 from bursar.clock import uuid7
-from bursar.credits.pools import PoolKind, open_account, open_gate
+from bursar.credits.pools import open_credits
 from bursar.db.embedded import EmbeddedServer, ServerInUse
 from bursar.identity.addresses import Address
 from bursar.identity.api_keys import NewApiKey, create_api_key
 from bursar.identity.memberships import add_membership
-from bursar.identity.organizations import Organization, create_organization
+from bursar.identity.organizations import create_organization
 from bursar.identity.roles import Role, Scope
 from bursar.identity.users import User, find_or_create_user
 from bursar.settings import Settings, make_data_dir
@@ -157,16 +157,6 @@ def make_org(database: db.Database) -> MakeOrg:
 async def org(make_org: MakeOrg) -> Org:
     """A fresh company with a shared pool and one administrator: where most tests start."""
     return await make_org()
-
-
-async def open_credits(conn: db.Connection, organization: Organization) -> None:
-    """The accounts that a new organization gets."""
-    if organization.kind == "individual":
-        await open_account(conn, organization_id=organization.organization_id, kind=PoolKind.INDIVIDUAL)
-    elif organization.is_shared_token_pool:
-        await open_account(conn, organization_id=organization.organization_id, kind=PoolKind.SHARED)
-    else:
-        await open_gate(conn, organization_id=organization.organization_id)
 
 
 def _embedded(run_dir: Path) -> Iterator[str]:

@@ -8,6 +8,7 @@ from uuid import UUID
 
 from bursar import db
 from bursar.clock import uuid7
+from bursar.identity.organizations import Organization
 from bursar.money import Micros
 from bursar.problems import Problem
 
@@ -58,6 +59,16 @@ async def open_account(conn: db.Connection, *, organization_id: UUID, kind: Pool
     await open_gate(conn, organization_id=organization_id)
     name = "Shared credits" if kind is PoolKind.SHARED else "Individual credits"
     return await open_pool(conn, organization_id=organization_id, kind=kind, name=name)
+
+
+async def open_credits(conn: db.Connection, organization: Organization) -> None:
+    """The accounts that a new organization gets, by its kind; whoever creates one composes this with it."""
+    if organization.kind == "individual":
+        await open_account(conn, organization_id=organization.organization_id, kind=PoolKind.INDIVIDUAL)
+    elif organization.is_shared_token_pool:
+        await open_account(conn, organization_id=organization.organization_id, kind=PoolKind.SHARED)
+    else:
+        await open_gate(conn, organization_id=organization.organization_id)
 
 
 async def open_gate(conn: db.Connection, *, organization_id: UUID) -> None:
