@@ -90,7 +90,10 @@ class PriceList:
     tells_history: bool = False
 
     def model_names(self) -> list[ModelName]:
-        return [ModelName(each.provider, each.model, place, each.rule) for place, each in enumerate(self.models)]
+        return [
+            ModelName(each.provider, each.model, place, each.rule, each.context_window)
+            for place, each in enumerate(self.models)
+        ]
 
     def digest(self) -> bytes:
         """SHA-256 of what it says."""

@@ -32,6 +32,7 @@ class ModelName:
     model: str
     position: int
     rule: Rule
+    context_window: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

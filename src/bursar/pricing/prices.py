@@ -7,11 +7,13 @@ nothing is rounded before the end, and each result is rounded once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, time
 from enum import Enum
 from fractions import Fraction
+from functools import cache
 from itertools import groupby
 from math import lcm
 from typing import Final
@@ -63,6 +65,8 @@ PAR_PPM: Final = 1_000_000
 UTC_TIME: Final = "utc_time"
 """The one condition that the clock decides, not the request: '00:30-16:30', UTC, the end excluded."""
 
+_WINDOW: Final = re.compile(r"(\d{2}:\d{2})-(\d{2}:\d{2})", re.ASCII)
+
 # What a kind is billed as when it has no price of its own, as providers do: cached input is input, thinking is output.
 _BILLED_AS: Final = {
     CACHE_READ_TOKENS: INPUT_TOKENS,
@@ -108,9 +112,9 @@ class Rate:
         if self.kind not in PER:
             raise ValueError(f"no such kind: {self.kind!r}")
         if self.price_nano_usd < 0 or self.above_input_tokens < 0 or self.minimum < 0:
-            raise ValueError(f"a rate is never negative: {self}")
+            raise ValueError(f"a price of {self.kind} below zero")
         if (self.price_nano_usd == 0) != self.free:
-            raise ValueError(f"a price of zero is marked free, and only that: {self}")
+            raise ValueError(f"{self.kind}: a price of zero is marked free, and no other price is")
 
 
 def check_rates(rates: Iterable[Rate]) -> None:
@@ -313,11 +317,27 @@ def _threshold(rate: Rate) -> int:
     return rate.above_input_tokens
 
 
+def check_window(window: str) -> None:
+    """Is this 'HH:MM-HH:MM'?
+
+    Raises:
+        ValueError
+    """
+    _edges(window)
+
+
 def _in_window(window: str, at: datetime | None) -> bool:
     """Is the instant inside 'HH:MM-HH:MM' UTC? A window may pass midnight."""
     if at is None:
         raise ValueError("this price depends on the time of day; say when")
-    begin, _, end = window.partition("-")
-    start, stop = time.fromisoformat(begin), time.fromisoformat(end)
+    start, stop = _edges(window)
     moment = at.astimezone(UTC).time()
     return start <= moment < stop if start <= stop else moment >= start or moment < stop
+
+
+@cache
+def _edges(window: str) -> tuple[time, time]:
+    match = _WINDOW.fullmatch(window)
+    if match is None:
+        raise ValueError(f"not a time of day: {window!r}; write 00:30-16:30")
+    return time.fromisoformat(match[1]), time.fromisoformat(match[2])
