@@ -137,3 +137,9 @@ from credits.unbilled_requests where organization_id = %(organization_id)s and r
 select count(*) as holds, coalesce(sum(amount_micros), 0)::bigint as held_micros,
     extract(epoch from clock_timestamp() - min(placed_at))::bigint as oldest_seconds
 from credits.holds
+
+-- name: expire_holds
+select credits.expire_holds(%(most)s)
+
+-- name: ensure_partitions
+select ledger.ensure_partition(statement_timestamp() + make_interval(months => n)) from generate_series(0, %(months)s) n

@@ -1,0 +1,36 @@
+"""The worker: periodic jobs of every capability, in the server's process or in one of its own.
+
+Any number of workers may run: each job is safe to run twice at once. A job that fails is logged and runs again at its
+next turn; the others go on.
+"""
+
+import asyncio
+from typing import Final
+
+import structlog
+from prometheus_client import Counter
+
+from bursar import db
+from bursar.credits import jobs as credits_jobs
+
+JOBS: Final = credits_jobs.JOBS
+FAILURES = Counter("bursar_job_failures_total", "Runs of periodic jobs that failed", ["job"])
+
+log = structlog.get_logger(__name__)
+
+
+async def run(database: db.Database) -> None:
+    """Run every job again and again until cancelled."""
+    async with asyncio.TaskGroup() as group:
+        for seconds, job in JOBS:
+            group.create_task(_repeat(database, seconds, job), name=job.__name__)
+
+
+async def _repeat(database: db.Database, seconds: float, job: credits_jobs.Job) -> None:
+    while True:
+        try:
+            await job(database)
+        except Exception:
+            FAILURES.labels(job.__name__).inc()
+            log.exception("job failed", job=job.__name__)
+        await asyncio.sleep(seconds)
