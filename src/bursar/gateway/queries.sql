@@ -1,0 +1,78 @@
+-- name: providers
+select provider as name, provider_id, kind, base_url, auth, asks_for_usage, position, enabled
+from gateway.providers
+order by position, provider;
+
+-- name: provider
+select provider as name, provider_id, kind, base_url, auth, asks_for_usage, position, enabled
+from gateway.providers
+where provider = %(name)s;
+
+-- name: put_provider
+insert into gateway.providers (provider, provider_id, kind, base_url, auth, asks_for_usage, position, enabled)
+values (%(name)s, %(provider_id)s, %(kind)s, %(base_url)s, %(auth)s, %(asks_for_usage)s, %(position)s, %(enabled)s)
+on conflict (provider) do update
+set kind = excluded.kind,
+    base_url = excluded.base_url,
+    auth = excluded.auth,
+    asks_for_usage = excluded.asks_for_usage,
+    position = excluded.position,
+    enabled = excluded.enabled
+returning provider as name, provider_id, kind, base_url, auth, asks_for_usage, position, enabled;
+
+-- name: model_routes
+select model, route_id, provider, upstream_model, enabled
+from gateway.model_routes
+order by model;
+
+-- name: put_model_route
+insert into gateway.model_routes (model, route_id, provider, upstream_model, enabled)
+values (%(model)s, %(route_id)s, %(provider)s, %(upstream_model)s, %(enabled)s)
+on conflict (model) do update
+set provider = excluded.provider, upstream_model = excluded.upstream_model, enabled = excluded.enabled
+returning model, route_id, provider, upstream_model, enabled;
+
+-- name: add_provider_key
+insert into gateway.provider_keys (
+    organization_id, provider_key_id, provider, name, is_own, sealing_key_id, nonce, ciphertext, last4, created_by
+) values (
+    %(organization_id)s, %(provider_key_id)s, %(provider)s, %(name)s, %(is_own)s, %(sealing_key_id)s, %(nonce)s,
+    %(ciphertext)s, %(last4)s, %(created_by)s
+)
+returning organization_id, provider_key_id, provider, name, is_own, last4, created_at, revoked_at;
+
+-- name: provider_keys
+select organization_id, provider_key_id, provider, name, is_own, last4, created_at, revoked_at
+from gateway.provider_keys
+where organization_id = %(organization_id)s
+order by provider, created_at desc;
+
+-- name: revoke_provider_key
+update gateway.provider_keys
+set revoked_at = clock_timestamp()
+where organization_id = %(organization_id)s and provider_key_id = %(provider_key_id)s and revoked_at is null
+returning organization_id, provider_key_id, provider, name, is_own, last4, created_at, revoked_at;
+
+-- name: usable_provider_key
+select organization_id, provider_key_id, is_own, sealing_key_id, nonce, ciphertext
+from gateway.provider_keys
+where organization_id = %(organization_id)s and provider = %(provider)s and revoked_at is null
+order by created_at desc, provider_key_id desc
+limit 1;
+
+-- name: provider_keys_sealed_otherwise
+select organization_id, provider_key_id, is_own, sealing_key_id, nonce, ciphertext
+from gateway.provider_keys
+where organization_id = %(organization_id)s and sealing_key_id <> %(sealing_key_id)s
+for update;
+
+-- name: organizations_with_keys_sealed_otherwise
+select distinct organization_id
+from gateway.provider_keys
+where sealing_key_id <> %(sealing_key_id)s
+order by organization_id;
+
+-- name: reseal_provider_key
+update gateway.provider_keys
+set sealing_key_id = %(sealing_key_id)s, nonce = %(nonce)s, ciphertext = %(ciphertext)s
+where organization_id = %(organization_id)s and provider_key_id = %(provider_key_id)s;
