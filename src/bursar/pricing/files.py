@@ -80,6 +80,7 @@ class _Point:
     place: str
     source: str = ""
     withdrawn: bool = False
+    rows: int = 0
     rates: list[Rate] = field(default_factory=list)
     variants: dict[tuple[tuple[str, str], ...], list[Rate]] = field(default_factory=dict)
 
@@ -209,6 +210,8 @@ class _Reader:
     def _model(self, draft: _Draft) -> ListedModel | None:
         segments = []
         for instant, point in sorted(draft.by_instant.items()):
+            if point.rows and not point.rates and not point.variants:
+                continue  # each of its rows was rejected for itself
             with self._judging(point.place):
                 segments.append(Segment(instant, _prices(point), point.source))
         if not segments:
@@ -253,6 +256,7 @@ def _prices(point: _Point) -> Prices | None:
 
 def _add_rate(point: _Point, row: Mapping[str, Any]) -> None:
     """Read one unit price and put it to the standard ones or to those of its conditions."""
+    point.rows += 1
     kind = row.get("kind")
     if not isinstance(kind, str) or kind not in UNITS:
         raise _Rejected(f"no such kind: {kind!r}; kinds are {', '.join(UNITS)}")

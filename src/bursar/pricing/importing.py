@@ -212,8 +212,7 @@ async def _write_names(conn: db.Connection, listed: PriceList) -> bool:
     old_models = await db.fetch_all(conn, ModelName, QUERIES.model_names_of_list, list_name=listed.name)
     providers = _with_those_left_behind(listed.providers, old_providers, lambda each: (each.provider,))
     models = _with_those_left_behind(listed.model_names(), old_models, lambda each: (each.provider, each.model))
-    wanted = {_plain(each) for each in (*providers, *models)}
-    if wanted == {_plain(each) for each in (*old_providers, *old_models)}:
+    if _plain(providers, models) == _plain(old_providers, old_models):
         return False
     await db.execute(conn, QUERIES.remove_model_names, list_name=listed.name)
     await db.execute(conn, QUERIES.remove_provider_names, list_name=listed.name)
@@ -247,6 +246,9 @@ def _with_those_left_behind(
     return names
 
 
-def _plain(name: ProviderName | ModelName) -> str:
+def _plain(providers: Iterable[ProviderName], models: Iterable[ModelName]) -> set[str]:
     """For comparing: a rule is a dictionary, whose order means nothing."""
-    return json.dumps(asdict(name), sort_keys=True)
+    return {
+        *(json.dumps(asdict(each), sort_keys=True) for each in providers),
+        *(json.dumps(asdict(each), sort_keys=True) for each in models),
+    }
