@@ -7,13 +7,17 @@ same `sqlstate`; the SQL `detail`, when it is a JSON object, becomes the `why`.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from typing import Any, ClassVar
 
 import psycopg
 
 MEDIA_TYPE = "application/problem+json"
+
+# SQLSTATE classes after which nothing was changed and the same may succeed in a moment: connection, resources,
+# shutdown, lock not available, serialization and deadlock.
+UNAVAILABLE = ("08", "53", "57", "55", "40")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,7 @@ class FieldError:
 
     pointer: str
     detail: str
+    code: str = "invalid"
 
 
 class Problem(Exception):
@@ -55,16 +60,16 @@ class Problem(Exception):
         if cls.sqlstate is not None:
             _declare(Problem._by_sqlstate, cls.sqlstate, cls)
 
-    def body(self, instance: str | None = None) -> dict[str, Any]:
-        """The JSON document; `instance` is the request id."""
+    def body(self, request_id: str | None = None) -> dict[str, Any]:
+        """The JSON document; `request_id` finds the request in the logs."""
         members = {
             "type": f"/problems/{self.code}",
             "title": self.title,
             "status": self.status,
             "code": self.code,
             "detail": self.detail or None,
-            "instance": instance,
-            "errors": [{"pointer": each.pointer, "detail": each.detail} for each in self.errors] or None,
+            "request_id": request_id,
+            "errors": [asdict(each) for each in self.errors] or None,
             "why": self.why,
         }
         return {name: value for name, value in members.items() if value is not None}
@@ -130,6 +135,24 @@ def documents(*problems: type[Problem]) -> dict[int | str, dict[str, Any]]:
     return by_status
 
 
+class InvalidRequest(Problem):
+    """The body or a parameter is not what the route takes; `errors` says where."""
+
+    status, code, title = 422, "invalid_request", "The request is not valid"
+
+
+class MalformedBody(Problem):
+    """The body is no JSON at all, or nested too deep to be read."""
+
+    status, code, title = 400, "malformed_body", "The body cannot be read"
+
+
+class BodyTooLarge(Problem):
+    """The body is larger than this path takes."""
+
+    status, code, title = 413, "body_too_large", "The request body is too large"
+
+
 class NotFound(Problem):
     """Also for what exists in another organization: foreign and unknown ids answer alike."""
 
@@ -137,8 +160,39 @@ class NotFound(Problem):
     sqlstate = "BR404"
 
 
+class WrongMethod(Problem):
+    """The path takes other methods; the header Allow names them."""
+
+    status, code, title = 405, "method_not_allowed", "This path takes another method"
+
+
 class RowsNeverChange(Problem):
     """Something tried to change an append-only row."""
 
     status, code, title = 409, "append_only", "Rows of this kind are never changed"
     sqlstate = "BR409"
+
+
+class InternalError(Problem):
+    """A fault of ours; nothing is told of it but the request id."""
+
+    status, code, title = 500, "internal_error", "Something went wrong here"
+
+
+class DatabaseUnavailable(Problem):
+    """The database does not answer at the moment; nothing was changed."""
+
+    status, code, title = 503, "database_unavailable", "The database does not answer"
+
+
+def of_exception(error: Exception) -> Problem | None:
+    """The refusal that an error of any kind stands for; None: it is a bug."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, psycopg.Error):
+        declared_one = from_database(error)
+        if declared_one is not None:
+            return declared_one
+        if isinstance(error, psycopg.OperationalError) and (error.sqlstate or "08")[:2] in UNAVAILABLE:
+            return DatabaseUnavailable(headers={"Retry-After": "2"})
+    return None

@@ -22,8 +22,8 @@ def test_the_document_has_what_is_known_and_nothing_empty() -> None:
         "status": 402,
         "code": "test_too_much",
         "detail": "You asked for 5",
-        "instance": "req_1",
-        "errors": [{"pointer": "#/amount", "detail": "at most 4"}],
+        "request_id": "req_1",
+        "errors": [{"pointer": "#/amount", "detail": "at most 4", "code": "invalid"}],
         "why": {"limit": "4"},
     }
     assert set(TooMuch().body()) == {"type", "title", "status", "code"}

@@ -9,7 +9,7 @@ Promises:
 Tables: schema `db` (what has been applied here), written by `migrate` only.
 """
 
-from bursar.db.connections import Database, connect, opened
+from bursar.db.connections import Database, connect, held, opened
 from bursar.db.queries import Queries, load_queries
 from bursar.db.rows import Connection, NoRow, execute, fetch_all, fetch_one, fetch_optional, fetch_value
 
@@ -24,6 +24,7 @@ __all__ = [
     "fetch_one",
     "fetch_optional",
     "fetch_value",
+    "held",
     "load_queries",
     "opened",
 ]

@@ -1,8 +1,8 @@
 """Pools by role, and the one place where a transaction's tenant is set."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 from uuid import UUID
 
@@ -118,6 +118,22 @@ async def opened(settings: Settings, *, migrate: bool | None = None) -> AsyncIte
         yield database
     finally:
         await database.close()
+
+
+@contextmanager
+def held(settings: Settings) -> Iterator[None]:
+    """Hold the database for processes that this one starts: the embedded server runs, the schema is up to date."""
+    server = None
+    if settings.database_url is None:
+        server = EmbeddedServer(settings.data_dir, pg_bin=settings.pg_bin)
+        server.start()
+    try:
+        dsn = server.dsn if server else str(settings.database_url)
+        asyncio.run(migrate.migrate(dsn, settings.master_key))
+        yield
+    finally:
+        if server is not None:
+            server.stop()
 
 
 async def _prepare(database: Database, migrate_first: bool) -> None:

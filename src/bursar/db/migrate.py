@@ -201,6 +201,12 @@ async def status(admin_dsn: str, *, schema: Schema | None = None) -> Status:
         return await _status(conn, schema or load_schema())
 
 
+async def server_version(admin_dsn: str) -> str:
+    """Such as '18.4'."""
+    async with await psycopg.AsyncConnection.connect(admin_dsn) as conn:
+        return str(await fetch_value(conn, "show server_version"))
+
+
 async def require_current(admin_dsn: str) -> None:
     """Refuse to work on a schema that this version does not know.
 

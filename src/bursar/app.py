@@ -1,0 +1,179 @@
+"""The web application: which capabilities it is made of, and how everything that can go wrong is answered.
+
+A capability takes part by a line in ROUTERS (paths) or PARTS (something that runs as long as the application does,
+such as the batcher's lanes; it may set `app.state.gateway`, the ASGI application of the paths under /v1).
+"""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import Any, Final, TypeAlias
+
+import psycopg
+import structlog
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from bursar import __version__, db, operation
+from bursar.asgi import Around, BodyLimits, Receive, Scope, Send, is_gateway
+from bursar.logs import configure_logs
+from bursar.problems import (
+    MEDIA_TYPE,
+    FieldError,
+    InternalError,
+    InvalidRequest,
+    MalformedBody,
+    NotFound,
+    Problem,
+    WrongMethod,
+    of_exception,
+)
+from bursar.settings import Settings
+
+GRACE_SECONDS: Final = 30
+"""How long requests under way may take once the server is told to stop."""
+
+Part: TypeAlias = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+ROUTERS: Final[Sequence[APIRouter]] = (operation.router,)
+PARTS: Final[Sequence[Part]] = ()
+
+log = structlog.get_logger(__name__)
+
+
+def create_app(
+    database: db.Database,
+    settings: Settings,
+    *,
+    routers: Sequence[APIRouter] = ROUTERS,
+    parts: Sequence[Part] = PARTS,
+) -> FastAPI:
+    """The application on a database that is open. Its state: database, settings."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as running:
+            for part in parts:
+                await running.enter_async_context(part(app))
+            yield
+
+    app = FastAPI(
+        title="Bursar",
+        version=__version__,
+        lifespan=lifespan,
+        openapi_url="/api/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.database = database
+    app.state.settings = settings
+    app.state.gateway = None
+    for router in routers:
+        app.include_router(router)
+    for kind, handler in HANDLERS.items():
+        app.add_exception_handler(kind, handler)
+    # The last one added is the outermost.
+    app.add_middleware(_GatewayFirst, state=app.state)
+    app.add_middleware(BodyLimits)
+    app.add_middleware(Around)
+    return app
+
+
+def from_environment() -> "ServedApp":
+    """What a server process runs (`uvicorn --factory bursar.app:from_environment`)."""
+    settings = Settings.from_environment()
+    configure_logs(settings.log_format, settings.log_level)
+    return ServedApp(settings)
+
+
+class ServedApp:
+    """The application of one server process: opens the database when the server starts, closes it when it ends."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._app: FastAPI | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            async with db.opened(self._settings, migrate=True) as database:
+                self._app = create_app(database, self._settings)
+                await self._app(scope, receive, send)
+            return
+        assert self._app is not None
+        await self._app(scope, receive, send)
+
+
+class _GatewayFirst:
+    """Sends the paths under /v1 to the gateway, past FastAPI."""
+
+    def __init__(self, app: Any, state: Any) -> None:
+        self._app = app
+        self._state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        to_gateway = scope["type"] == "http" and is_gateway(scope["path"]) and self._state.gateway is not None
+        await (self._state.gateway if to_gateway else self._app)(scope, receive, send)
+
+
+def answer(request: Request, problem: Problem) -> Response:
+    """A problem as application/problem+json."""
+    return JSONResponse(
+        problem.body(getattr(request.state, "request_id", None)),
+        status_code=problem.status,
+        headers=problem.headers,
+        media_type=MEDIA_TYPE,
+    )
+
+
+async def _refusal(request: Request, error: Exception) -> Response:
+    """Problems, and database errors that stand for one; any other database error is a bug."""
+    problem = of_exception(error)
+    if problem is None:
+        return await _fault(request, error)
+    return answer(request, problem)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    """What FastAPI found wrong with body and parameters. The values themselves are not repeated: they may be secret."""
+    assert isinstance(error, RequestValidationError)
+    found = error.errors()
+    if any(each["type"] == "json_invalid" for each in found):
+        return answer(request, MalformedBody("The body is not valid JSON"))
+    fields = [FieldError(_pointer(each["loc"]), each["msg"], each["type"]) for each in found]
+    return answer(request, InvalidRequest(errors=fields))
+
+
+def _pointer(place: Sequence[str | int]) -> str:
+    """('body', 'items', 0) -> '#/items/0'; ('query', 'limit') -> 'limit'. Source: RFC 6901 section 6."""
+    where, *steps = place
+    if where != "body":
+        return ".".join(str(step) for step in steps)
+    return "#" + "".join(f"/{str(step).replace('~', '~0').replace('/', '~1')}" for step in steps)
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    """What Starlette refuses by itself: unknown paths, wrong methods, unreadable forms."""
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    if error.status_code == 404:
+        return answer(request, NotFound("There is nothing at this path", headers=headers))
+    if error.status_code == 405:
+        return answer(request, WrongMethod(f"This path takes {headers.get('Allow', 'other methods')}", headers=headers))
+    if error.status_code < 500:
+        return answer(request, MalformedBody(str(error.detail), headers=headers))
+    return await _fault(request, error)
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    """A bug: the log has everything, the answer only the request id."""
+    log.error("a request ended in a fault", exc_info=error)
+    return answer(request, InternalError())
+
+
+HANDLERS: Final[dict[type[Exception], Callable[[Request, Exception], Any]]] = {
+    Problem: _refusal,
+    psycopg.Error: _refusal,
+    RequestValidationError: _invalid,
+    HTTPException: _http,
+}

@@ -1,0 +1,178 @@
+"""What lies around every request, as plain ASGI: its id, the limits of its body, its line in the log, its metrics.
+
+No Starlette middleware classes: those copy streams and hide disconnects.
+"""
+
+import json
+import re
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Final
+
+import structlog
+from prometheus_client import Counter, Histogram
+
+from bursar.clock import uuid7
+from bursar.problems import MEDIA_TYPE, BodyTooLarge, InternalError, MalformedBody, Problem
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+LARGEST_BODY: Final = 1_000_000
+DEEPEST_JSON: Final = 32
+GATEWAY_PREFIX: Final = "/v1/"
+
+REQUESTS = Counter("bursar_http_requests_total", "Requests answered", ["method", "route", "status"])
+SECONDS = Histogram("bursar_http_request_seconds", "Time to the end of the answer", ["route"])
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_STRING: Final = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
+_BRACKET: Final = re.compile(rb"[\[\]{}]")
+
+log = structlog.get_logger(__name__)
+
+
+def is_gateway(path: str) -> bool:
+    """The paths of providers' clients, which are served apart."""
+    return path == "/v1" or path.startswith(GATEWAY_PREFIX)
+
+
+class Around:
+    """Gives each request an id, answers our own bugs, and writes one line and one measurement when it is over."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = f"req_{uuid7().hex}"
+        scope.setdefault("state", {})["request_id"] = request_id
+        answer = _Answer(send, request_id)
+        began = time.perf_counter()
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self._app(scope, receive, answer)
+            except Exception:
+                log.exception("a request ended in a fault")
+                if not answer.status:
+                    await send_problem(answer, InternalError(), request_id)
+            finally:
+                _account(scope, answer.status, time.perf_counter() - began)
+
+
+class _Answer:
+    """Passes the answer on, notes its status, and adds the request id where nobody did."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._request_id = request_id.encode()
+        self.status = 0
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = list(message.get("headers", ()))
+            if not any(name.lower() == b"x-request-id" for name, _ in headers):
+                headers.append((b"x-request-id", self._request_id))
+            message = {**message, "headers": headers}
+        await self._send(message)
+
+
+class BodyLimits:
+    """Refuses bodies of more than 1 MB and JSON nested deeper than 32; the gateway's paths see to their own."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or is_gateway(scope["path"]) or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self._app(scope, receive, send)
+            return
+        try:
+            body = await read_body(scope, receive, LARGEST_BODY)
+            if body is not None and _is_json(scope) and nesting(body) > DEEPEST_JSON:
+                raise MalformedBody(f"The JSON is nested deeper than {DEEPEST_JSON}")
+        except Problem as problem:
+            await send_problem(send, problem, scope["state"]["request_id"], close=True)
+            return
+        if body is not None:  # None: the client has gone
+            await self._app(scope, _replay(body, receive), send)
+
+
+async def read_body(scope: Scope, receive: Receive, largest: int) -> bytes | None:
+    """The whole body; None when the client hangs up before it is whole.
+
+    Raises:
+        BodyTooLarge: by its declared length at once, else as soon as it is seen.
+    """
+    declared = next((value for name, value in scope["headers"] if name.lower() == b"content-length"), b"0")
+    if declared.isdigit() and int(declared[:20]) > largest:
+        raise BodyTooLarge(f"At most {largest} bytes are taken here")
+    pieces: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        pieces.append(message.get("body", b""))
+        size += len(pieces[-1])
+        if size > largest:
+            raise BodyTooLarge(f"At most {largest} bytes are taken here")
+        if not message.get("more_body", False):
+            return b"".join(pieces)
+
+
+def nesting(text: bytes) -> int:
+    """How deep arrays and objects of a JSON text are nested; of a text that is no JSON, some number."""
+    if text.count(b"[") + text.count(b"{") <= DEEPEST_JSON:
+        return 0  # it cannot be deeper than that
+    depth = deepest = 0
+    for bracket in _BRACKET.findall(_STRING.sub(b"", text)):
+        depth += 1 if bracket in b"[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+async def send_problem(send: Send, problem: Problem, request_id: str, *, close: bool = False) -> None:
+    """A whole answer. close: the connection too, since the rest of the request is not read."""
+    body = json.dumps(problem.body(request_id)).encode()
+    headers = [(b"content-type", MEDIA_TYPE.encode()), (b"content-length", str(len(body)).encode())]
+    headers += [(name.lower().encode(), value.encode()) for name, value in problem.headers.items()]
+    if close:
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": problem.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _is_json(scope: Scope) -> bool:
+    kind = next((value for name, value in scope["headers"] if name.lower() == b"content-type"), b"application/json")
+    return b"json" in kind.lower()
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A receive that gives the body again, then what the server has to say."""
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+def _account(scope: Scope, status: int, seconds: float) -> None:
+    """By the route's template, not the path: a path may carry a token, and there are too many."""
+    path = scope["path"]
+    route = "/v1" if is_gateway(path) else getattr(scope.get("route"), "path", None) or "unmatched"
+    method = scope["method"] if scope["method"] in _METHODS else "other"
+    REQUESTS.labels(method, route, str(status or "gone")).inc()
+    SECONDS.labels(route).observe(seconds)
+    if route not in ("/healthz", "/readyz", "/metrics"):
+        log.info("request", method=method, route=route, status=status, ms=round(seconds * 1000, 1))

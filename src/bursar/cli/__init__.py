@@ -1,0 +1,65 @@
+"""The command line: nouns, then verbs; one file per noun.
+
+A noun's file has `app = typer.Typer(...)` and is registered in NOUNS below; a command of its own is a line at the end.
+Commands call domain functions, never SQL. Every list takes --json. Exit codes are in `bursar.cli.exits`.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from bursar import __version__
+from bursar.cli import db, serve
+from bursar.cli.exits import Exit, exit_code_of, explain
+from bursar.logs import configure_logs
+from bursar.settings import Settings
+
+NOUNS = {
+    "db": db.app,
+}
+
+app = typer.Typer(
+    name="bursar",
+    help="A treasurer for a company's AI usage.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for noun, commands in NOUNS.items():
+    app.add_typer(commands, name=noun)
+app.command("serve")(serve.serve)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _everywhere(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    settings = Settings.from_environment()
+    configure_logs(settings.log_format, settings.log_level)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and end the process with its exit code; faults are explained on stderr."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run a command; its exit code."""
+    try:
+        result = app(arguments, standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("Interrupted.", err=True)
+        return Exit.INTERRUPTED
+    except Exception as error:
+        explain(error)
+        return exit_code_of(error)
+    return result if isinstance(result, int) else Exit.DONE

@@ -1,0 +1,56 @@
+"""`bursar serve`: the server processes."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import uvicorn
+
+from bursar import db
+from bursar.app import GRACE_SECONDS
+from bursar.settings import Settings
+
+
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on (BURSAR_HOST).")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on (BURSAR_PORT).", min=0, max=65535)] = None,
+    workers: Annotated[int | None, typer.Option(help="Server processes (BURSAR_WORKERS).", min=1, max=256)] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of the embedded database (BURSAR_DATA_DIR).")] = None,
+) -> None:
+    """Migrate the database and serve API, pages and gateway until SIGINT or SIGTERM.
+
+    Examples: `bursar serve`, `bursar serve --host 0.0.0.0 --port 8080 --workers 2`
+    """
+    if data_dir is not None:
+        os.environ["BURSAR_DATA_DIR"] = str(data_dir.absolute())  # the server processes read the environment too
+    settings = Settings.from_environment(host=host, port=port, workers=workers)
+    run_server(settings)
+
+
+def run_server(settings: Settings) -> None:
+    """Serve until a signal comes. Requests under way are finished, for at most GRACE_SECONDS."""
+    typer.echo(f"Bursar listens on http://{settings.host}:{settings.port}", err=True)
+    if settings.workers == 1:
+        _run_uvicorn(settings)
+        return
+    # With several processes the parent holds the embedded server, which so outlives each of them.
+    with db.held(settings), tempfile.TemporaryDirectory(prefix="bursar-metrics-") as metrics:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics
+        _run_uvicorn(settings)
+
+
+def _run_uvicorn(settings: Settings) -> None:
+    uvicorn.run(
+        "bursar.app:from_environment",
+        factory=True,
+        host=settings.host,
+        port=settings.port,
+        workers=settings.workers,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_keep_alive=75,
+    )
