@@ -185,6 +185,12 @@ async def explain(conn: db.Connection, *, organization_id: UUID, request_id: UUI
     raise NotFound("no such request")
 
 
+async def is_held(conn: db.Connection, *, organization_id: UUID, request_id: UUID) -> bool:
+    """Whether the request is still running."""
+    hold = await db.fetch_optional(conn, OpenHold, QUERIES.hold, organization_id=organization_id, request_id=request_id)
+    return hold is not None
+
+
 async def _limits_of(
     conn: db.Connection, organization_id: UUID, chain_id: UUID | None, model: str | None
 ) -> list[LimitState]:

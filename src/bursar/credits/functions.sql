@@ -54,6 +54,9 @@ language plpgsql volatile set search_path = credits, pg_temp as $$
 declare
     v_row commands;
 begin
+    if p_key is null or length(p_key) not between 1 and 255 then
+        raise exception 'an idempotency key of 1 to 255 characters is needed' using errcode = 'BR400';
+    end if;
     select * into v_row from commands where organization_id = p_organization_id and idempotency_key = p_key;
     if not found then
         return null;
@@ -83,6 +86,21 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function credits.hash_of is 'Hash of a command''s arguments, nulls told apart from empty texts';
 
+-- most_micros: the largest amount of one request or command; sums of thousands of them stay far inside bigint.
+create or replace function credits.most_micros() returns bigint
+language sql immutable set search_path = pg_catalog, pg_temp as $$ select 1000000000000000 $$;
+comment on function credits.most_micros is 'Largest amount that one request or command may name: a billion credits';
+
+-- require_amount: commands take whole amounts from p_least to the largest one.
+create or replace function credits.require_amount(p_amount bigint, p_least bigint) returns void
+language plpgsql immutable set search_path = credits, pg_temp as $$
+begin
+    if p_amount is null or p_amount not between p_least and credits.most_micros() then
+        raise exception 'an amount from % to % is needed', p_least, credits.most_micros() using errcode = 'BR400';
+    end if;
+end $$;
+comment on function credits.require_amount is 'Refuses (BR400) an amount that is missing, too small or too large';
+
 -- ------------------------------------------------------------------------------------------------ grants and time events
 
 -- set_pool_limit: move a pool's limit by a delta; its open part follows: pool less everything reserved.
@@ -102,10 +120,8 @@ begin
     if v_open is null then
         return;
     end if;
-    -- What an ended share has used stays claimed: the pool counts it as used too.
-    select coalesce(sum(case when a.ended_at is null then greatest(b.limit_amount, b.used_amount + b.held_amount)
-                             else b.used_amount + b.held_amount end), 0)
-    into v_reserved
+    -- What a share has used stays claimed even beyond its limit (of an ended one: 0), because the pool counts it as used too.
+    select coalesce(sum(greatest(b.limit_amount, b.used_amount + b.held_amount)), 0) into v_reserved
     from allocations a
     join balances b on b.organization_id = a.organization_id and b.balance_id = a.allocation_id
     where a.organization_id = p_organization_id and a.pool_id = p_pool_id and a.kind = 'reserved';
@@ -115,6 +131,23 @@ begin
     where organization_id = p_organization_id and balance_id = v_open and period_start = '-infinity';
 end $$;
 comment on function credits.set_pool_limit is 'Moves a pool''s limit and sets its open part to what no allocation reserves';
+
+-- reopen_parts: after shares were, or are, beyond their limit: what they claim has changed, so the open parts of their pools follow.
+create or replace function credits.reopen_parts(p_organization_ids uuid[], p_allocation_ids uuid[]) returns void
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_row record;
+begin
+    for v_row in
+        select distinct a.organization_id, a.pool_id
+        from unnest(p_organization_ids, p_allocation_ids) o(organization_id, allocation_id)
+        join allocations a on a.organization_id = o.organization_id and a.allocation_id = o.allocation_id and a.kind = 'reserved'
+        order by 1, 2
+    loop
+        perform credits.set_pool_limit(v_row.organization_id, v_row.pool_id, 0);
+    end loop;
+end $$;
+comment on function credits.reopen_parts is 'Sets the open parts of the pools of some reserved shares anew';
 
 -- pour: attribute a pool's use since the last pour to its active grants, in burn order; what no grant covers waits for the next one.
 create or replace function credits.pour(p_organization_id uuid, p_pool_id uuid, p_at timestamptz) returns void
@@ -231,6 +264,7 @@ begin
                 v_row.amount_micros, v_row.grant_id, v_row.created_by, v_row.reason);
         update grant_states set state = 'active' where organization_id = p_organization_id and grant_id = v_row.grant_id;
         perform credits.set_pool_limit(p_organization_id, p_pool_id, v_row.amount_micros);
+        perform credits.limits_changed(p_organization_id);  -- chains had left the pool out while it was empty
     end loop;
 end $$;
 comment on function credits.activate_grants is 'Makes scheduled grants spendable at their instant and books them';
@@ -281,9 +315,14 @@ comment on function credits.fold_due_pools is 'Folds every pool of an organizati
 -- ------------------------------------------------------------------------------------------------ accounts, pools, grants
 
 create or replace function credits.limits_changed(p_organization_id uuid) returns void
-language sql volatile security definer set search_path = credits, pg_temp as $$
+language plpgsql volatile security definer set search_path = credits, pg_temp as $$
+begin
+    -- A personal key acts wherever its owner belongs, so a change to it in its owner's home reaches those organizations too.
+    if not coalesce(route.acts_in(nullif(current_setting('app.organization_id', true), '')::uuid, p_organization_id), false) then
+        perform credits.require_tenant(p_organization_id);
+    end if;
     update gates set limits_version = limits_version + 1 where organization_id = p_organization_id;
-$$;
+end $$;
 comment on function credits.limits_changed is 'Makes every chain of an organization stale: after a change of its keys, members, teams or zone';
 
 -- open_organization: the organization's gate. Idempotent.
@@ -340,11 +379,12 @@ begin
     if v_stored is not null then
         return (v_stored ->> 'grant_id')::uuid;
     end if;
+    perform credits.require_amount(p_amount_micros, 1);
     if not exists (select 1 from pools where organization_id = p_organization_id and pool_id = p_pool_id and closed_at is null) then
         raise exception 'no such open pool' using errcode = 'BR404';
     end if;
-    if coalesce(p_expires_at, 'infinity') <= v_now then
-        raise exception 'the grant would have expired already' using errcode = 'BR400';
+    if coalesce(p_expires_at, 'infinity') <= greatest(v_now, p_effective_at) then
+        raise exception 'the grant would have expired before it can be spent' using errcode = 'BR400';
     end if;
     insert into grants (organization_id, grant_id, pool_id, source, amount_micros, priority, is_free, cost_basis_nano_usd,
                         effective_at, expires_at, reason, created_at, created_by)
@@ -402,8 +442,8 @@ begin
             state = case when left_micros = v_taken then 'ended' else state end,
             ended_at = case when left_micros = v_taken then v_now end
         where organization_id = p_organization_id and grant_id = p_grant_id;
-        perform credits.fold_pool(p_organization_id, v_state.pool_id, v_now);
     end if;
+    perform credits.fold_pool(p_organization_id, v_state.pool_id, v_now);  -- its next event may be another one now
     perform credits.limits_changed(p_organization_id);
     perform credits.store_outcome(p_organization_id, p_idempotency_key, v_hash, jsonb_build_object('voided_micros', v_taken), v_now);
     return v_taken;
@@ -431,6 +471,7 @@ begin
     if v_stored is not null then
         return (v_stored ->> 'allocation_id')::uuid;
     end if;
+    perform credits.require_amount(p_amount_micros, 0);
     select b.limit_amount - b.used_amount - b.held_amount into v_open_room
     from pools p join balances b on b.organization_id = p.organization_id and b.balance_id = p.open_part_id
     where p.organization_id = p_organization_id and p.pool_id = p_pool_id and p.kind = 'shared' and p.closed_at is null;
@@ -472,12 +513,11 @@ begin
 end $$;
 comment on function credits.allocate is 'Sets a user''s share of a shared pool, reserved or capped';
 
--- set_current_limit: the limit of a balance's newest period (or its only one); older periods are history.
+-- set_current_limit: the limit of a balance's current period (or its only one); past periods are history.
 create or replace function credits.set_current_limit(p_organization_id uuid, p_balance_id uuid, p_amount bigint, p_now timestamptz) returns void
 language sql volatile set search_path = credits, pg_temp as $$
     update balances set limit_amount = p_amount, excess_amount = greatest(0, used_amount + held_amount - p_amount)
-    where organization_id = p_organization_id and balance_id = p_balance_id
-      and period_start = (select max(period_start) from balances where organization_id = p_organization_id and balance_id = p_balance_id and period_start <= p_now);
+    where organization_id = p_organization_id and balance_id = p_balance_id and period_start <= p_now and period_end > p_now;
 $$;
 comment on function credits.set_current_limit is 'Sets the limit of a balance''s current period';
 
@@ -490,6 +530,10 @@ begin
     returning * into v_row;
     if not found then
         raise exception 'no such allocation' using errcode = 'BR404';
+    end if;
+    if v_row.kind = 'reserved' then
+        -- From now on it claims what it has used and holds, and nothing can be held on it any more.
+        perform credits.set_current_limit(p_organization_id, p_allocation_id, 0, p_now);
     end if;
     perform credits.set_pool_limit(p_organization_id, v_row.pool_id, 0);
 end $$;
@@ -517,6 +561,7 @@ declare
     v_now timestamptz := credits.lock_gate(p_organization_id, p_at);
     v_id uuid;
 begin
+    perform credits.require_amount(p_amount, 0);
     select limit_id into v_id from limits
     where organization_id = p_organization_id and scope = p_scope and scope_id is not distinct from p_scope_id and metric = p_metric
       and period = p_period and model_filter is not distinct from p_model_filter and action = p_action and ended_at is null;
@@ -551,16 +596,46 @@ comment on function credits.end_limit is 'Lifts a cap';
 -- period_start: where the period that contains p_at begins, in a zone. 'none' has no beginning.
 create or replace function credits.period_start(p_period text, p_zone text, p_at timestamptz) returns timestamptz
 language sql stable set search_path = pg_catalog, pg_temp as $$
+    -- Where clocks fall back over midnight it comes twice and counts the second time: until then it is still the day before.
     select case when p_period = 'none' then '-infinity'::timestamptz
-                else date_trunc(p_period, p_at at time zone p_zone) at time zone p_zone end;
+                when s.start <= p_at then s.start
+                else (s.local - ('1 ' || p_period)::interval) at time zone p_zone end
+    from (select t.local, t.local at time zone p_zone as start
+          from (select date_trunc(nullif(p_period, 'none'), p_at at time zone p_zone) as local) t) s;
 $$;
 comment on function credits.period_start is 'Start of the day, week (Monday) or month that contains an instant, in a zone; -infinity for none';
 
 create or replace function credits.period_end(p_period text, p_zone text, p_at timestamptz) returns timestamptz
 language sql stable set search_path = pg_catalog, pg_temp as $$
     select case when p_period = 'none' then 'infinity'::timestamptz
-                else (date_trunc(p_period, p_at at time zone p_zone) + ('1 ' || p_period)::interval) at time zone p_zone end;
+                when s.start > p_at then s.start
+                else (s.local + ('1 ' || p_period)::interval) at time zone p_zone end
+    from (select t.local, t.local at time zone p_zone as start
+          from (select date_trunc(nullif(p_period, 'none'), p_at at time zone p_zone) as local) t) s;
 $$;
+
+-- open_period: the row of a balance for the period that contains p_now, made when it is missing. A period keeps the end it began with,
+-- so that a change of zone starts at the next boundary and gives nobody a fresh limit.
+create or replace function credits.open_period(
+    p_organization_id uuid, p_balance_id uuid, p_kind text, p_stops boolean, p_amount bigint, p_period text, p_zone text, p_now timestamptz,
+    out period_start timestamptz, out period_end timestamptz
+) language plpgsql volatile set search_path = credits, pg_temp as $$
+#variable_conflict use_column
+declare
+    v_last timestamptz;
+begin
+    select b.period_start, b.period_end into open_period.period_start, open_period.period_end from balances b
+    where b.organization_id = p_organization_id and b.balance_id = p_balance_id and b.period_start <= p_now and b.period_end > p_now;
+    if found then
+        return;
+    end if;
+    select max(b.period_end) into v_last from balances b where b.organization_id = p_organization_id and b.balance_id = p_balance_id;
+    open_period.period_start := greatest(credits.period_start(p_period, p_zone, p_now), v_last);
+    open_period.period_end := credits.period_end(p_period, p_zone, p_now);
+    insert into balances (organization_id, balance_id, period_start, period_end, kind, stops, limit_amount)
+    values (p_organization_id, p_balance_id, open_period.period_start, open_period.period_end, p_kind, p_stops, p_amount);
+end $$;
+comment on function credits.open_period is 'Start and end of the current period of a balance, whose row is made when it is missing';
 comment on function credits.period_end is 'End of the day, week or month that contains an instant, in a zone; infinity for none';
 
 -- chain_refusal: why this user and key may spend nothing in the organization; null when they may. v_until: when that may change by itself.
@@ -571,7 +646,7 @@ language plpgsql stable set search_path = credits, pg_temp as $$
 begin
     if p_organization.organization_id is null or p_organization.status <> 'active' then
         return 'organization_closed';
-    elsif p_api_key_id <> '00000000-0000-0000-0000-000000000000' and p_key.api_key_id is null then
+    elsif p_api_key_id <> '00000000-0000-0000-0000-000000000000' and (p_key.api_key_id is null or p_key.user_id <> p_user_id) then
         return 'key_unknown';
     elsif p_key.revoked_at <= p_now then
         return 'key_revoked';
@@ -596,6 +671,7 @@ declare
     v_member identity.memberships;
     v_chain chains;
     v_row record;
+    v_entry record;
     v_leg smallint := 0;
 begin
     select * into v_organization from identity.organizations where organization_id = p_organization_id;
@@ -623,71 +699,72 @@ begin
     v_chain.leg_pool_ids := '{}'; v_chain.leg_filters := '{}';
     v_chain.entry_ids := '{}'; v_chain.entry_starts := '{}'; v_chain.entry_metrics := '{}'; v_chain.entry_legs := '{}'; v_chain.entry_filters := '{}';
 
-    -- Legs: restricted pools first, then personal, then shared; an empty pool is skipped while another has something left.
+    -- Legs: restricted pools first, then personal, then shared; an empty one is skipped while another has something for the same models.
     for v_row in
         with legs as (
             select p.pool_id, p.model_filter, part.part_id, part.nr as part_nr,
                    (p.model_filter is null)::int as filter_rank, array_position(array['personal', 'shared', 'individual'], p.kind) as kind_rank,
-                   p.created_at,
-                   b.limit_amount - b.used_amount > 0 and coalesce(pb.limit_amount - pb.used_amount > 0, true) as has_some
+                   p.created_at, case when a.kind = 'capped' then a.allocation_id end as cap_id, cap.period_start as cap_start, cap.period_end as cap_end,
+                   b.limit_amount - b.used_amount > 0 and coalesce(pb.limit_amount - pb.used_amount > 0, true)
+                   and coalesce(cb.limit_amount - cb.used_amount > 0, true) as has_some
             from pools p
-            left join allocations a on a.organization_id = p.organization_id and a.pool_id = p.pool_id and a.user_id = p_user_id
-                and a.kind = 'reserved' and a.ended_at is null
+            left join allocations a on a.organization_id = p.organization_id and a.pool_id = p.pool_id and a.user_id = p_user_id and a.ended_at is null
+            left join lateral credits.open_period(p.organization_id, a.allocation_id, 'allocation', true, a.amount_micros, a.period,
+                v_organization.zone, p_now) cap on a.kind = 'capped'
             cross join lateral (
-                select a.allocation_id as part_id, 1 as nr where a.allocation_id is not null
+                select a.allocation_id as part_id, 1 as nr where a.kind = 'reserved'
                 union all
-                select p.open_part_id, 2 where a.allocation_id is null or a.when_empty = 'open_part'
+                select p.open_part_id, 2 where a.kind is distinct from 'reserved' or a.when_empty = 'open_part'
             ) part
             join balances b on b.organization_id = p.organization_id and b.balance_id = p.pool_id
             left join balances pb on pb.organization_id = p.organization_id and pb.balance_id = part.part_id
+            left join balances cb on a.kind = 'capped' and cb.organization_id = p.organization_id and cb.balance_id = a.allocation_id
+                and cb.period_start = cap.period_start
             where p.organization_id = p_organization_id and p.closed_at is null and p.kind <> 'residual'
               and (p.owner_user_id is null or p.owner_user_id = p_user_id)
         )
-        select * from legs where has_some or not exists (select 1 from legs where has_some)
-        order by filter_rank, kind_rank, created_at, pool_id, part_nr
+        select l.*, not has_some and exists (
+                select 1 from legs o where o.has_some and (o.model_filter is null or o.model_filter = l.model_filter)) as is_skipped
+        from legs l order by filter_rank, kind_rank, created_at, pool_id, part_nr
     loop
+        v_chain.valid_until := least(v_chain.valid_until, v_row.cap_end);
+        continue when v_row.is_skipped;
         v_leg := v_leg + 1;
         v_chain.leg_pool_ids := v_chain.leg_pool_ids || v_row.pool_id;
         v_chain.leg_filters := v_chain.leg_filters || v_row.model_filter;
-        v_chain.entry_ids := v_chain.entry_ids || v_row.pool_id;
-        v_chain.entry_starts := v_chain.entry_starts || '-infinity'::timestamptz;
-        v_chain.entry_metrics := v_chain.entry_metrics || 0::smallint;
-        v_chain.entry_legs := v_chain.entry_legs || v_leg;
-        v_chain.entry_filters := v_chain.entry_filters || null::text;
-        if v_row.part_id is not null then
-            v_chain.entry_ids := v_chain.entry_ids || v_row.part_id;
-            v_chain.entry_starts := v_chain.entry_starts || '-infinity'::timestamptz;
+        for v_entry in
+            select e.id, coalesce(e.start, '-infinity') as start
+            from (values (v_row.pool_id, null, 1), (v_row.part_id, null, 2), (v_row.cap_id, v_row.cap_start, 3)) e(id, start, nr)
+            where e.id is not null order by e.nr
+        loop
+            v_chain.entry_ids := v_chain.entry_ids || v_entry.id;
+            v_chain.entry_starts := v_chain.entry_starts || v_entry.start;
             v_chain.entry_metrics := v_chain.entry_metrics || 0::smallint;
             v_chain.entry_legs := v_chain.entry_legs || v_leg;
             v_chain.entry_filters := v_chain.entry_filters || null::text;
-        end if;
+        end loop;
     end loop;
     if v_leg = 0 and v_chain.refusal is null then
         v_chain.refusal := 'no_pool';
     end if;
 
     for v_row in
-        select l.limit_id as id, array_position(array['credits', 'calls', 'tokens'], l.metric) - 1 as metric, l.model_filter, l.period,
-               l.amount, l.action = 'stops' as stops, 'limit' as kind
+        select l.limit_id as id, array_position(array['credits', 'calls', 'tokens'], l.metric) - 1 as metric, l.model_filter,
+               t.period_start, t.period_end
         from limits l
+        cross join lateral credits.open_period(l.organization_id, l.limit_id, 'limit', l.action = 'stops', l.amount, l.period,
+            v_organization.zone, p_now) t
         where l.organization_id = p_organization_id and l.ended_at is null
           and (l.scope = 'organization' or (l.scope = 'user' and l.scope_id = p_user_id) or (l.scope = 'key' and l.scope_id in (p_api_key_id, v_key.original_api_key_id))
                or (l.scope = 'team' and l.scope_id = v_chain.team_id) or (l.scope = 'department' and l.scope_id = v_chain.department_id))
-        union all
-        select a.allocation_id, 0, null, a.period, a.amount_micros, true, 'allocation'
-        from allocations a
-        where a.organization_id = p_organization_id and a.user_id = p_user_id and a.kind = 'capped' and a.ended_at is null
         order by 1
     loop
-        insert into balances (organization_id, balance_id, period_start, kind, stops, limit_amount)
-        values (p_organization_id, v_row.id, credits.period_start(v_row.period, v_organization.zone, p_now), v_row.kind, v_row.stops, v_row.amount)
-        on conflict do nothing;
         v_chain.entry_ids := v_chain.entry_ids || v_row.id;
-        v_chain.entry_starts := v_chain.entry_starts || credits.period_start(v_row.period, v_organization.zone, p_now);
+        v_chain.entry_starts := v_chain.entry_starts || v_row.period_start;
         v_chain.entry_metrics := v_chain.entry_metrics || v_row.metric::smallint;
         v_chain.entry_legs := v_chain.entry_legs || 0::smallint;
         v_chain.entry_filters := v_chain.entry_filters || v_row.model_filter;
-        v_chain.valid_until := least(v_chain.valid_until, credits.period_end(v_row.period, v_organization.zone, p_now));
+        v_chain.valid_until := least(v_chain.valid_until, v_row.period_end);
     end loop;
 
     v_chain.built_at := p_now;
@@ -707,179 +784,245 @@ comment on function credits.first_leg is 'First leg of a chain that may pay for 
 
 -- ------------------------------------------------------------------------------------------------ move_batch
 
+-- spread: who pays an amount that is not held: the legs that admit the model, in order, as far as they have room. The rest is the last
+-- such leg's excess (where none admits the model, the last leg's), because what was used is always charged.
+create or replace function credits.spread(p_chain credits.chains, p_model text, p_amount bigint) returns bigint[]
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_paid bigint[] := array_fill(0::bigint, array[cardinality(p_chain.leg_pool_ids)]);
+    v_left bigint := p_amount;
+    v_last integer := cardinality(p_chain.leg_pool_ids);
+    v_fits boolean := false;
+    v_room bigint;
+begin
+    for i in 1..cardinality(v_paid) loop
+        exit when v_left = 0;
+        continue when not coalesce(p_chain.leg_filters[i] is null or p_model like p_chain.leg_filters[i], false);
+        v_last := i;
+        -- Two legs may draw on one pool: what the first took is gone for the second.
+        select min(b.limit_amount - b.used_amount - b.held_amount - coalesce((
+            select sum(v_paid[o.leg]) from unnest(p_chain.entry_ids, p_chain.entry_starts, p_chain.entry_legs) o(id, start, leg)
+            where o.leg > 0 and o.id = e.id and o.start = e.start), 0)) into v_room
+        from unnest(p_chain.entry_ids, p_chain.entry_starts, p_chain.entry_legs) e(id, start, leg)
+        join balances b on b.organization_id = p_chain.organization_id and b.balance_id = e.id and b.period_start = e.start
+        where e.leg = i;
+        v_paid[i] := least(v_left, greatest(0, v_room));
+        v_left := v_left - v_paid[i];
+    end loop;
+    v_paid[v_last] := v_paid[v_last] + v_left;
+    return v_paid;
+end $$;
+comment on function credits.spread is 'Spreads an amount over the legs of a chain that have room; the rest is the last fitting leg''s excess';
+
+-- move_legs: book on every balance of a chain what one request used, leg by leg, and what it holds no more.
+create or replace function credits.move_legs(
+    p_chain credits.chains, p_model text, p_is_own_key boolean, p_used bigint[], p_calls bigint, p_tokens bigint,
+    p_freed bigint[], p_freed_calls bigint, p_freed_tokens bigint
+) returns void
+language plpgsql volatile set search_path = credits, pg_temp as $$
+begin
+    with entries as (
+        select e.id, e.start,
+            sum(case e.metric when 0 then case when e.leg = 0 then a.used else p_used[e.leg] end when 1 then p_calls else p_tokens end)::bigint as used,
+            sum(case e.metric when 0 then case when e.leg = 0 then a.freed else p_freed[e.leg] end
+                              when 1 then p_freed_calls else p_freed_tokens end)::bigint as freed
+        from (select coalesce(sum(u.used), 0) as used, coalesce(sum(u.freed), 0) as freed from unnest(p_used, p_freed) u(used, freed)) a,
+            unnest(p_chain.entry_ids, p_chain.entry_starts, p_chain.entry_metrics, p_chain.entry_legs, p_chain.entry_filters) e(id, start, metric, leg, filter)
+        where (e.filter is null or p_model like e.filter) and not (e.metric = 0 and p_is_own_key)
+        group by e.id, e.start
+    )
+    update balances b set used_amount = used_amount + e.used, held_amount = held_amount - e.freed,
+        excess_amount = greatest(0, used_amount + e.used + held_amount - e.freed - limit_amount)
+    from entries e where b.organization_id = p_chain.organization_id and b.balance_id = e.id and b.period_start = e.start;
+    perform credits.reopen_parts(array_fill(p_chain.organization_id, array[cardinality(p_chain.entry_ids)]), p_chain.entry_ids);
+end $$;
+comment on function credits.move_legs is 'Books what one request used, and what it holds no more, on every balance of its chain';
+
+-- draw: the pools that paid, each with its running total before. The first goes into the row itself, the others become takes; a pool may
+-- pay on two legs (a share, then its open part).
+create or replace function credits.draw(p_row ledger.attribution, p_leg_pool_ids uuid[], p_paid bigint[]) returns ledger.attribution
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_take record;
+begin
+    for v_take in
+        select p.pool_id, sum(p.paid)::bigint as paid, b.used_amount - sum(p.paid)::bigint as position
+        from unnest(p_leg_pool_ids, p_paid) with ordinality p(pool_id, paid, leg)
+        join balances b on b.organization_id = p_row.organization_id and b.balance_id = p.pool_id and b.period_start = '-infinity'
+        where p.paid <> 0 group by p.pool_id, b.used_amount order by min(p.leg)
+    loop
+        if p_row.pool_id is null then
+            p_row.pool_id := v_take.pool_id; p_row.position_micros := v_take.position;
+        else
+            insert into ledger.attribution_takes (organization_id, request_id, booked_at, pool_id, position_micros, charged_micros)
+            values (p_row.organization_id, p_row.request_id, p_row.booked_at, v_take.pool_id, v_take.position, v_take.paid);
+        end if;
+    end loop;
+    return p_row;
+end $$;
+comment on function credits.draw is 'Names the pools that paid for an attribution row, and writes the takes of the second and later ones';
+
+-- chain_of: the chain of a user and key as of now, built when it is missing or stale; the gate is locked.
+create or replace function credits.chain_of(p_organization_id uuid, p_user_id uuid, p_api_key_id uuid, p_now timestamptz) returns uuid
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_chain_id uuid;
+begin
+    select chain_id into v_chain_id from chains
+    where organization_id = p_organization_id and user_id = p_user_id and api_key_id = p_api_key_id and replaced_at is null
+      and valid_until > p_now and limits_version = (select limits_version from gates where organization_id = p_organization_id);
+    return coalesce(v_chain_id, credits.build_chain(p_organization_id, p_user_id, p_api_key_id, p_now));
+end $$;
+comment on function credits.chain_of is 'The chain of a user and key as of now';
+
 -- book_split: the slow way to settle or release one request: its hold drew from several pools, or costs more than was held while
 -- further pools could pay, or there is no hold any more. Everything else is settled set-based in move_batch.
--- Returns the outcome: 0 booked, 3 known (already booked), 4 no hold to release.
+-- Returns the outcome: 0 booked, 3 known (already booked), 4 no hold to release, 6 no pool that could pay at all.
 create or replace function credits.book_split(
     p_organization_id uuid, p_request_id uuid, p_is_release boolean, p_user_id uuid, p_api_key_id uuid, p_amount bigint, p_tokens bigint,
     p_flags integer, p_row ledger.attribution, p_now timestamptz, out outcome smallint, out charged_micros bigint, out held_micros bigint
 ) language plpgsql volatile set search_path = credits, pg_temp as $$
 declare
+    v_zero constant uuid := '00000000-0000-0000-0000-000000000000';
     v_hold holds;
     v_chain chains;
-    v_earlier record;
-    v_legs smallint;
+    v_none bigint[];
     v_held bigint[];
     v_paid bigint[];
     v_left bigint := p_amount;
-    v_room bigint;
-    v_model text;
-    v_first smallint;
-    v_take record;
 begin
+    outcome := 0;
+    charged_micros := p_amount;
     delete from holds where organization_id = p_organization_id and request_id = p_request_id returning * into v_hold;
     held_micros := coalesce(v_hold.amount_micros, 0);
-    charged_micros := p_amount;
     if v_hold.request_id is null then
         if p_is_release then
             outcome := 4;
             return;
         end if;
-        select sum(a.charged_micros)::bigint as charged, sum(a.provider_cost_nano_usd)::bigint as cost, count(*) as rows,
-               bool_or(a.flags & 64 = 64) and bool_and(a.kind = 0) as by_expiry, min(a.chain_id::text)::uuid as chain_id
-        into v_earlier from ledger.attribution a where a.organization_id = p_organization_id and a.request_id = p_request_id;
-        if v_earlier.rows > 0 then
-            charged_micros := v_earlier.charged;
-            outcome := 3;
-            if v_earlier.by_expiry and p_flags & 64 = 0 then
-                -- Expiry had booked an estimate: the true cost comes now, and the difference is booked.
-                perform credits.book_correction(p_organization_id, p_request_id, v_earlier.chain_id, p_amount - v_earlier.charged,
-                    p_row.provider_cost_nano_usd - v_earlier.cost, p_row, p_now);
-                charged_micros := p_amount;
-                outcome := 0;
-            end if;
+        select c.outcome, c.charged_micros into outcome, charged_micros
+        from credits.settle_again(p_organization_id, p_request_id, p_amount, p_tokens, p_row, p_now) c;
+        if outcome is not null then
             return;
         end if;
+        outcome := 0;
+        charged_micros := p_amount;
         p_flags := p_flags | 128;  -- late: the hold had been released, but what was used is always charged
-        select * into v_chain from chains
-        where organization_id = p_organization_id and user_id = p_user_id and api_key_id = p_api_key_id and replaced_at is null
-          and valid_until > p_now and limits_version = (select limits_version from gates where organization_id = p_organization_id);
-        if not found then
-            select * into strict v_chain from chains
-            where organization_id = p_organization_id
-              and chain_id = credits.build_chain(p_organization_id, p_user_id, p_api_key_id, p_now);
-        end if;
+        select * into strict v_chain from chains
+        where organization_id = p_organization_id and chain_id = credits.chain_of(p_organization_id, p_user_id, p_api_key_id, p_now);
         if cardinality(v_chain.leg_pool_ids) = 0 then
-            raise exception 'request % has no pool that could pay for it', p_request_id using errcode = 'BR404';
+            outcome := 6;
+            return;
         end if;
     else
         select * into strict v_chain from chains where organization_id = p_organization_id and chain_id = v_hold.chain_id;
     end if;
-    v_model := coalesce(p_row.model, v_hold.model);
-    v_legs := cardinality(v_chain.leg_pool_ids);
-    v_held := coalesce(v_hold.leg_micros, array_fill(0::bigint, array[v_legs::int]));
-    if v_hold.request_id is not null and v_hold.leg_micros is null then
+    v_none := array_fill(0::bigint, array[cardinality(v_chain.leg_pool_ids)]);
+    v_held := coalesce(v_hold.leg_micros, v_none);
+    if v_hold.leg_micros is null and v_hold.amount_micros > 0 then
         v_held[v_hold.leg] := v_hold.amount_micros;
     end if;
-    v_paid := array_fill(0::bigint, array[v_legs::int]);
-
-    if not p_is_release then
-        for i in 1..v_legs loop  -- first what was held, leg by leg
-            v_paid[i] := least(v_left, v_held[i]);
-            v_left := v_left - v_paid[i];
-        end loop;
-        if v_left > 0 then       -- then what legs have room for, the rest is the last fitting leg's excess
-            for i in 1..v_legs loop
-                continue when v_chain.leg_filters[i] is not null and v_model not like v_chain.leg_filters[i];
-                v_first := i;
-                select min(greatest(0, b.limit_amount - b.used_amount - b.held_amount)) into v_room
-                from unnest(v_chain.entry_ids, v_chain.entry_legs) e(id, leg)
-                join balances b on b.organization_id = p_organization_id and b.balance_id = e.id and b.period_start = '-infinity'
-                where e.leg = i;
-                v_room := least(v_room, v_left);
-                v_paid[i] := v_paid[i] + v_room;
-                v_left := v_left - v_room;
-                exit when v_left = 0;
-            end loop;
-            v_first := coalesce(v_first, v_legs);
-            v_paid[v_first] := v_paid[v_first] + v_left;
-        end if;
-    end if;
-
-    with entries as (
-        select e.id, e.start,
-            sum(case e.metric when 0 then case when e.leg = 0 then case when p_is_release then 0 else p_amount end else v_paid[e.leg] end
-                              when 1 then case when p_is_release then 0 else 1 end
-                              else case when p_is_release then 0 else p_tokens end end)::bigint as used,
-            sum(case when v_hold.request_id is null then 0 else
-                case e.metric when 0 then case when e.leg = 0 then v_hold.amount_micros else v_held[e.leg] end
-                              when 1 then 1 else v_hold.tokens end end)::bigint as held
-        from unnest(v_chain.entry_ids, v_chain.entry_starts, v_chain.entry_metrics, v_chain.entry_legs, v_chain.entry_filters) e(id, start, metric, leg, filter)
-        where (e.filter is null or v_model like e.filter) and not (e.metric = 0 and (p_flags | coalesce(v_hold.flags, 0)) & 2 = 2)
-        group by e.id, e.start
-    )
-    update balances b set used_amount = used_amount + e.used, held_amount = held_amount - e.held,
-        excess_amount = greatest(0, used_amount + e.used + held_amount - e.held - limit_amount)
-    from entries e where b.organization_id = p_organization_id and b.balance_id = e.id and b.period_start = e.start;
-
-    outcome := 0;
     if p_is_release then
+        perform credits.move_legs(v_chain, p_row.model, v_hold.flags & 2 = 2, v_none, 0, 0, v_held, 1, v_hold.tokens);
         return;
     end if;
-    -- The first pool that paid is in the row itself, the others are takes; a leg's pool may come twice (its share, then its open part).
+
+    v_paid := v_none;
+    for i in 1..cardinality(v_none) loop  -- first what was held, leg by leg
+        v_paid[i] := least(v_left, v_held[i]);
+        v_left := v_left - v_paid[i];
+    end loop;
+    if v_left > 0 then
+        v_paid := array(select p + m from unnest(v_paid, credits.spread(v_chain, p_row.model, v_left)) with ordinality u(p, m, leg) order by leg);
+    end if;
+    perform credits.move_legs(v_chain, p_row.model, p_flags & 2 = 2, v_paid, 1, p_tokens,
+        v_held, case when v_hold.request_id is null then 0 else 1 end, coalesce(v_hold.tokens, 0));
+
     p_row.organization_id := p_organization_id; p_row.request_id := p_request_id; p_row.booked_at := p_now;
     p_row.used_at := coalesce(p_row.used_at, p_now); p_row.kind := 0; p_row.chain_id := v_chain.chain_id;
-    p_row.user_id := nullif(v_chain.user_id, '00000000-0000-0000-0000-000000000000');
-    p_row.api_key_id := nullif(v_chain.api_key_id, '00000000-0000-0000-0000-000000000000');
+    p_row.user_id := nullif(v_chain.user_id, v_zero); p_row.api_key_id := nullif(v_chain.api_key_id, v_zero);
     p_row.team_id := v_chain.team_id; p_row.department_id := v_chain.department_id; p_row.department_name := v_chain.department_name;
-    p_row.model := v_model; p_row.provider := coalesce(p_row.provider, v_hold.provider);
-    p_row.price_version_id := coalesce(p_row.price_version_id, v_hold.price_version_id);
-    p_row.provider_key_id := coalesce(p_row.provider_key_id, v_hold.provider_key_id);
-    p_row.conversation_id := coalesce(p_row.conversation_id, v_hold.conversation_id);
-    p_row.charged_micros := p_amount; p_row.hold_micros := held_micros; p_row.flags := (p_flags & ~1) | (coalesce(v_hold.flags, 0) & 2);
-    for v_take in
-        select p.pool_id, sum(p.paid)::bigint as paid, b.used_amount - sum(p.paid)::bigint as position, row_number() over (order by min(p.leg)) as nr
-        from unnest(v_chain.leg_pool_ids, v_paid) with ordinality p(pool_id, paid, leg)
-        join balances b on b.organization_id = p_organization_id and b.balance_id = p.pool_id
-        where p.paid > 0 group by p.pool_id, b.used_amount
-    loop
-        if v_take.nr = 1 then
-            p_row.pool_id := v_take.pool_id; p_row.position_micros := v_take.position;
-        else
-            insert into ledger.attribution_takes (organization_id, request_id, booked_at, pool_id, position_micros, charged_micros)
-            values (p_organization_id, p_request_id, p_now, v_take.pool_id, v_take.position, v_take.paid);
-        end if;
-    end loop;
+    p_row.charged_micros := p_amount; p_row.hold_micros := held_micros; p_row.flags := p_flags & ~49;
+    p_row := credits.draw(p_row, v_chain.leg_pool_ids, v_paid);
     insert into ledger.attribution select p_row.*;
+    if p_flags & 64 = 64 then
+        insert into estimates (organization_id, request_id, chain_id, leg_micros, tokens, cost_nano_usd, flags, booked_at)
+        values (p_organization_id, p_request_id, v_chain.chain_id, v_paid, p_tokens,
+                p_row.provider_cost_nano_usd + p_row.customer_cost_nano_usd, p_flags & ~49, p_now);
+    end if;
 end $$;
 comment on function credits.book_split is 'Settles or releases one request whose hold drew from several pools, or that has no hold any more';
 
--- book_correction: add a difference (either sign) to what a request was charged, on its first pool and its limits.
+-- settle_again: a settle whose request was booked before: by expiry as an estimate, which is corrected now (0), or finally (3).
+-- A null outcome: nothing was booked yet.
+create or replace function credits.settle_again(
+    p_organization_id uuid, p_request_id uuid, p_amount bigint, p_tokens bigint, p_row ledger.attribution, p_now timestamptz,
+    out outcome smallint, out charged_micros bigint
+) language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_estimate estimates;
+begin
+    delete from estimates where organization_id = p_organization_id and request_id = p_request_id returning * into v_estimate;
+    if found then
+        outcome := 0;
+        charged_micros := case when v_estimate.flags & 2 = 2 then 0 else p_amount end;
+        perform credits.book_correction(v_estimate, charged_micros, p_tokens, p_row, p_now);
+        return;
+    end if;
+    select case when count(*) > 0 then 3 end, sum(a.charged_micros) into outcome, charged_micros
+    from ledger.attribution a where a.organization_id = p_organization_id and a.request_id = p_request_id;
+end $$;
+comment on function credits.settle_again is 'Settles a request that was booked before: corrects an estimate, or tells what was charged';
+
+-- book_correction: book the difference (either sign) between what expiry charged by estimate and the true cost, on the same balances.
+-- What was too much goes back to the legs that paid it, last first; what was too little is spread as any charge without hold.
 create or replace function credits.book_correction(
-    p_organization_id uuid, p_request_id uuid, p_chain_id uuid, p_delta bigint, p_cost_delta bigint, p_row ledger.attribution, p_now timestamptz
+    p_estimate credits.estimates, p_amount bigint, p_tokens bigint, p_row ledger.attribution, p_now timestamptz
 ) returns void
 language plpgsql volatile set search_path = credits, pg_temp as $$
 declare
     v_first ledger.attribution;
     v_chain chains;
-    v_position bigint;
+    v_delta bigint := p_amount - coalesce((select sum(m) from unnest(p_estimate.leg_micros) m), 0);
+    v_left bigint := greatest(0, -v_delta);
+    v_moved bigint[] := p_estimate.leg_micros;
+    v_cost bigint := p_row.provider_cost_nano_usd + p_row.customer_cost_nano_usd - p_estimate.cost_nano_usd;
+    v_pool uuid;
 begin
     select * into strict v_first from ledger.attribution
-    where organization_id = p_organization_id and request_id = p_request_id and kind = 0;
-    select * into strict v_chain from chains where organization_id = p_organization_id and chain_id = p_chain_id;
-    with entries as (
-        select distinct on (e.id, e.start) e.id, e.start, e.leg
-        from unnest(v_chain.entry_ids, v_chain.entry_starts, v_chain.entry_metrics, v_chain.entry_legs, v_chain.entry_filters)
-            e(id, start, metric, leg, filter)
-        where e.metric = 0 and (e.filter is null or v_first.model like e.filter)
-          and (e.leg = 0 or e.leg = (select min(l.leg) from unnest(v_chain.leg_pool_ids) with ordinality l(pool_id, leg) where l.pool_id = v_first.pool_id))
-        order by e.id, e.start
-    )
-    update balances b set used_amount = used_amount + p_delta,
-        excess_amount = greatest(0, used_amount + p_delta + held_amount - limit_amount)
-    from entries e where b.organization_id = p_organization_id and b.balance_id = e.id and b.period_start = e.start;
-    select used_amount - p_delta into strict v_position from balances
-    where organization_id = p_organization_id and balance_id = v_first.pool_id and period_start = '-infinity';
+    where organization_id = p_estimate.organization_id and request_id = p_estimate.request_id and booked_at = p_estimate.booked_at;
+    select * into strict v_chain from chains where organization_id = p_estimate.organization_id and chain_id = p_estimate.chain_id;
+    if v_delta > 0 then
+        v_moved := credits.spread(v_chain, v_first.model, v_delta);
+    else
+        for i in reverse cardinality(v_moved)..1 loop
+            v_moved[i] := -least(v_left, p_estimate.leg_micros[i]);
+            v_left := v_left + v_moved[i];
+        end loop;
+    end if;
+    perform credits.move_legs(v_chain, v_first.model, p_estimate.flags & 2 = 2, v_moved, 0, p_tokens - p_estimate.tokens,
+        array_fill(0::bigint, array[cardinality(v_moved)]), 0, 0);
+
     -- The correction's row has the true usage; the first row keeps its estimate. Sums over both are true.
-    p_row.organization_id := p_organization_id; p_row.request_id := p_request_id; p_row.booked_at := p_now; p_row.used_at := v_first.used_at;
-    p_row.kind := 1; p_row.user_id := v_first.user_id; p_row.api_key_id := v_first.api_key_id; p_row.provider_key_id := v_first.provider_key_id;
-    p_row.provider := v_first.provider; p_row.model := v_first.model; p_row.team_id := v_first.team_id; p_row.department_id := v_first.department_id;
-    p_row.department_name := v_first.department_name; p_row.conversation_id := v_first.conversation_id; p_row.chain_id := v_first.chain_id;
-    p_row.price_version_id := v_first.price_version_id; p_row.pool_id := v_first.pool_id; p_row.position_micros := v_position;
-    p_row.charged_micros := p_delta; p_row.hold_micros := 0; p_row.provider_cost_nano_usd := p_cost_delta; p_row.flags := 128; p_row.requests := 0;
+    p_row.organization_id := p_estimate.organization_id; p_row.request_id := p_estimate.request_id; p_row.booked_at := p_now;
+    p_row.used_at := v_first.used_at; p_row.kind := 1; p_row.user_id := v_first.user_id; p_row.api_key_id := v_first.api_key_id;
+    p_row.provider_key_id := v_first.provider_key_id; p_row.provider := v_first.provider; p_row.model := v_first.model;
+    p_row.team_id := v_first.team_id; p_row.department_id := v_first.department_id; p_row.department_name := v_first.department_name;
+    p_row.conversation_id := v_first.conversation_id; p_row.chain_id := v_first.chain_id; p_row.price_version_id := v_first.price_version_id;
+    p_row.charged_micros := v_delta; p_row.hold_micros := 0; p_row.flags := 128 | (p_estimate.flags & 2);
+    p_row.provider_cost_nano_usd := case when p_estimate.flags & 2 = 2 then 0 else v_cost end;
+    p_row.customer_cost_nano_usd := case when p_estimate.flags & 2 = 2 then v_cost else 0 end;
+    p_row.requests := p_row.requests - v_first.requests;
+    p_row := credits.draw(p_row, v_chain.leg_pool_ids, v_moved);
     insert into ledger.attribution select p_row.*;
-    if p_delta < 0 then
-        perform credits.limits_changed(p_organization_id);  -- an empty pool may have something again
+
+    if v_delta < 0 then
+        -- What comes back to a grant that has expired since is not spendable again; and an empty pool may have something again.
+        for v_pool in select distinct pool_id from unnest(v_chain.leg_pool_ids, v_moved) m(pool_id, moved) where moved < 0 order by 1 loop
+            perform credits.pour(p_estimate.organization_id, v_pool, p_now);
+            perform credits.fold_pool(p_estimate.organization_id, v_pool, p_now);
+        end loop;
+        perform credits.limits_changed(p_estimate.organization_id);
     end if;
 end $$;
 comment on function credits.book_correction is 'Books the difference between an estimate that expiry charged and the true cost that came later';
@@ -1203,8 +1346,10 @@ begin
     end if;
 
     if array_remove(p_keys, null) <> '{}' then
-        delete from commands k using unnest(p_organization_ids, p_keys) w(org, key)
-        where k.organization_id = w.org and k.idempotency_key = w.key and k.kept_until <= p_now;
+        -- A released request had no outcome: its key may be used again.
+        delete from commands k using unnest(p_organization_ids, p_keys, p_actions, p_request_ids) w(org, key, action, request_id)
+        where k.organization_id = w.org and k.idempotency_key = w.key
+          and (k.kept_until <= p_now or (w.action = 4 and k.request_id = w.request_id));
         insert into commands (organization_id, idempotency_key, body_hash, request_id, outcome, answered_at, kept_until)
         select w.org, w.key, w.body_hash, w.request_id,
             jsonb_build_object('outcome', greatest(w.outcome, 0), 'request_id', w.request_id, 'detail', w.detail, 'binding_id', w.binding_id,
@@ -1212,7 +1357,7 @@ begin
             p_now, p_now + case when w.outcome in (1, 6) then interval '24 hours' else interval '35 days' end
         from unnest(p_organization_ids, p_actions, p_keys, p_body_hashes, p_request_ids, p_amounts, p_outcomes, p_details, p_bindings, p_charged)
             w(org, action, key, body_hash, request_id, amount, outcome, detail, binding_id, charged)
-        where w.key is not null and w.outcome in (-1, 1, 9);
+        where w.key is not null and w.action <> 4 and w.outcome in (-1, 1, 9);
     end if;
 end $$;
 comment on function credits.post_batch is 'Writes what a batch decided: holds, attribution, requests that cost nothing, stored results';
@@ -1230,7 +1375,7 @@ comment on function credits.post_batch is 'Writes what a batch decided: holds, a
 --   p_leases         seconds until an authorized or extended hold ends by itself
 --   p_flags          bits: 1 sent, 2 customer's own key, 4 estimated, 8 streamed, 16 may wait, 32 repeated after an unknown answer,
 --                    64 by expiry, 256 unpriced by policy
---   p_keys, p_body_hashes   idempotency key of the command and hash of its body
+--   p_keys, p_body_hashes   idempotency key of the command and hash of its body; with a release: the key that it sets free
 --   p_at             null; the simulator's instant
 -- Returns one verdict a place: 0 accepted, 1 refused by a balance, 2 wait (only open holds stand in the way), 3 known: the stored
 -- acceptance, 4 there is no such hold, 5 the key was used with another body, 6 not allowed at all, 7 known: the stored refusal.
@@ -1347,9 +1492,9 @@ begin
         for v_row in
             select w.place, k.outcome, k.body_hash = w.body_hash as same,
                    first_value(w.place) over twins as elder, first_value(w.body_hash) over twins = w.body_hash as same_as_elder
-            from unnest(p_organization_ids, p_keys, p_body_hashes) with ordinality w(org, key, body_hash, place)
+            from unnest(p_organization_ids, p_keys, p_body_hashes, p_actions) with ordinality w(org, key, body_hash, action, place)
             left join commands k on k.organization_id = w.org and k.idempotency_key = w.key and k.kept_until > v_now
-            where w.key is not null
+            where w.key is not null and w.action <> 4
             window twins as (partition by w.org, w.key order by w.place)
             order by w.place
         loop
@@ -1628,14 +1773,8 @@ language plpgsql volatile security definer set search_path = credits, pg_temp as
 declare
     v_zero constant uuid := '00000000-0000-0000-0000-000000000000';
     v_now timestamptz := credits.lock_gate(p_organization_id, null);
-    v_chain_id uuid;
 begin
-    select chain_id into v_chain_id from chains c
-    where c.organization_id = p_organization_id and c.user_id = coalesce(p_user_id, v_zero) and c.api_key_id = coalesce(p_api_key_id, v_zero)
-      and c.replaced_at is null and c.valid_until > v_now
-      and c.limits_version = (select limits_version from gates where organization_id = p_organization_id);
-    return coalesce(v_chain_id,
-        credits.build_chain(p_organization_id, coalesce(p_user_id, v_zero), coalesce(p_api_key_id, v_zero), v_now));
+    return credits.chain_of(p_organization_id, coalesce(p_user_id, v_zero), coalesce(p_api_key_id, v_zero), v_now);
 end $$;
 comment on function credits.current_chain is 'The chain of a user and key as of now; asks, moves nothing';
 

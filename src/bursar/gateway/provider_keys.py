@@ -184,10 +184,9 @@ class KeyFinder:
         Raises:
             NoProviderKey, SealBroken
         """
-        for owner in (organization_id, PLATFORM_ORGANIZATION_ID):
-            key = await self._key_of(owner, provider)
-            if key is not None:
-                return key
+        key = await self.find(organization_id, provider)
+        if key is not None:
+            return key
         raise NoProviderKey(
             f"Nobody has entered a key for {provider}.",
             why={
@@ -196,6 +195,11 @@ class KeyFinder:
                 "next_step": f"The platform's operator can enter one with `bursar providers key {provider}`.",
             },
         )
+
+    async def find(self, organization_id: UUID, provider: str) -> UsableKey | None:
+        """`key_for`, or None where nobody has one."""
+        own = await self._key_of(organization_id, provider)
+        return own or await self._key_of(PLATFORM_ORGANIZATION_ID, provider)
 
     async def _key_of(self, organization_id: UUID, provider: str) -> UsableKey | None:
         place = (organization_id, provider)

@@ -50,11 +50,6 @@ class UpstreamBroken(Problem):
 
     status, code, title = 502, "provider_broke_off", "The provider's answer did not come"
 
-    def as_problem(self) -> Problem:
-        """What the client is told."""
-        return self
-
-
 class ProviderUnreachable(UpstreamBroken):
     """No connection to the provider: the call was not made."""
 

@@ -1,0 +1,272 @@
+"""One metered call on its way: hold an estimate, mark progress, settle the truth or release. No HTTP here."""
+
+import asyncio
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from datetime import datetime
+from hashlib import sha256
+from typing import Any, Final
+from uuid import UUID
+
+import structlog
+
+from bursar import db
+from bursar.clock import now, uuid7
+from bursar.credits import explain, why
+from bursar.credits.batcher import Batcher, Unavailable
+from bursar.credits.grants import KeyReused
+from bursar.credits.moves import Action, Flag, Move, Outcome, Verdict
+from bursar.gateway.upstream import Target
+from bursar.gateway.wire import UsageMeter, WireRequest
+from bursar.identity.principals import Principal
+from bursar.money import Micros, NanoUsd
+from bursar.pricing.book import Quote
+from bursar.pricing.prices import Context, Priced, Rounding
+from bursar.pricing.usage import Usage
+from bursar.problems import Problem
+
+PRIOR_OUTPUT_TOKENS: Final = 1_000
+"""What a call that names no limit is held for, until its own history says better; streams extend their hold."""
+
+LEASE_SECONDS: Final = 30
+PROGRESS_SECONDS: Final = 2.0
+EXTEND_AT_PERCENT: Final = 80
+TWIN_SECONDS: Final = 10.0
+
+log = structlog.get_logger(__name__)
+
+
+class AlreadyAnswered(Problem):
+    """A call with this idempotency key was answered before; its answer is not kept."""
+
+    status, code, title = 422, "already_answered", "This request was answered before"
+
+
+class TwinInFlight(Problem):
+    """A call with this idempotency key is still running."""
+
+    status, code, title = 503, "twin_in_flight", "The same request is still running"
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """A metered call: who pays, by which price, and how far it is."""
+
+    principal: Principal
+    request: WireRequest
+    quote: Quote
+    body_hash: bytes
+    upstream_model: str
+    target: Target
+    provider_key_id: UUID | None = None
+    context: Context = field(default_factory=dict)
+    opened_at: datetime = field(default_factory=now)
+    conversation_id: UUID | None = None
+    idempotency_key: str | None = None
+    request_id: UUID = field(default_factory=uuid7)
+    held_micros: Micros = Micros(0)  # noqa: RUF009 - an int
+    available_micros: Micros | None = None
+    meter: UsageMeter | None = None
+    stopped_by: Verdict | None = None
+
+    @property
+    def own_key(self) -> bool:
+        """The key at the provider is the customer's own: tracked, not charged."""
+        return self.target.is_own_key
+
+    @property
+    def flags(self) -> Flag:
+        """The bits that every move of this call has."""
+        return (
+            (Flag.OWN_KEY if self.own_key else Flag.NONE)
+            | (Flag.STREAMED if self.request.stream else Flag.NONE)
+            | (Flag.UNPRICED if self.quote.is_unpriced else Flag.NONE)
+        )
+
+    def price(self, usage: Usage, rounding: Rounding = Rounding.HALF_UP) -> Priced:
+        """What this usage comes to at the price pinned when the call was opened."""
+        return self.quote.price(usage, context=self.context, at=self.opened_at, rounding=rounding)
+
+    def charge(self, priced: Priced) -> Micros:
+        """What the customer pays: nothing where the key at the provider is the customer's own."""
+        return Micros(0) if self.own_key else priced.charged_micros
+
+    def move(self, action: Action, **fields: Any) -> Move:
+        """A move of this call."""
+        return Move(
+            action,
+            self.principal.organization_id,
+            self.request_id,
+            self.principal.user_id,
+            self.principal.api_key_id,
+            provider=self.quote.provider,
+            model=self.quote.model,
+            price_version_id=self.quote.price_version_id,
+            provider_key_id=self.provider_key_id,
+            conversation_id=self.conversation_id,
+            **{"flags": self.flags, **fields},
+        )
+
+
+def body_hash(path: str, body: bytes) -> bytes:
+    """Hash of a call, to tell a repetition from another call under the same key."""
+    return sha256(path.encode() + b"\0" + body).digest()
+
+
+class Till:
+    """Where calls are held, kept alive and settled. One per process; `run` renews what is running."""
+
+    def __init__(self, database: db.Database, batcher: Batcher) -> None:
+        self._database = database
+        self._batcher = batcher
+        self._running: dict[UUID, Call] = {}
+        self._closing: set[asyncio.Task[Verdict]] = set()
+
+    async def hold(self, call: Call) -> None:
+        """Hold the estimate, or refuse.
+
+        Raises:
+            InsufficientCredits, AllocationExhausted, CapReached, …: refused; `why` says which limit and what to do.
+            AlreadyAnswered, TwinInFlight, KeyReused: a call with the same idempotency key.
+            Unavailable: the books cannot be reached.
+        """
+        output = call.request.max_output_tokens
+        usage = call.request.hold_for(PRIOR_OUTPUT_TOKENS if output is None else output)
+        estimate = call.price(usage, Rounding.UP)
+        move = call.move(
+            Action.AUTHORIZE,
+            amount_micros=call.charge(estimate),
+            tokens=usage.total_tokens,
+            cost_nano_usd=estimate.provider_cost_nano_usd,
+            mark_micros=call.charge(call.price(call.request.estimate, Rounding.UP)),
+            lease_seconds=LEASE_SECONDS,
+            flags=call.flags | Flag.MAY_WAIT,
+            idempotency_key=call.idempotency_key,
+            body_hash=call.body_hash if call.idempotency_key else None,
+        )
+        verdict = await self._settled_twin(move, await self._batcher.move(move))
+        if not verdict.outcome == Outcome.ACCEPTED:
+            raise await self._refusal(call, verdict, call.charge(estimate))
+        call.held_micros = verdict.held_micros
+        call.available_micros = verdict.available_micros
+        self._running[call.request_id] = call
+
+    def sent(self, call: Call) -> None:
+        """The provider call goes out: from here an expired hold is charged. Not waited for; it is in the next batch."""
+        self._soon(
+            self._batcher.move(call.move(Action.EXTEND, flags=call.flags | Flag.SENT, lease_seconds=LEASE_SECONDS))
+        )
+
+    async def settle(self, call: Call, usage: Usage, *, estimated: bool) -> Verdict:
+        """Charge what was used; committed when it returns, and done even when the caller is cancelled meanwhile."""
+        self._running.pop(call.request_id, None)
+        priced = call.price(usage)
+        move = call.move(
+            Action.SETTLE,
+            amount_micros=call.charge(priced),
+            tokens=usage.total_tokens,
+            cost_nano_usd=priced.provider_cost_nano_usd,
+            usage=usage.as_array(),
+            flags=call.flags
+            | (Flag.ESTIMATED if estimated else Flag.NONE)
+            | (Flag.UNPRICED if priced.unpriced_kinds else Flag.NONE),
+        )
+        return await asyncio.shield(self._soon(self._batcher.move(move)))
+
+    async def release(self, call: Call) -> Verdict:
+        """Free the hold and charge nothing: the provider did nothing."""
+        self._running.pop(call.request_id, None)
+        return await asyncio.shield(
+            self._soon(self._batcher.move(call.move(Action.RELEASE, idempotency_key=call.idempotency_key)))
+        )
+
+    async def run(self) -> None:
+        """Every 2 s: renew the leases of what runs, mark progress, and hold more where a stream outgrows its hold."""
+        while True:
+            await asyncio.sleep(PROGRESS_SECONDS)
+            await asyncio.gather(*(self._progress(call) for call in list(self._running.values())))
+
+    async def drain(self) -> None:
+        """Wait until every settle that went out is committed."""
+        while self._closing:
+            await asyncio.gather(*self._closing, return_exceptions=True)
+
+    async def _progress(self, call: Call) -> None:
+        counted = call.meter.counted() if call.meter is not None else call.request.estimate
+        so_far = call.price(counted, Rounding.UP)
+        mark = call.charge(so_far)
+        outgrown = mark * 100 > call.held_micros * EXTEND_AT_PERCENT and call.request.stream and not call.own_key
+        # What is held doubles, so that a long stream asks seldom.
+        more = Micros(max(call.held_micros, 2 * mark - call.held_micros)) if outgrown else Micros(0)
+        move = call.move(
+            Action.EXTEND,
+            amount_micros=more,
+            cost_nano_usd=NanoUsd(so_far.provider_cost_nano_usd * more // mark) if mark else NanoUsd(0),
+            mark_micros=mark,
+            lease_seconds=LEASE_SECONDS,
+            flags=call.flags | Flag.SENT,
+        )
+        try:
+            verdict = await self._batcher.move(move)
+        except Unavailable:
+            log.warning("progress not recorded", request_id=str(call.request_id))
+            return
+        if verdict.outcome == Outcome.ACCEPTED:
+            call.held_micros = Micros(call.held_micros + more)
+        elif verdict.outcome == Outcome.REFUSED and mark > call.held_micros:
+            call.stopped_by = verdict
+
+    async def stop_reason(self, call: Call) -> Problem:
+        """The refusal that ends a stream whose hold could not be extended."""
+        assert call.stopped_by is not None
+        return await self._refusal(call, call.stopped_by, call.held_micros)
+
+    def _soon(self, verdict: Awaitable[Verdict]) -> asyncio.Task[Verdict]:
+        """Run to its end whatever happens to the caller."""
+        task = asyncio.ensure_future(verdict)
+        self._closing.add(task)
+        task.add_done_callback(self._closed)
+        return task
+
+    def _closed(self, task: asyncio.Task[Verdict]) -> None:
+        self._closing.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a settle, release or mark failed; its hold will expire", error=str(task.exception()))
+
+    async def _settled_twin(self, move: Move, verdict: Verdict) -> Verdict:
+        """Where the key is known: wait for the twin, then say how it ended; a released one leaves the key free."""
+        deadline = asyncio.get_running_loop().time() + TWIN_SECONDS
+        while verdict.outcome == Outcome.KNOWN:
+            if not await self._is_held(move.organization_id, verdict.request_id):
+                again = await self._batcher.move(move)
+                if again.outcome == Outcome.KNOWN and again.request_id == verdict.request_id:
+                    raise AlreadyAnswered(
+                        f"It was answered as request req_{verdict.request_id.hex}",
+                        headers={"Bursar-Original-Request": f"req_{verdict.request_id.hex}", "x-should-retry": "false"},
+                    )
+                verdict = again
+                continue
+            if asyncio.get_running_loop().time() > deadline:
+                raise TwinInFlight("Ask again when it has ended", headers={"Retry-After": "5"})
+            await asyncio.sleep(0.1)
+        return verdict
+
+    async def _is_held(self, organization_id: UUID, request_id: UUID) -> bool:
+        async with self._database.tenant(organization_id) as conn:
+            return await explain.is_held(conn, organization_id=organization_id, request_id=request_id)
+
+    async def _refusal(self, call: Call, verdict: Verdict, wanted: Micros) -> Problem:
+        """What the caller is told: the decision, and every limit as it is now."""
+        if verdict.outcome == Outcome.KEY_REUSED:
+            return KeyReused(headers={"x-should-retry": "false"})
+        async with self._database.tenant(call.principal.organization_id) as conn:
+            answer = await why.why(
+                conn,
+                organization_id=call.principal.organization_id,
+                user_id=call.principal.user_id,
+                api_key_id=call.principal.api_key_id,
+                model=call.quote.model,
+                wanted_micros=wanted,
+            )
+        answer = why.decided(answer, code=verdict.detail or "pool_exhausted", binding_id=verdict.binding_id)
+        return why.refusal(answer, organization=call.principal.organization_slug)

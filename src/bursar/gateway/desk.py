@@ -1,0 +1,130 @@
+"""Opens a call: which provider serves the model, with whose key, at what price."""
+
+import asyncio
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, Final
+from uuid import UUID
+
+from bursar import db
+from bursar.gateway.calls import Call
+from bursar.gateway.provider_keys import KeyFinder, UsableKey
+from bursar.gateway.routes import Format, ModelNotFound, Route, RouteTable, load_routes
+from bursar.gateway.upstream import Target
+from bursar.gateway.wire import WireRequest
+from bursar.identity.principals import Principal
+from bursar.pricing.book import ModelNotPriced, PriceBook
+
+REFRESH_SECONDS: Final = 5.0
+MOST_RESOLVED: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Resolved:
+    """Where calls for a name go; provider None: nobody serves it."""
+
+    route: Route | None
+    refusal: ModelNotFound | None
+
+
+class Desk:
+    """Routes, keys and prices from memory, at most seconds old. One per process."""
+
+    def __init__(
+        self, database: db.Database, book: PriceBook, keys: KeyFinder, *, demo_base_url: str | None = None
+    ) -> None:
+        self._database = database
+        self._book = book
+        self._keys = keys
+        self._demo_base_url = demo_base_url
+        self._table = RouteTable([], [])
+        self._loaded_at = float("-inf")
+        self._resolved: dict[tuple[str, Format], _Resolved] = {}
+        self._loading = asyncio.Lock()
+
+    async def open(self, principal: Principal, request: WireRequest, format: Format, body_hash: bytes) -> Call:
+        """A call with its provider, key and price; nothing is held yet.
+
+        Raises:
+            ModelNotFound, ModelNotPriced, NoProviderKey
+        """
+        route = await self._route(request.model, format)
+        organization_id = principal.organization_id
+        quote = await self._book.quote(organization_id=organization_id, provider=route.provider.name, model=route.model)
+        context = {"service_tier": request.service_tier} if request.service_tier else {}
+        quote.require_priced(request.hold_for(1), context=context)
+        key = await self._key(organization_id, route)
+        return Call(
+            principal=principal,
+            request=request,
+            quote=quote,
+            body_hash=body_hash,
+            upstream_model=route.model,
+            target=Target(route.provider, key.secret if key else None, key.is_own if key else False),
+            provider_key_id=key.provider_key_id if key else None,
+            context=context,
+        )
+
+    async def models(self, principal: Principal) -> list[dict[str, Any]]:
+        """Models that this organization can call by name, in OpenAI's list form, by name."""
+        table = await self._current()
+        found: dict[str, str] = {}
+        for provider in table.providers.values():
+            if not await self._can_call(principal.organization_id, provider.auth, provider.name):
+                continue
+            for model in await self._book.models(provider=provider.name):
+                found.setdefault(model, provider.name)
+        for route in table.routes.values():
+            if route.enabled and route.provider in table.providers:
+                found[route.model] = route.provider
+            else:
+                found.pop(route.model, None)
+        return [{"id": model, "object": "model", "created": 0, "owned_by": found[model]} for model in sorted(found)]
+
+    async def _can_call(self, organization_id: UUID, auth: str, provider: str) -> bool:
+        return auth == "none" or await self._keys.find(organization_id, provider) is not None
+
+    async def _key(self, organization_id: UUID, route: Route) -> UsableKey | None:
+        if route.provider.auth == "none":
+            return None
+        return await self._keys.key_for(organization_id, route.provider.name)
+
+    async def _route(self, model: str, format: Format) -> Route:
+        table = await self._current()
+        found = self._resolved.get((model, format))
+        if found is None:
+            found = await self._resolve(table, model, format)
+            if len(self._resolved) >= MOST_RESOLVED:
+                self._resolved.clear()
+            self._resolved[model, format] = found
+        if found.route is None:
+            assert found.refusal is not None
+            raise ModelNotFound(found.refusal.detail, why=found.refusal.why)
+        return found.route
+
+    async def _resolve(self, table: RouteTable, model: str, format: Format) -> _Resolved:
+        knowing = {name for name in table.providers if await self._is_listed(name, model)}
+        try:
+            return _Resolved(table.resolve(model, format, lambda provider, _: provider in knowing), None)
+        except ModelNotFound as refusal:
+            return _Resolved(None, refusal)
+
+    async def _is_listed(self, provider: str, model: str) -> bool:
+        try:
+            await self._book.list_price(provider=provider, model=model)
+        except ModelNotPriced:
+            return False
+        return True
+
+    async def _current(self) -> RouteTable:
+        """Providers and routes, at most REFRESH_SECONDS old; read once for all who ask."""
+        if monotonic() - self._loaded_at < REFRESH_SECONDS:
+            return self._table
+        async with self._loading:
+            if monotonic() - self._loaded_at >= REFRESH_SECONDS:
+                asked_at = monotonic()
+                async with self._database.untenanted() as conn:
+                    self._table = await load_routes(conn, demo_base_url=self._demo_base_url)
+                self._resolved = {}
+                self._loaded_at = asked_at
+        return self._table

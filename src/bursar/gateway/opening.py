@@ -1,0 +1,49 @@
+"""Opens the gateway of one process: its lanes, caches, connections and, where it is enabled, the provider demo."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Final
+
+from bursar import db
+from bursar.credits.batcher import Batcher
+from bursar.gateway import demo_provider
+from bursar.gateway.calls import Till
+from bursar.gateway.desk import Desk
+from bursar.gateway.front import Front
+from bursar.gateway.provider_keys import KeyFinder
+from bursar.gateway.sealing import Keyring
+from bursar.gateway.upstream import Upstream
+from bursar.identity.principals import KeyCache
+from bursar.pricing.book import PriceBook
+
+LAST_USE_SECONDS: Final = 30.0
+
+
+@asynccontextmanager
+async def opened(database: db.Database) -> AsyncIterator[Front]:
+    """The gateway, ready to answer; leaving drains what runs and waits until every settle is committed."""
+    keys = KeyCache(database)
+    async with AsyncExitStack() as stack:
+        demo_base_url = await stack.enter_async_context(demo_provider.running())
+        batcher = await stack.enter_async_context(Batcher(database.dsn("bursar_lane")))
+        upstream = Upstream()
+        stack.push_async_callback(upstream.close)
+        till = Till(database, batcher)
+        stack.push_async_callback(till.drain)
+        stack.push_async_callback(_stop, asyncio.create_task(till.run(), name="progress of running calls"))
+        stack.push_async_callback(_stop, asyncio.create_task(_note_last_use(database, keys), name="last use of keys"))
+        finder = KeyFinder(database, Keyring(database.settings.master_key))
+        yield Front(keys, Desk(database, PriceBook(database), finder, demo_base_url=demo_base_url), till, upstream)
+
+
+async def _note_last_use(database: db.Database, keys: KeyCache) -> None:
+    while True:
+        await asyncio.sleep(LAST_USE_SECONDS)
+        await keys.last_use.write(database)
+
+
+async def _stop(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
