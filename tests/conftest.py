@@ -11,9 +11,10 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -26,7 +27,9 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from bursar import db
 from bursar.audit.events import OPERATOR
 from bursar.clock import uuid7
+from bursar.credits.moves import MOVE_BATCH, Move, Verdict, as_arguments, as_verdicts
 from bursar.credits.pools import open_credits
+from bursar.db import arrays
 from bursar.db.embedded import EmbeddedServer, ServerInUse
 from bursar.identity.addresses import Address
 from bursar.identity.api_keys import NewApiKey, create_api_key
@@ -157,6 +160,21 @@ def make_org(database: db.Database) -> MakeOrg:
 async def org(make_org: MakeOrg) -> Org:
     """A fresh company with a shared pool and one administrator: where most tests start."""
     return await make_org()
+
+
+Simulate = Callable[..., Awaitable[list[Verdict]]]
+
+
+@pytest.fixture
+async def simulate(database: db.Database) -> AsyncIterator[Simulate]:
+    """Moves credits as the simulator, who may date money: `await simulate(moves, at=…)`; one verdict a move."""
+    async with await psycopg.AsyncConnection.connect(database.dsn("bursar_simulator"), autocommit=True) as conn:
+        arrays.register(conn)
+
+        async def move(moves: Sequence[Move], at: datetime | None = None) -> list[Verdict]:
+            return as_verdicts(await (await conn.execute(MOVE_BATCH, as_arguments(moves, at))).fetchall())
+
+        yield move
 
 
 def _embedded(run_dir: Path) -> Iterator[str]:
