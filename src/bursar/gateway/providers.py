@@ -198,8 +198,8 @@ def check_base_url(url: str) -> None:
         raise InvalidBaseUrl(f"{url[:200]!r}: {error}.") from error
     fault = _fault(parts.scheme, host)
     if parts.username is not None or parts.password is not None:
-        fault = "it must not hold credentials"
-    elif parts.query or parts.fragment or "?" in url or "#" in url:
+        raise InvalidBaseUrl("The address must not hold credentials; enter them with `bursar providers key`.")
+    if parts.query or parts.fragment or "?" in url or "#" in url:
         fault = "it must have no query and no fragment"
     elif url.endswith("/"):
         fault = "it must not end with a slash"
@@ -221,9 +221,10 @@ def _fault(scheme: str, host: str) -> str:
         is_here = host == "localhost"
     else:
         address = getattr(address, "ipv4_mapped", None) or address
-        if address.is_link_local or address.is_multicast or address.is_unspecified or address.is_reserved:
-            return "addresses of this kind are never called"
         is_here = address.is_loopback
+        is_odd = address.is_link_local or address.is_multicast or address.is_unspecified or address.is_reserved
+        if is_odd and not is_here:
+            return "addresses of this kind are never called"
     if scheme == "https" or (scheme == "http" and is_here):
         return ""
     return "it must be https, or http on this machine"
