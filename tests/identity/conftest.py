@@ -1,6 +1,7 @@
 """An HTTP client without a server: requests go into an application object."""
 
 from collections.abc import AsyncIterator
+from typing import Annotated
 
 import httpx2
 import pytest
@@ -38,7 +39,7 @@ def app(database: db.Database) -> FastAPI:
         return {"acts_in": str(principal.organization_id), "transaction": set_to}
 
     @application.get("/o/{org}/limits")
-    async def limits(principal: Principal = needs(Permission.LIMITS_WRITE)) -> list[str]:
+    async def limits(principal: Annotated[Principal, needs(Permission.LIMITS_WRITE)]) -> list[str]:
         return sorted(principal.roles)
 
     return application

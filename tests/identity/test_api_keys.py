@@ -16,10 +16,10 @@ from bursar.identity.api_keys import (
     ApiKeyNotUsable,
     InvalidExpiry,
     NoServiceKeyHere,
-    api_keys,
     create_api_key,
     find_api_key,
     get_api_key,
+    list_api_keys,
     revoke_api_key,
     rotate_api_key,
 )
@@ -95,8 +95,8 @@ async def test_a_key_is_found_by_its_public_id_and_listed_by_owner(org) -> None:
     async with org.tenant() as conn:
         found = await find_api_key(conn, organization_id=org.organization_id, public_id=mine.key.public_id)
         assert found == mine.key
-        assert await api_keys(conn, organization_id=org.organization_id) == [mine.key, service.key]
-        assert await api_keys(conn, organization_id=org.organization_id, user_id=org.admin) == [mine.key]
+        assert await list_api_keys(conn, organization_id=org.organization_id) == [mine.key, service.key]
+        assert await list_api_keys(conn, organization_id=org.organization_id, user_id=org.admin) == [mine.key]
 
 
 async def test_an_expired_key_opens_nothing(org) -> None:
@@ -159,7 +159,7 @@ async def test_of_racing_rotations_exactly_one_wins(org) -> None:
 
     assert sorted(await asyncio.gather(*(rotate() for _ in range(8)))) == [False] * 7 + [True]
     async with org.tenant() as conn:
-        assert len(await api_keys(conn, organization_id=org.organization_id)) == 2
+        assert len(await list_api_keys(conn, organization_id=org.organization_id)) == 2
 
 
 async def test_a_revoked_key_stops_at_once_and_stays_so(org) -> None:
@@ -211,7 +211,7 @@ async def test_who_leaves_takes_no_key_along_and_who_is_suspended_gets_theirs_ba
     async with org.tenant() as conn:
         await end_membership(conn, organization_id=org.organization_id, user_id=leaver, by=OPERATOR)
         await suspend_member(conn, organization_id=org.organization_id, user_id=suspended, by=OPERATOR)
-        (key,) = await api_keys(conn, organization_id=org.organization_id, user_id=leaver)
+        (key,) = await list_api_keys(conn, organization_id=org.organization_id, user_id=leaver)
         assert key.revoked_at is not None
     for text in texts:
         with pytest.raises(InvalidApiKey):

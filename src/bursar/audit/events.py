@@ -92,7 +92,7 @@ async def record(
     return event_id
 
 
-async def events(
+async def list_events(
     conn: db.Connection, *, organization_id: UUID, before: UUID | None = None, limit: int = 50
 ) -> list[Event]:
     """The newest events before one (all when None), newest first."""

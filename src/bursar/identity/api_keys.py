@@ -143,7 +143,7 @@ async def find_api_key(conn: db.Connection, *, organization_id: UUID, public_id:
     return _found(found)
 
 
-async def api_keys(
+async def list_api_keys(
     conn: db.Connection,
     *,
     organization_id: UUID,

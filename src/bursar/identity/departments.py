@@ -69,7 +69,9 @@ async def get_department(conn: db.Connection, *, organization_id: UUID, departme
     return found
 
 
-async def departments(conn: db.Connection, *, organization_id: UUID, with_archived: bool = False) -> list[Department]:
+async def list_departments(
+    conn: db.Connection, *, organization_id: UUID, with_archived: bool = False
+) -> list[Department]:
     """The organization's departments by name."""
     return await db.fetch_all(
         conn, Department, QUERIES.departments, organization_id=organization_id, with_archived=with_archived

@@ -128,7 +128,7 @@ async def find_membership_by_email(conn: db.Connection, *, organization_id: UUID
     return _found(found)
 
 
-async def memberships(
+async def list_memberships(
     conn: db.Connection,
     *,
     organization_id: UUID,

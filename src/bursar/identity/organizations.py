@@ -16,6 +16,7 @@ from bursar.problems import FieldError, Problem
 QUERIES = db.load_queries("bursar.identity")
 
 PLATFORM_ORGANIZATION_ID: Final = UUID("00000000-0000-7000-8000-000000000001")
+PLATFORM_SLUG: Final = "platform"
 
 Kind = Literal["company", "individual", "platform", "catch_all"]
 Status = Literal["active", "frozen", "closed"]
@@ -98,11 +99,13 @@ async def create_organization(
         InvalidSlug, InvalidName, InvalidZone, InvalidCurrency
         SlugTaken: of racing claims exactly one wins.
     """
+    assert (kind == "platform") == (organization_id == PLATFORM_ORGANIZATION_ID)
+    if slug == PLATFORM_SLUG and kind != "platform":
+        raise InvalidSlug(f"“{slug}” is the platform's own")
     check_slug(slug)
     check_zone(zone)
     if not re.fullmatch(r"[A-Z]{3}", currency, re.ASCII):
         raise InvalidCurrency(errors=[FieldError("#/currency", "three capital letters of ISO 4217")])
-    assert (kind == "platform") == (organization_id == PLATFORM_ORGANIZATION_ID)
     if not await db.fetch_value(conn, QUERIES.claim_slug, organization_id=organization_id, slug=slug):
         raise SlugTaken(f"“{slug}” is in use")
     organization = await db.fetch_one(
@@ -130,6 +133,22 @@ async def create_organization(
     return organization
 
 
+async def ensure_platform(conn: db.Connection, *, by: Actor) -> Organization:
+    """The platform's own organization, made when there is none yet. conn: acts for PLATFORM_ORGANIZATION_ID."""
+    # The claim makes racing callers wait for the first one, whose row they then find.
+    await db.fetch_value(conn, QUERIES.claim_slug, organization_id=PLATFORM_ORGANIZATION_ID, slug=PLATFORM_SLUG)
+    found = await db.fetch_optional(conn, Organization, QUERIES.organization, organization_id=PLATFORM_ORGANIZATION_ID)
+    return found or await create_organization(
+        conn,
+        organization_id=PLATFORM_ORGANIZATION_ID,
+        slug=PLATFORM_SLUG,
+        name="Platform",
+        kind="platform",
+        is_shared_token_pool=False,
+        by=by,
+    )
+
+
 async def get_organization(conn: db.Connection, *, organization_id: UUID) -> Organization:
     """The organization that conn acts for (any of them, on a platform connection).
 
@@ -154,7 +173,7 @@ async def find_organization_id(conn: db.Connection, reference: str) -> UUID:
     return organization_id
 
 
-async def organizations(
+async def list_organizations(
     conn: db.Connection, *, kind: Kind | None = None, after: UUID | None = None, limit: int = 100
 ) -> list[Organization]:
     """Organizations in the order they were made, after one. conn: a platform connection."""

@@ -79,7 +79,7 @@ async def get_team(conn: db.Connection, *, organization_id: UUID, team_id: UUID)
     return found
 
 
-async def teams(conn: db.Connection, *, organization_id: UUID, with_archived: bool = False) -> list[Team]:
+async def list_teams(conn: db.Connection, *, organization_id: UUID, with_archived: bool = False) -> list[Team]:
     """The organization's teams by name."""
     return await db.fetch_all(conn, Team, QUERIES.teams, organization_id=organization_id, with_archived=with_archived)
 
