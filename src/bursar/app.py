@@ -4,8 +4,9 @@ A capability takes part by a line in ROUTERS (paths) or PARTS (something that ru
 such as the batcher's lanes; it may set `app.state.gateway`, the ASGI application of the paths under /v1).
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, Final, TypeAlias
 
 import psycopg
@@ -15,8 +16,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from bursar import __version__, db, operation
+from bursar import __version__, db, operation, worker
 from bursar.asgi import Around, BodyLimits, Receive, Scope, Send, is_gateway
+from bursar.credits import api as credits_api
+from bursar.gateway import opening
+from bursar.identity import api as identity_api
 from bursar.logs import configure_logs
 from bursar.problems import (
     MEDIA_TYPE,
@@ -36,8 +40,32 @@ GRACE_SECONDS: Final = 30
 
 Part: TypeAlias = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
-ROUTERS: Final[Sequence[APIRouter]] = (operation.router,)
-PARTS: Final[Sequence[Part]] = ()
+
+@asynccontextmanager
+async def _gateway(app: FastAPI) -> AsyncIterator[None]:
+    """The paths under /v1, and what runs behind them."""
+    async with opening.opened(app.state.database) as front:
+        app.state.gateway = front
+        try:
+            yield
+        finally:
+            app.state.gateway = None
+
+
+@asynccontextmanager
+async def _worker(app: FastAPI) -> AsyncIterator[None]:
+    """Periodic work in the server's own process; any number of processes may do it."""
+    task = asyncio.create_task(worker.run(app.state.database), name="worker")
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+ROUTERS: Final[Sequence[APIRouter]] = (operation.router, credits_api.router, identity_api.router)
+PARTS: Final[Sequence[Part]] = (_gateway, _worker)
 
 log = structlog.get_logger(__name__)
 

@@ -36,7 +36,7 @@ WAITING = Gauge("bursar_moves_waiting", "Calls that wait for other calls' holds"
 class Unavailable(Problem):
     """The database does not answer; the request may be sent again. Nothing was charged that was not acknowledged."""
 
-    status, code, title = 503, "unavailable", "The books cannot be reached at the moment"
+    status, code, title = 503, "books_unavailable", "The books cannot be reached at the moment"
 
 
 @dataclass(slots=True, eq=False)

@@ -1,17 +1,15 @@
 """The request path as an ASGI application under /v1: read, hold, call the provider, pass its bytes on, settle."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
-from typing import Any, Final
+from typing import Final
 from uuid import UUID
 
 import msgspec
-import psycopg
 import structlog
 from prometheus_client import Counter, Histogram
 
-from bursar.credits.batcher import Unavailable
+from bursar.asgi import Receive, Scope, Send, read_body
 from bursar.credits.moves import Verdict
 from bursar.gateway import anthropic_wire, openai_wire, sse
 from bursar.gateway.calls import Call, Till, body_hash
@@ -22,11 +20,8 @@ from bursar.gateway.wire import Wire
 from bursar.identity.principals import KeyCache, Principal
 from bursar.identity.roles import Scope as KeyScope
 from bursar.money import Micros, format_credits
-from bursar.problems import FieldError, Problem, from_database
+from bursar.problems import FieldError, InternalError, Problem, WrongMethod, of_exception
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 MOST_BODY_BYTES: Final = 20 * 1024 * 1024
@@ -44,18 +39,6 @@ class NotMetered(Problem):
     status, code, title = 404, "not_metered", "This path is not served here"
 
 
-class WrongMethod(Problem):
-    """The path takes another method."""
-
-    status, code, title = 405, "method_not_allowed", "This path takes another method"
-
-
-class BodyTooLarge(Problem):
-    """The request's body is larger than 20 MB."""
-
-    status, code, title = 413, "body_too_large", "The request body is too large"
-
-
 class NoKey(Problem):
     """No API key came with the request."""
 
@@ -66,12 +49,6 @@ class KeyMayNotInfer(Problem):
     """The key's scopes do not include model requests."""
 
     status, code, title = 403, "scope_missing", "This key may not make model requests"
-
-
-class InternalError(Problem):
-    """A fault of ours; nothing is told of it but the request id."""
-
-    status, code, title = 500, "internal_error", "Something went wrong here"
 
 
 class BadHeader(Problem):
@@ -93,23 +70,21 @@ class Front:
         self._till = till
         self._upstream = upstream
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
-        path = scope.get("root_path", "") + scope["path"] if not scope["path"].startswith("/v1") else scope["path"]
+        path = scope["path"]
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         wire = WIRES.get(path) or _wire_of_client(headers)
-        exchange = Exchange(path, headers, wire, receive, send)
+        exchange = Exchange(scope, headers, wire, receive, send)
         try:
             await self._serve(exchange, scope["method"])
         except ClientGone:
             log.info("client gone", path=path)
-        except Problem as problem:
-            await exchange.refuse(problem)
-        except psycopg.Error as error:
-            await exchange.refuse(from_database(error) or _unavailable_or_fault(error))
-        except Exception:
-            log.exception("gateway fault", path=path, request_id=exchange.request_id)
-            await exchange.refuse(InternalError())
+        except Exception as error:
+            problem = of_exception(error)
+            if problem is None:
+                log.exception("gateway fault", path=path)
+            await exchange.refuse(problem or InternalError())
         CALLS.labels(path if path in WIRES else "other", str(exchange.status)).inc()
 
     async def _serve(self, exchange: "Exchange", method: str) -> None:
@@ -126,7 +101,7 @@ class Front:
         call = await self._desk.open(principal, request, FORMATS[exchange.path], body_hash(exchange.path, body))
         call.conversation_id = _conversation(exchange.headers)
         call.idempotency_key = _idempotency_key(exchange.headers)
-        exchange.request_id = f"req_{call.request_id.hex}"
+        call.request_id = UUID(exchange.request_id.removeprefix("req_"))
         with SECONDS.time():
             await self._till.hold(call)
         await self._answer(exchange, call)
@@ -246,12 +221,13 @@ class Front:
 class Exchange:
     """One HTTP request and its answer, in the vendor's manners."""
 
-    def __init__(self, path: str, headers: dict[bytes, str], wire: Wire, receive: Receive, send: Send) -> None:
-        self.path = path
+    def __init__(self, scope: Scope, headers: dict[bytes, str], wire: Wire, receive: Receive, send: Send) -> None:
+        self.path: str = scope["path"]
         self.headers = headers
         self.wire = wire
-        self.request_id = ""
+        self.request_id: str = scope["state"]["request_id"]
         self.status = 0
+        self._scope = scope
         self._receive = receive
         self._send = send
 
@@ -261,18 +237,10 @@ class Exchange:
         Raises:
             BodyTooLarge, ClientGone
         """
-        pieces: list[bytes] = []
-        size = 0
-        while True:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            pieces.append(message.get("body", b""))
-            size += len(pieces[-1])
-            if size > MOST_BODY_BYTES:
-                raise BodyTooLarge(f"at most {MOST_BODY_BYTES} bytes are taken")
-            if not message.get("more_body", False):
-                return b"".join(pieces)
+        body = await read_body(self._scope, self._receive, MOST_BODY_BYTES)
+        if body is None:
+            raise ClientGone
+        return body
 
     async def wait_until_gone(self) -> None:
         """Returns when the client hangs up."""
@@ -282,8 +250,7 @@ class Exchange:
     async def start(self, status: int, headers: Headers) -> None:
         """Status and headers of an answer."""
         self.status = status
-        own = [(b"x-request-id", self.request_id.encode())] if self.request_id else []
-        await self._send({"type": "http.response.start", "status": status, "headers": [*headers, *own]})
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def send_piece(self, piece: bytes) -> None:
         """A piece of the body; an empty one is left out, as it would end the answer."""
@@ -366,10 +333,3 @@ def _charge_comment(verdict: Verdict) -> bytes:
     return sse.comment_bytes(
         f"bursar-charged={format_credits(verdict.charged_micros)}{available} request=req_{verdict.request_id.hex}"
     )
-
-
-def _unavailable_or_fault(error: psycopg.Error) -> Problem:
-    log.error("database error", error=str(error), sqlstate=error.sqlstate)
-    if isinstance(error, psycopg.OperationalError):
-        return Unavailable("the database does not answer", headers={"Retry-After": "2"})
-    return InternalError()
