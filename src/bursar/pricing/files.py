@@ -142,7 +142,8 @@ class _Reader:
             row["match"] = [each.strip() for each in row.get("match", "").split(";") if each.strip()]
             row["when"] = dict(_pair(each) for each in row.get("when", "").split(";") if each.strip())
             point = self._point(place, row)
-            if not point.withdrawn:
+            if not _flag(row, "withdrawn"):
+                point.rows += 1
                 if "unit" not in row:
                     raise _Rejected("the unit is missing")
                 _add_rate(point, row)
@@ -169,9 +170,8 @@ class _Reader:
             rates = model.get("rates", [])
             if not isinstance(rates, list):
                 raise _Rejected("rates are not a list")
-            if point.withdrawn and rates:
-                raise _Rejected("a withdrawn price has no rates")
             for number, rate in enumerate(rates):
+                point.rows += 1
                 with self._judging(f"{place}/rates/{number}"):
                     _check_fields(rate, _RATE_FIELDS)
                     _add_rate(point, rate)
@@ -210,7 +210,7 @@ class _Reader:
     def _model(self, draft: _Draft) -> ListedModel | None:
         segments = []
         for instant, point in sorted(draft.by_instant.items()):
-            if point.rows and not point.rates and not point.variants:
+            if point.rows and not (point.rates or point.variants or point.withdrawn):
                 continue  # each of its rows was rejected for itself
             with self._judging(point.place):
                 segments.append(Segment(instant, _prices(point), point.source))
@@ -256,7 +256,6 @@ def _prices(point: _Point) -> Prices | None:
 
 def _add_rate(point: _Point, row: Mapping[str, Any]) -> None:
     """Read one unit price and put it to the standard ones or to those of its conditions."""
-    point.rows += 1
     kind = row.get("kind")
     if not isinstance(kind, str) or kind not in UNITS:
         raise _Rejected(f"no such kind: {kind!r}; kinds are {', '.join(UNITS)}")

@@ -16,6 +16,7 @@ from fractions import Fraction
 from functools import cache
 from itertools import groupby
 from math import lcm
+from operator import mul
 from typing import Final
 from uuid import UUID
 
@@ -65,7 +66,7 @@ PAR_PPM: Final = 1_000_000
 UTC_TIME: Final = "utc_time"
 """The one condition that the clock decides, not the request: '00:30-16:30', UTC, the end excluded."""
 
-_WINDOW: Final = re.compile(r"(\d{2}:\d{2})-(\d{2}:\d{2})", re.ASCII)
+_WINDOW: Final = re.compile(r"((?:[01]\d|2[0-3]):[0-5]\d)-((?:[01]\d|2[0-3]):[0-5]\d)", re.ASCII)
 
 # What a kind is billed as when it has no price of its own, as providers do: cached input is input, thinking is output.
 _BILLED_AS: Final = {
@@ -258,7 +259,7 @@ class _Table:
             if total_input_tokens > above:
                 weights = dearer
                 break
-        total = sum(count * weight for count, weight in zip(counts, weights, strict=True))
+        total: int = sum(map(mul, counts, weights))
         for place, least in self.minimums:
             if 0 < counts[place] < least:
                 total += (least - counts[place]) * weights[place]
