@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 from bursar import db
 from bursar.identity.organizations import Organization, get_organization
@@ -151,6 +152,11 @@ class Overview:
     departments: Breakdown
     trend: Trend
     last_used_at: datetime | None
+
+    @property
+    def local_as_of(self) -> datetime:
+        """`as_of` on the organization's clock."""
+        return self.as_of.astimezone(ZoneInfo(self.organization.zone))
 
     @property
     def is_unused(self) -> bool:
