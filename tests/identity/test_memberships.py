@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from bursar import clock, db
 from bursar.audit.events import OPERATOR, list_events
+from bursar.credits.pools import open_credits
 from bursar.identity.addresses import Address, InvalidEmail, normalize_email
 from bursar.identity.departments import (
     DepartmentNotFound,
@@ -34,7 +35,7 @@ from bursar.identity.memberships import (
     set_team_lead,
     suspend_member,
 )
-from bursar.identity.names import NameTaken
+from bursar.identity.names import InvalidName, NameTaken
 from bursar.identity.organizations import PLATFORM_ORGANIZATION_ID
 from bursar.identity.roles import Role
 from bursar.identity.teams import TeamNotFound, archive_team, create_team, get_team, list_teams, rename_team
@@ -44,7 +45,9 @@ from bursar.identity.users import (
     UserNotFound,
     choose_default,
     create_user,
+    find_user_by_email,
     get_user,
+    invite,
     places_of_user,
 )
 
@@ -117,6 +120,29 @@ async def test_a_person_invited_by_many_at_once_is_one_person(org) -> None:
     email = f"{clock.uuid7().hex}@race.example"
     people = await asyncio.gather(*(org.user(email.upper() if number % 2 else email) for number in range(8)))
     assert len(set(people)) == 1
+
+
+async def test_an_invitation_that_is_refused_makes_nobody(org) -> None:
+    address = Address.of(f"{clock.uuid7().hex}@x.example", org.database.settings)
+    columns = {"address": address, "display_name": "Nobody", "by": OPERATOR, "on_opening": open_credits}
+    home = (await org.user()).home_organization_id
+    for problem, organization_id, changed in (
+        (RoleNotHere, org.organization_id, {"roles": [Role.SYSTEM_ADMIN]}),
+        (TeamNotFound, org.organization_id, {"team_id": clock.uuid7()}),
+        (DepartmentNotFound, org.organization_id, {"department_id": clock.uuid7()}),
+        (InvalidName, org.organization_id, {"display_name": ""}),
+        (OrganizationOfOne, home, {}),
+    ):
+        with pytest.raises(problem):
+            values = {"roles": [Role.MEMBER]} | columns | changed
+            await invite(org.database, organization_id=organization_id, **values)
+    async with org.database.untenanted() as conn:
+        assert await find_user_by_email(conn, address) is None
+    values = {"roles": [Role.MEMBER]} | columns
+    member = await invite(org.database, organization_id=org.organization_id, **values)
+    assert member.email == address.email
+    with pytest.raises(AlreadyMember):
+        await invite(org.database, organization_id=org.organization_id, **values)
 
 
 async def test_everybody_has_a_home_with_nothing_personal_in_its_name(org) -> None:

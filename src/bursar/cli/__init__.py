@@ -10,13 +10,19 @@ from typing import Annotated
 import typer
 
 from bursar import __version__
-from bursar.cli import db, serve
+from bursar.cli import db, departments, keys, orgs, providers, serve, teams, users
 from bursar.cli.exits import Exit, exit_code_of, explain
 from bursar.logs import configure_logs
 from bursar.settings import Settings
 
 NOUNS = {
     "db": db.app,
+    "providers": providers.app,
+    "orgs": orgs.app,
+    "users": users.app,
+    "teams": teams.app,
+    "departments": departments.app,
+    "keys": keys.app,
 }
 
 app = typer.Typer(

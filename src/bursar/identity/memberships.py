@@ -108,6 +108,25 @@ async def add_membership(
     return membership
 
 
+async def check_new_member(
+    conn: db.Connection,
+    *,
+    organization_id: UUID,
+    roles: Collection[Role],
+    team_id: UUID | None = None,
+    department_id: UUID | None = None,
+) -> None:
+    """Refuse what `add_membership` would refuse of anybody, before a person is made for it.
+
+    Raises:
+        OrganizationOfOne, RoleNotHere, TeamNotFound, DepartmentNotFound
+    """
+    if (await get_organization(conn, organization_id=organization_id)).kind == "individual":
+        raise OrganizationOfOne
+    _check_roles(organization_id, roles)
+    await _check_place(conn, organization_id, team_id, department_id)
+
+
 async def get_membership(conn: db.Connection, *, organization_id: UUID, user_id: UUID) -> Membership:
     """Raises MemberNotFound for an unknown person and for another organization's alike."""
     found = await db.fetch_optional(

@@ -80,6 +80,20 @@ def parse_secret_text(prefix: Prefix, text: str) -> SecretText:
     return SecretText(organization_id=organization_id, public_id=public_id, text=text)
 
 
+def parse_public_id(prefix: Prefix, text: str) -> tuple[UUID, str]:
+    """(organization, public id) of a public part (`bk_` + public id, as lists show it) or of a whole text.
+
+    Raises:
+        Malformed
+    """
+    public_id = text.removeprefix(prefix).partition("_")[0]
+    try:
+        base62.decode(public_id[_ROUTE:], 8)
+        return UUID(bytes=base62.decode(public_id[:_ROUTE], 16)), public_id
+    except ValueError as error:
+        raise Malformed("not of this kind") from error
+
+
 def checksum(body: str) -> str:
     """CRC-32 in base 62; it finds every change of up to 32 adjacent bits."""
     return base62.encode(zlib.crc32(body.encode()).to_bytes(4))

@@ -1,13 +1,13 @@
 """People across organizations: one id, a home organization of kind individual, a default; nothing personal here."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from uuid import UUID
 
 from bursar import clock, db
 from bursar.audit.events import Actor, record
 from bursar.identity.addresses import Address
-from bursar.identity.memberships import add_membership
+from bursar.identity.memberships import Membership, add_membership, check_new_member
 from bursar.identity.organizations import QUERIES, Organization, create_organization
 from bursar.identity.roles import Role
 from bursar.problems import Problem
@@ -151,6 +151,42 @@ async def find_or_create_user(
             user = await find_user_by_email(conn, address)
         assert user is not None
         return user
+
+
+async def invite(
+    database: db.Database,
+    *,
+    organization_id: UUID,
+    address: Address,
+    display_name: str,
+    roles: Collection[Role],
+    by: Actor,
+    on_opening: OnOpening,
+    team_id: UUID | None = None,
+    department_id: UUID | None = None,
+) -> Membership:
+    """Make whoever has this address a member; who is not known yet is created, once nothing else can be refused.
+
+    Raises:
+        AlreadyMember, OrganizationOfOne, RoleNotHere, InvalidName, TeamNotFound, DepartmentNotFound
+    """
+    async with database.tenant(organization_id) as conn:
+        await check_new_member(
+            conn, organization_id=organization_id, roles=roles, team_id=team_id, department_id=department_id
+        )
+    user = await find_or_create_user(database, address=address, display_name=display_name, by=by, on_opening=on_opening)
+    async with database.tenant(organization_id) as conn:
+        return await add_membership(
+            conn,
+            organization_id=organization_id,
+            user_id=user.user_id,
+            address=address,
+            display_name=display_name,
+            roles=roles,
+            team_id=team_id,
+            department_id=department_id,
+            by=by,
+        )
 
 
 async def choose_default(conn: db.Connection, *, user: User, organization_id: UUID | None, by: Actor) -> None:
