@@ -699,18 +699,21 @@ begin
     v_chain.leg_pool_ids := '{}'; v_chain.leg_filters := '{}';
     v_chain.entry_ids := '{}'; v_chain.entry_starts := '{}'; v_chain.entry_metrics := '{}'; v_chain.entry_legs := '{}'; v_chain.entry_filters := '{}';
 
+    perform credits.open_period(a.organization_id, a.allocation_id, 'allocation', true, a.amount_micros, a.period, v_organization.zone, p_now)
+    from allocations a
+    where a.organization_id = p_organization_id and a.user_id = p_user_id and a.kind = 'capped' and a.ended_at is null;
     -- Legs: restricted pools first, then personal, then shared; an empty one is skipped while another has something for the same models.
     for v_row in
         with legs as (
             select p.pool_id, p.model_filter, part.part_id, part.nr as part_nr,
                    (p.model_filter is null)::int as filter_rank, array_position(array['personal', 'shared', 'individual'], p.kind) as kind_rank,
-                   p.created_at, case when a.kind = 'capped' then a.allocation_id end as cap_id, cap.period_start as cap_start, cap.period_end as cap_end,
+                   p.created_at, cap.balance_id as cap_id, cap.period_start as cap_start, cap.period_end as cap_end,
                    b.limit_amount - b.used_amount > 0 and coalesce(pb.limit_amount - pb.used_amount > 0, true)
-                   and coalesce(cb.limit_amount - cb.used_amount > 0, true) as has_some
+                   and coalesce(cap.limit_amount - cap.used_amount > 0, true) as has_some
             from pools p
             left join allocations a on a.organization_id = p.organization_id and a.pool_id = p.pool_id and a.user_id = p_user_id and a.ended_at is null
-            left join lateral credits.open_period(p.organization_id, a.allocation_id, 'allocation', true, a.amount_micros, a.period,
-                v_organization.zone, p_now) cap on a.kind = 'capped'
+            left join balances cap on a.kind = 'capped' and cap.organization_id = a.organization_id and cap.balance_id = a.allocation_id
+                and cap.period_start <= p_now and cap.period_end > p_now
             cross join lateral (
                 select a.allocation_id as part_id, 1 as nr where a.kind = 'reserved'
                 union all
@@ -718,8 +721,6 @@ begin
             ) part
             join balances b on b.organization_id = p.organization_id and b.balance_id = p.pool_id
             left join balances pb on pb.organization_id = p.organization_id and pb.balance_id = part.part_id
-            left join balances cb on a.kind = 'capped' and cb.organization_id = p.organization_id and cb.balance_id = a.allocation_id
-                and cb.period_start = cap.period_start
             where p.organization_id = p_organization_id and p.closed_at is null and p.kind <> 'residual'
               and (p.owner_user_id is null or p.owner_user_id = p_user_id)
         )
@@ -1085,7 +1086,8 @@ declare
     v_helds bigint[]; v_useds bigint[];   -- net change to apply
     v_row record;
     v_i integer; v_need bigint; v_left bigint; v_free_left bigint; v_bind integer; v_wait boolean;
-    v_leg_room bigint[]; v_leg_free bigint[]; v_leg_bind integer[]; v_take bigint[]; v_legs_used smallint;
+    v_leg smallint; v_room bigint; v_free bigint; v_leg_bind integer; v_first_bind integer; v_first_is_empty boolean;
+    v_take bigint[]; v_free_take bigint[]; v_legs_used smallint;
 begin
     outcomes := p_outcomes; details := p_details; bindings := p_bindings; legs := p_legs;
     split_places := '{}'; split_legs := '{}'; split_micros := '{}';
@@ -1099,6 +1101,7 @@ begin
         join chains c on c.organization_id = w.org and c.chain_id = w.chain_id
         left join lateral unnest(c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters) e(id, start, metric, leg, filter)
             on (e.leg = 0 or e.leg = w.leg) and (e.filter is null or w.model like e.filter) and not (e.metric = 0 and w.flags & 2 = 2)
+               and (w.action <> 2 or case e.metric when 0 then w.amount when 1 then 0 else w.tokens end > 0)
         left join tight t on t.org = w.org and t.id = e.id and t.start = e.start
         where w.action in (1, 2, 5) and w.outcome = -1 and not (w.action = 2 and w.amount = 0 and w.tokens = 0)
     ), suspects as (
@@ -1134,8 +1137,7 @@ begin
         join chains c on c.organization_id = p_organization_ids[s.place] and c.chain_id = p_chains[s.place]
         left join lateral unnest(c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters) with ordinality e(id, start, metric, leg, filter, nr)
             on (e.filter is null or p_models[s.place] like e.filter)
-               and (e.leg = 0 or ((c.leg_filters[e.leg] is null or p_models[s.place] like c.leg_filters[e.leg])
-                                  and (p_actions[s.place] <> 2 or e.leg = p_legs[s.place])))
+               and (e.leg = 0 or c.leg_filters[e.leg] is null or p_models[s.place] like c.leg_filters[e.leg])
                and not (e.metric = 0 and p_flags[s.place] & 2 = 2)
         left join unnest(v_orgs, v_ids, v_starts) with ordinality x(org, id, start, i)
             on x.org = p_organization_ids[s.place] and x.id = e.id and x.start = e.start
@@ -1143,50 +1145,73 @@ begin
         order by s.place
     loop
         v_bind := null; v_wait := true; v_left := v_row.amount; v_free_left := v_row.amount; v_legs_used := 0;
-        v_leg_room := array_fill(null::bigint, array[v_row.n_legs]); v_leg_free := v_leg_room;
-        v_leg_bind := array_fill(null::int, array[v_row.n_legs]); v_take := array_fill(0::bigint, array[v_row.n_legs]);
-        for k in 1..cardinality(v_row.idxs) loop
+        v_first_bind := null; v_first_is_empty := false;
+        v_take := array_fill(0::bigint, array[v_row.n_legs]); v_free_take := v_take;
+        for k in 1..cardinality(v_row.idxs) loop  -- what must allow it whichever leg pays
+            continue when v_row.legs[k] > 0;
             v_i := v_row.idxs[k];
-            if v_row.legs[k] > 0 then
-                if v_leg_room[v_row.legs[k]] is null or v_rooms[v_i] < v_leg_room[v_row.legs[k]] or v_blocked[v_i] then
-                    v_leg_room[v_row.legs[k]] := case when v_blocked[v_i] then -1 else v_rooms[v_i] end;
-                    v_leg_bind[v_row.legs[k]] := v_i;
-                end if;
-                v_leg_free[v_row.legs[k]] := least(v_leg_free[v_row.legs[k]], case when v_blocked[v_i] then 0 else v_frees[v_i] end);
-            else
-                v_need := case v_row.metrics[k] when 0 then v_row.amount when 1 then case v_row.action when 2 then 0 else 1 end else v_row.tokens end;
-                if v_stops[v_i] and (v_blocked[v_i] or v_rooms[v_i] < v_need) then
-                    v_bind := coalesce(v_bind, v_i);
-                    v_wait := v_wait and not v_blocked[v_i] and v_frees[v_i] >= v_need;
-                end if;
+            v_need := case v_row.metrics[k] when 0 then v_row.amount when 1 then case v_row.action when 2 then 0 else 1 end else v_row.tokens end;
+            continue when v_row.action = 2 and v_need = 0;
+            if v_stops[v_i] and (v_blocked[v_i] or v_rooms[v_i] < v_need) then
+                v_bind := coalesce(v_bind, v_i);
+                v_wait := v_wait and not v_blocked[v_i] and v_frees[v_i] >= v_need;
             end if;
         end loop;
-        if v_row.flags & 2 = 0 then
-            for l in 1..v_row.n_legs loop
-                continue when v_leg_room[l] is null or v_leg_room[l] < 0;
-                v_free_left := v_free_left - least(v_free_left, greatest(0, v_leg_free[l]));
-                -- A share and the open part draw on one pool: what the first leg takes is gone for the second.
-                v_take[l] := least(v_left, greatest(0, v_leg_room[l] - coalesce((select sum(v_take[q]) from generate_series(1, l - 1) q
-                    where exists (select 1 from unnest(v_row.legs, v_row.idxs) a(leg, i) join unnest(v_row.legs, v_row.idxs) b(leg, i) using (i)
-                                  where a.leg = q and b.leg = l)), 0)));
-                if v_take[l] > 0 or (v_row.amount = 0 and v_legs_used = 0) then
+        if v_row.flags & 2 = 0 and not (v_row.action = 2 and v_row.amount = 0) then
+            for n in case v_row.action when 2 then 0 else 1 end..v_row.n_legs loop  -- an extension tries its own leg first
+                continue when v_row.action = 2 and n = v_row.leg;
+                v_leg := case n when 0 then v_row.leg else n end;
+                v_room := null; v_free := null; v_leg_bind := null;
+                for k in 1..cardinality(v_row.idxs) loop
+                    continue when v_row.legs[k] <> v_leg;
+                    v_i := v_row.idxs[k];
+                    if v_room is null or v_blocked[v_i] or v_rooms[v_i] < v_room then
+                        v_leg_bind := v_i;
+                    end if;
+                    v_room := least(v_room, case when v_blocked[v_i] then -1 else v_rooms[v_i] end);
+                    v_free := least(v_free, v_frees[v_i]);
+                end loop;
+                continue when v_room is null;  -- not for this model
+                if v_first_bind is null then
+                    v_first_bind := v_leg_bind;
+                    v_first_is_empty := v_free <= 0;
+                end if;
+                continue when v_room < 0;
+                v_take[v_leg] := least(v_left, v_room);
+                v_left := v_left - v_take[v_leg];
+                v_free_take[v_leg] := least(v_free_left, greatest(0, v_free));
+                v_free_left := v_free_left - v_free_take[v_leg];
+                -- A share and the open part draw on one pool: what this leg takes is gone for the next.
+                for k in 1..cardinality(v_row.idxs) loop
+                    continue when v_row.legs[k] <> v_leg;
+                    v_rooms[v_row.idxs[k]] := v_rooms[v_row.idxs[k]] - v_take[v_leg];
+                    v_frees[v_row.idxs[k]] := v_frees[v_row.idxs[k]] - v_free_take[v_leg];
+                end loop;
+                if v_take[v_leg] > 0 or (v_row.amount = 0 and v_legs_used = 0) then
                     v_legs_used := v_legs_used + 1;
-                    if v_legs_used = 1 then
-                        legs[v_row.place] := l;
+                    if v_legs_used = 1 and v_row.action <> 2 then
+                        legs[v_row.place] := v_leg;
                     end if;
                 end if;
-                v_left := v_left - v_take[l];
                 exit when v_left = 0 and v_legs_used > 0;
             end loop;
             if v_left > 0 or v_legs_used = 0 then
                 v_wait := v_wait and v_free_left <= 0;
-                v_bind := coalesce(v_bind, (select b from unnest(v_leg_bind) b where b is not null limit 1));
-                if v_bind is null then
-                    outcomes[v_row.place] := 1;
-                    details[v_row.place] := 'no_pool_for_model';
-                    continue;
-                end if;
+                v_bind := coalesce(v_bind, v_first_bind);
             end if;
+        end if;
+        for k in 1..cardinality(v_row.idxs) loop
+            continue when v_row.legs[k] = 0;
+            v_i := v_row.idxs[k];
+            v_frees[v_i] := v_frees[v_i] + v_free_take[v_row.legs[k]];  -- that was only to see whether waiting helps
+            if v_bind is not null then
+                v_rooms[v_i] := v_rooms[v_i] + v_take[v_row.legs[k]];
+            end if;
+        end loop;
+        if v_bind is null and v_row.flags & 2 = 0 and v_first_bind is null and not (v_row.action = 2 and v_row.amount = 0) then
+            outcomes[v_row.place] := 1;
+            details[v_row.place] := 'no_pool_for_model';
+            continue;
         end if;
         if v_bind is not null then
             outcomes[v_row.place] := case when v_wait and v_row.flags & 16 = 16 then 2 else 1 end;
@@ -1196,9 +1221,12 @@ begin
         end if;
         for k in 1..cardinality(v_row.idxs) loop
             v_i := v_row.idxs[k];
-            v_need := case when v_row.legs[k] > 0 then v_take[v_row.legs[k]]
-                           else case v_row.metrics[k] when 0 then v_row.amount when 1 then case v_row.action when 2 then 0 else 1 end else v_row.tokens end end;
-            v_rooms[v_i] := v_rooms[v_i] - v_need;
+            if v_row.legs[k] > 0 then
+                v_need := v_take[v_row.legs[k]];
+            else
+                v_need := case v_row.metrics[k] when 0 then v_row.amount when 1 then case v_row.action when 2 then 0 else 1 end else v_row.tokens end;
+                v_rooms[v_i] := v_rooms[v_i] - v_need;
+            end if;
             if v_row.action = 5 then
                 v_useds[v_i] := v_useds[v_i] + v_need;
                 v_frees[v_i] := v_frees[v_i] - v_need;
@@ -1206,13 +1234,13 @@ begin
                 v_helds[v_i] := v_helds[v_i] + v_need;
             end if;
         end loop;
-        if v_legs_used > 1 then
+        if v_legs_used > 1 or (v_row.action = 2 and v_take[v_row.leg] < v_row.amount) then
             for l in 1..v_row.n_legs loop
                 continue when v_take[l] = 0;
                 split_places := split_places || v_row.place; split_legs := split_legs || l::smallint; split_micros := split_micros || v_take[l];
             end loop;
         end if;
-        if legs[v_row.place] <> v_row.leg and v_row.leg > 0 and v_frees[v_leg_bind[v_row.leg]] <= 0 then
+        if v_row.action <> 2 and v_row.amount > 0 and legs[v_row.place] <> v_row.leg and v_first_is_empty then
             -- The first leg is used up for good: a rebuilt chain leaves it out, and the next call is decided set-based again.
             update chains set valid_until = least(valid_until, p_now)
             where organization_id = p_organization_ids[v_row.place] and chain_id = p_chains[v_row.place];
@@ -1252,7 +1280,7 @@ begin
                 select array_agg(coalesce(s.micros, 0) order by n.leg)
                 from generate_series(1, (select cardinality(c.leg_filters) from chains c where c.organization_id = w.org and c.chain_id = w.chain_id)) n(leg)
                 left join unnest(p_split_places, p_split_legs, p_split_micros) s(place, leg, micros) on s.place = w.place and s.leg = n.leg) end,
-            w.amount, w.tokens, w.mark, w.mark, w.cost, w.flags & 10, w.provider, w.model, w.price_version_id, w.provider_key_id, w.conversation_id,
+            w.amount, w.tokens, w.mark, w.mark, w.cost, w.flags & 266, w.provider, w.model, w.price_version_id, w.provider_key_id, w.conversation_id,
             p_now, p_now + make_interval(secs => w.lease)
         from unnest(p_organization_ids, p_actions, p_request_ids, p_amounts, p_tokens, p_costs, p_marks, p_leases, p_flags, p_providers, p_models,
             p_price_version_ids, p_provider_key_ids, p_conversation_ids, p_chains, p_legs, p_outcomes) with ordinality
@@ -1264,14 +1292,19 @@ begin
     if 2 = any (p_actions) then
         -- Progress is recorded whether or not the extension was granted: what was streamed was streamed.
         update holds h set amount_micros = h.amount_micros + case when w.outcome = -1 then w.amount else 0 end,
-            leg_micros = case when h.leg_micros is null or w.outcome <> -1 then h.leg_micros
-                              else h.leg_micros[:h.leg - 1] || (h.leg_micros[h.leg] + w.amount) || h.leg_micros[h.leg + 1:] end,
+            leg_micros = case when w.outcome = -1 and (h.leg_micros is not null or w.place = any (p_split_places)) then (
+                -- What was held leg by leg (without a list: all on its leg) and what the extension took, on its own leg where it did not split.
+                select array_agg(coalesce(h.leg_micros[n.leg], case when h.leg_micros is null and n.leg = h.leg then h.amount_micros else 0 end)
+                    + case when w.place = any (p_split_places) then coalesce(s.micros, 0) when n.leg = h.leg then w.amount else 0 end order by n.leg)
+                from generate_series(1, (select cardinality(c.leg_filters) from chains c where c.organization_id = h.organization_id and c.chain_id = h.chain_id)) n(leg)
+                left join unnest(p_split_places, p_split_legs, p_split_micros) s(place, leg, micros) on s.place = w.place and s.leg = n.leg)
+                else h.leg_micros end,
             tokens = h.tokens + case when w.outcome = -1 then w.tokens else 0 end,
             cost_nano_usd = h.cost_nano_usd + case when w.outcome = -1 then w.cost else 0 end,
             progress_micros = greatest(h.progress_micros, w.mark), is_sent = h.is_sent or w.flags & 1 = 1,
             flags = h.flags | (w.flags & 8), lease_expires_at = greatest(h.lease_expires_at, p_now + make_interval(secs => w.lease))
         from unnest(p_organization_ids, p_actions, p_request_ids, p_amounts, p_tokens, p_costs, p_marks, p_leases, p_flags, p_outcomes)
-            w(org, action, request_id, amount, tokens, cost, mark, lease, flags, outcome)
+            with ordinality w(org, action, request_id, amount, tokens, cost, mark, lease, flags, outcome, place)
         where w.action = 2 and w.outcome in (-1, 1, 2) and h.organization_id = w.org and h.request_id = w.request_id;
     end if;
 
@@ -1329,6 +1362,16 @@ begin
         join chains c on c.organization_id = w.org and c.chain_id = w.chain_id
         cross join lateral (select ((w.place - 1) * 15)::int as at) u
         where w.action in (3, 5) and w.outcome = -1;
+
+        insert into estimates (organization_id, request_id, chain_id, leg_micros, tokens, cost_nano_usd, flags, booked_at)
+        select w.org, w.request_id, w.chain_id,
+            array(select case when n = w.leg then w.charged else 0 end
+                  from chains c, generate_series(1, cardinality(c.leg_filters)) n
+                  where c.organization_id = w.org and c.chain_id = w.chain_id order by n),
+            w.tokens, w.cost, w.flags & ~49, p_now
+        from unnest(p_organization_ids, p_actions, p_request_ids, p_tokens, p_costs, p_flags, p_chains, p_legs, p_outcomes, p_charged)
+            w(org, action, request_id, tokens, cost, flags, chain_id, leg, outcome, charged)
+        where w.action = 3 and w.outcome = -1 and w.flags & 64 = 64;
     end if;
 
     if 1 = any (p_outcomes) or 4 = any (p_actions) then
@@ -1347,9 +1390,9 @@ begin
 
     if array_remove(p_keys, null) <> '{}' then
         -- A released request had no outcome: its key may be used again.
-        delete from commands k using unnest(p_organization_ids, p_keys, p_actions, p_request_ids) w(org, key, action, request_id)
+        delete from commands k using unnest(p_organization_ids, p_keys, p_actions, p_request_ids, p_outcomes) w(org, key, action, request_id, outcome)
         where k.organization_id = w.org and k.idempotency_key = w.key
-          and (k.kept_until <= p_now or (w.action = 4 and k.request_id = w.request_id));
+          and (k.kept_until <= p_now or (w.action = 4 and w.outcome in (-1, 9) and k.request_id = w.request_id));
         insert into commands (organization_id, idempotency_key, body_hash, request_id, outcome, answered_at, kept_until)
         select w.org, w.key, w.body_hash, w.request_id,
             jsonb_build_object('outcome', greatest(w.outcome, 0), 'request_id', w.request_id, 'detail', w.detail, 'binding_id', w.binding_id,
@@ -1357,7 +1400,8 @@ begin
             p_now, p_now + case when w.outcome in (1, 6) then interval '24 hours' else interval '35 days' end
         from unnest(p_organization_ids, p_actions, p_keys, p_body_hashes, p_request_ids, p_amounts, p_outcomes, p_details, p_bindings, p_charged)
             w(org, action, key, body_hash, request_id, amount, outcome, detail, binding_id, charged)
-        where w.key is not null and w.action <> 4 and w.outcome in (-1, 1, 9);
+        where w.key is not null and w.action <> 4
+          and (w.outcome in (-1, 1, 9) or (w.outcome = 6 and w.detail not in ('request_invalid', 'organization_unknown')));
     end if;
 end $$;
 comment on function credits.post_batch is 'Writes what a batch decided: holds, attribution, requests that cost nothing, stored results';
@@ -1366,7 +1410,7 @@ comment on function credits.post_batch is 'Writes what a batch decided: holds, a
 -- Parallel arrays, one place a request; null means none, in user and key ids the zero uuid does.
 --   p_route          the organization that routes the call (Citus); on plain PostgreSQL the arrays may name many
 --   p_actions        1 authorize, 2 extend, 3 settle, 4 release, 5 deduct (authorize and settle in one)
---   p_request_ids    UUIDv7, no id twice in one batch
+--   p_request_ids    UUIDv7; a batch that names one twice is decided one request at a time
 --   p_amounts        micros: to hold, to hold in addition, charged, -, charged
 --   p_tokens         the same in tokens, for limits that count them
 --   p_costs          provider cost in nano-dollars that the amount stands for
@@ -1392,9 +1436,9 @@ as $$
 declare
     v_zero constant uuid := '00000000-0000-0000-0000-000000000000';
     v_n constant integer := coalesce(cardinality(p_request_ids), 0);
+    v_most constant bigint := credits.most_micros();
     v_now timestamptz;
     v_due uuid[];
-    v_gates integer;
     v_chains uuid[];
     v_legs smallint[];
     v_outcomes smallint[];     -- -1 undecided
@@ -1406,6 +1450,7 @@ declare
     v_stale boolean;
     v_settles boolean;
     v_demands boolean;
+    v_bent boolean;
     v_lingering boolean := false;
     v_all boolean;
     v_room_places integer[] := '{}';
@@ -1416,16 +1461,42 @@ declare
     v_split_places integer[] := '{}';
     v_split_legs smallint[] := '{}';
     v_split_micros bigint[] := '{}';
+    v_over_orgs uuid[];        -- shares that were, or are, beyond their limit
+    v_over_ids uuid[];
     v_row record;
     v_booked record;
 begin
+    if array[cardinality(p_organization_ids), cardinality(p_actions), cardinality(p_user_ids), cardinality(p_api_key_ids), cardinality(p_amounts),
+             cardinality(p_tokens), cardinality(p_costs), cardinality(p_usages) / 15, cardinality(p_marks), cardinality(p_leases),
+             cardinality(p_flags), cardinality(p_providers), cardinality(p_models), cardinality(p_price_version_ids),
+             cardinality(p_provider_key_ids), cardinality(p_conversation_ids), cardinality(p_used_at), cardinality(p_keys),
+             cardinality(p_body_hashes)] <> array_fill(v_n, array[19])
+       or cardinality(p_usages) % 15 <> 0 or array_position(p_usages, null) is not null or 0 > any (p_usages) then
+        raise exception 'the arrays of a batch need one place a request, and 15 counts of usage' using errcode = 'BR400';
+    end if;
     if v_n = 0 then
         return;
     end if;
     -- (1) gates, in organization order: whoever moves credits does this first, so nothing can deadlock
-    select count(*), array_agg(g.organization_id) filter (where g.next_event_at <> 'infinity') into v_gates, v_due
+    select array_agg(g.organization_id) filter (where g.next_event_at <> 'infinity') into v_due
     from (select organization_id, next_event_at from gates where organization_id = any (p_organization_ids)
           order by organization_id for no key update) g;
+    if (select count(distinct r) from unnest(p_request_ids) r) < v_n - cardinality(array_positions(p_request_ids, null)) then
+        -- What happens to a request twice happens in order: settles and releases first, as ever, then as they arrived.
+        for v_row in select place::int from unnest(p_actions) with ordinality u(action, place) order by action not in (3, 4), place loop
+            return query
+            select v_row.place, v.outcome, v.request_id, v.held_micros, v.charged_micros, v.available_micros, v.binding_id, v.detail
+            from credits.move_batch(p_route, p_organization_ids[v_row.place:v_row.place], p_actions[v_row.place:v_row.place],
+                p_request_ids[v_row.place:v_row.place], p_user_ids[v_row.place:v_row.place], p_api_key_ids[v_row.place:v_row.place],
+                p_amounts[v_row.place:v_row.place], p_tokens[v_row.place:v_row.place], p_costs[v_row.place:v_row.place],
+                p_usages[v_row.place * 15 - 14:v_row.place * 15], p_marks[v_row.place:v_row.place], p_leases[v_row.place:v_row.place],
+                p_flags[v_row.place:v_row.place], p_providers[v_row.place:v_row.place], p_models[v_row.place:v_row.place],
+                p_price_version_ids[v_row.place:v_row.place], p_provider_key_ids[v_row.place:v_row.place],
+                p_conversation_ids[v_row.place:v_row.place], p_used_at[v_row.place:v_row.place], p_keys[v_row.place:v_row.place],
+                p_body_hashes[v_row.place:v_row.place], p_at) v;
+        end loop;
+        return;
+    end if;
     -- (2) the one instant of this batch
     v_now := credits.now_under_gate(p_at);
     -- (3) time events that are due
@@ -1441,32 +1512,40 @@ begin
         select array_agg(r.chain_id order by r.place), array_agg(r.leg order by r.place), array_agg(r.outcome order by r.place),
                array_agg(r.detail order by r.place), array_agg(r.held order by r.place),
                array_agg(r.place order by r.place) filter (where r.is_slow), bool_or(r.is_stale),
-               bool_or(r.action in (3, 4)), bool_or(r.action in (1, 2, 5))
-        into v_chains, v_legs, v_outcomes, v_details, v_held, v_slow, v_stale, v_settles, v_demands
+               bool_or(r.action in (3, 4)), bool_or(r.action in (1, 2, 5)), bool_or(r.is_bent)
+        into v_chains, v_legs, v_outcomes, v_details, v_held, v_slow, v_stale, v_settles, v_demands, v_bent
         from (
             select w.place::int, w.action,
                 case when h.chain_id is not null then h.chain_id else c.chain_id end as chain_id,
                 case when h.chain_id is not null then h.leg
                      when cardinality(c.leg_filters) = 1 and c.leg_filters[1] is null then 1::smallint
                      else credits.first_leg(c.leg_filters, w.model) end as leg,
-                case when g.organization_id is null then 6
+                case when v.is_valid is not true then 6
+                     when g.organization_id is null then 6
                      when w.action = 1 and h.chain_id is not null then 3
                      when w.action in (2, 4) and h.chain_id is null then 4
                      when w.action in (3, 4) and w.flags & 64 = 64 and (h.chain_id is null or h.lease_expires_at > v_now) then 4
-                     when w.action in (1, 5) and c.refusal is not null then 6
+                     when w.action in (1, 5) and c.refusal is not null and not (c.refusal = 'no_pool' and w.flags & 2 = 2) then 6
                      else -1 end::smallint as outcome,
-                case when g.organization_id is null then 'organization_unknown'
-                     when w.action in (1, 5) then c.refusal end as detail,
+                case when v.is_valid is not true then 'request_invalid'
+                     when g.organization_id is null then 'organization_unknown'
+                     when w.action in (1, 5) and h.chain_id is null and not (c.refusal = 'no_pool' and w.flags & 2 = 2) then c.refusal end as detail,
                 coalesce(h.amount_micros, 0) as held,
-                g.organization_id is not null and w.flags & 64 = 0 and (
+                v.is_valid and g.organization_id is not null and (w.flags & 64 = 0 or h.lease_expires_at <= v_now) and (
                     (w.action = 3 and (h.chain_id is null or h.leg_micros is not null or (w.amount > h.amount_micros
                         and (select cardinality(hc.leg_filters) > 1 from chains hc where hc.organization_id = h.organization_id and hc.chain_id = h.chain_id))))
-                    or (w.action = 4 and h.leg_micros is not null))
-                    or (w.flags & 64 = 64 and h.leg_micros is not null and h.lease_expires_at <= v_now) as is_slow,
+                    or (w.action = 4 and h.leg_micros is not null)) as is_slow,
                 w.action in (1, 5) and h.chain_id is null and g.organization_id is not null
-                    and (c.chain_id is null or c.limits_version <> g.limits_version or c.valid_until <= v_now) as is_stale
-            from unnest(p_organization_ids, p_actions, p_request_ids, p_user_ids, p_api_key_ids, p_amounts, p_flags, p_models)
-                with ordinality as w(org, action, request_id, user_id, api_key_id, amount, flags, model, place)
+                    and (c.chain_id is null or c.limits_version <> g.limits_version or c.valid_until <= v_now) as is_stale,
+                (h.chain_id is not null and w.action <> 1 and (h.model is distinct from w.model or (h.flags & 2) <> (w.flags & 2)))
+                    or (w.flags & 2 = 2 and w.amount > 0) as is_bent
+            from unnest(p_organization_ids, p_actions, p_request_ids, p_user_ids, p_api_key_ids, p_amounts, p_tokens, p_costs, p_marks, p_leases,
+                    p_flags, p_models, p_keys, p_body_hashes)
+                with ordinality as w(org, action, request_id, user_id, api_key_id, amount, tokens, cost, mark, lease, flags, model, key, body_hash, place)
+            cross join lateral (select w.request_id is not null and w.action between 1 and 5 and w.flags >= 0
+                and w.amount between 0 and v_most and w.tokens between 0 and v_most and w.cost between 0 and v_most and w.mark between 0 and v_most
+                and (w.action > 2 or w.lease > 0)
+                and (w.key is null or (w.body_hash is not null and length(w.key) between 1 and 255)) as is_valid) v
             left join gates g on g.organization_id = w.org
             left join holds h on h.organization_id = w.org and h.request_id = w.request_id
             left join chains c on w.action in (1, 5) and c.organization_id = w.org and c.user_id = coalesce(w.user_id, v_zero)
@@ -1486,6 +1565,18 @@ begin
             perform credits.build_chain(v_row.org, v_row.user_id, v_row.api_key_id, v_now);
         end loop;
     end loop;
+    if v_bent then
+        -- A request goes on as it was held: on its model, and at no charge where the customer's own key pays.
+        select array_agg(case when t.is_own then 0 else w.amount end order by w.place),
+            array_agg((w.flags & ~2) | case when t.is_own then 2 else 0 end order by w.place),
+            array_agg(case when h.chain_id is null or w.action = 1 then w.model else h.model end order by w.place)
+        into p_amounts, p_flags, p_models
+        from unnest(p_organization_ids, p_actions, p_request_ids, p_amounts, p_flags, p_models) with ordinality
+            w(org, action, request_id, amount, flags, model, place)
+        left join holds h on h.organization_id = w.org and h.request_id = w.request_id
+        cross join lateral (select case when h.chain_id is null or w.action = 1 then w.flags else h.flags end & 2 = 2 as is_own) t;
+        v_charged := p_amounts;
+    end if;
 
     -- (5) known keys answer with their stored result; a twin in this very batch gets its elder's
     if array_remove(p_keys, null) <> '{}' then
@@ -1494,7 +1585,7 @@ begin
                    first_value(w.place) over twins as elder, first_value(w.body_hash) over twins = w.body_hash as same_as_elder
             from unnest(p_organization_ids, p_keys, p_body_hashes, p_actions) with ordinality w(org, key, body_hash, action, place)
             left join commands k on k.organization_id = w.org and k.idempotency_key = w.key and k.kept_until > v_now
-            where w.key is not null and w.action <> 4
+            where w.key is not null and w.action <> 4 and v_details[w.place] is distinct from 'request_invalid'
             window twins as (partition by w.org, w.key order by w.place)
             order by w.place
         loop
@@ -1512,15 +1603,17 @@ begin
         end loop;
         v_slow := array(select s from unnest(v_slow) s where v_outcomes[s] = -1);
     end if;
-    -- A deduction repeated after an unknown answer may have been booked the first time.
-    if exists (select 1 from unnest(p_actions, p_flags) r(action, flags) where r.action = 5 and r.flags & 32 = 32) then
+    -- A deduction or hold repeated after an unknown answer may have been booked the first time.
+    if exists (select 1 from unnest(p_actions, p_flags) r(action, flags) where r.action in (1, 5) and r.flags & 32 = 32) then
         for v_row in
             select w.place, a.charged from unnest(p_organization_ids, p_request_ids, p_actions, p_flags) with ordinality w(org, request_id, action, flags, place)
             cross join lateral (select sum(charged_micros)::bigint as charged, count(*) as rows from ledger.attribution
                                 where organization_id = w.org and request_id = w.request_id) a
-            where w.action = 5 and w.flags & 32 = 32 and a.rows > 0
+            where w.action in (1, 5) and w.flags & 32 = 32 and a.rows > 0
+              and (v_outcomes[w.place] = -1 or (v_outcomes[w.place] = 6 and v_details[w.place] <> 'request_invalid'))
         loop
             v_outcomes[v_row.place] := 3;
+            v_details[v_row.place] := null;
             v_charged[v_row.place] := v_row.charged;
         end loop;
     end if;
@@ -1542,6 +1635,9 @@ begin
                 v_outcomes[v_row.place] := case when v_booked.outcome = 0 then 9 else v_booked.outcome end;  -- 9: accepted, booked already
                 v_charged[v_row.place] := v_booked.charged_micros;
                 v_held[v_row.place] := v_booked.held_micros;
+                if v_booked.outcome = 6 then
+                    v_details[v_row.place] := 'no_pool';
+                end if;
             end loop;
         end if;
         with gone as (
@@ -1564,9 +1660,13 @@ begin
             update balances b set used_amount = used_amount + d.used, held_amount = held_amount - d.held,
                 excess_amount = greatest(0, used_amount + d.used + held_amount - d.held - limit_amount)
             from deltas d where b.organization_id = d.org and b.balance_id = d.id and b.period_start = d.start
-            returning 1
+            returning b.organization_id as org, b.balance_id as id, b.kind = 'allocation'
+                and (b.excess_amount > 0 or b.used_amount - d.used + b.held_amount + d.held > b.limit_amount) as is_over
         )
-        select count(*) into v_gates from moved;
+        select array_agg(org), array_agg(id) into v_over_orgs, v_over_ids from moved where is_over;
+        if v_over_ids is not null then
+            perform credits.reopen_parts(v_over_orgs, v_over_ids);
+        end if;
         if v_lingering then
             -- What a released hold kept of an expired grant must be gone before anybody else is authorized.
             for v_row in select distinct o from unnest(p_organization_ids) o order by 1 loop
@@ -1582,15 +1682,16 @@ begin
                 as w(org, action, amount, tokens, flags, model, chain_id, leg, outcome, place)
             where w.action in (1, 2, 5) and w.outcome = -1 and not (w.action = 2 and w.amount = 0 and w.tokens = 0)
         ), demand as materialized (
-            select w.place, w.org, w.action, e.id, e.start, e.metric,
+            select w.place, w.org, w.action, e.id, e.start, e.metric = 0 and cardinality(c.leg_filters) = 1 as shows_room,
                 case e.metric when 0 then w.amount when 1 then case w.action when 2 then 0 else 1 end else w.tokens end as amount
             from w join chains c on c.organization_id = w.org and c.chain_id = w.chain_id
             cross join lateral unnest(c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters) e(id, start, metric, leg, filter)
             where (e.leg = 0 or e.leg = w.leg) and (e.filter is null or w.model like e.filter) and not (e.metric = 0 and w.flags & 2 = 2)
+              and (w.action <> 2 or case e.metric when 0 then w.amount when 1 then 0 else w.tokens end > 0)  -- an extension asks what it needs
         ), sums as materialized (
             select org, id, start, coalesce(sum(amount) filter (where action <> 5), 0)::bigint as held,
                 coalesce(sum(amount) filter (where action = 5), 0)::bigint as used,
-                array_agg(place::int) filter (where metric = 0) as places
+                array_agg(place::int) filter (where shows_room) as places
             from demand group by 1, 2, 3
         ), moved as (
             update balances b set held_amount = held_amount + s.held, used_amount = used_amount + s.used,
@@ -1640,7 +1741,7 @@ begin
         e.request_id,
         case when w.action in (1, 2) and e.outcome in (-1, 3) then e.held + case when w.action = 2 or e.held = 0 then case when e.outcome = 3 then 0 else e.amount end else 0 end else 0 end,
         case when w.action in (3, 5) and e.outcome in (-1, 9, 3) then e.charged else 0 end,
-        coalesce(r.room, credits.available_of(w.org, e.chain_id, w.model)),
+        case when e.chain_id is not null then coalesce(r.room, credits.available_of(w.org, e.chain_id, w.model)) end,
         e.binding_id, e.detail
     from unnest(p_organization_ids, p_actions, p_models, v_outcomes, v_legs) with ordinality w(org, action, model, outcome, leg, place)
     cross join lateral (select case when w.outcome = 8 then w.leg::int else w.place::int end as at) a
@@ -1659,7 +1760,12 @@ create or replace function credits.expire_holds(p_most integer default 500, p_at
 language plpgsql volatile security definer set search_path = credits, pg_temp as $$
 declare
     v_count integer;
+    v_organizations uuid[];
 begin
+    -- The gates come first here too: between reading a hold's progress and charging it nothing may change.
+    select array_agg(distinct o.organization_id) into v_organizations
+    from (select organization_id from holds where lease_expires_at <= coalesce(p_at, clock_timestamp()) order by lease_expires_at, request_id limit p_most) o;
+    perform 1 from gates where organization_id = any (v_organizations) order by organization_id for no key update;
     select count(*) filter (where v.outcome = 0) into v_count
     from (
         select array_agg(h.organization_id order by h.lease_expires_at, h.request_id) as orgs,
@@ -1680,14 +1786,16 @@ begin
             count(*)::int as n
         from (
             select *, case when not is_sent then 0 when flags & 8 = 8 then greatest(floor_micros, progress_micros) else amount_micros end as charge
-            from holds where lease_expires_at <= coalesce(p_at, clock_timestamp()) order by lease_expires_at, request_id limit p_most
+            from holds where organization_id = any (v_organizations) and lease_expires_at <= coalesce(p_at, clock_timestamp())
+            order by lease_expires_at, request_id limit p_most
         ) h join chains c on c.organization_id = h.organization_id and c.chain_id = h.chain_id
+        having count(*) > 0
     ) b
     cross join lateral credits.move_batch(b.orgs[1], b.orgs, b.actions, b.requests, b.users, b.keys, b.amounts, b.tokens, b.costs,
-        array_fill(0, array[b.n * 15]), array_fill(0::bigint, array[b.n]), array_fill(0, array[b.n]), b.flags, b.providers, b.models, b.prices,
+        array(select case when i % 15 = 0 then 1 else 0 end from generate_series(1, b.n * 15) i order by i),  -- one provider call each
+        array_fill(0::bigint, array[b.n]), array_fill(0, array[b.n]), b.flags, b.providers, b.models, b.prices,
         b.provider_keys, b.conversations, array_fill(null::timestamptz, array[b.n]), array_fill(null::text, array[b.n]),
-        array_fill(null::bytea, array[b.n]), p_at) v
-    where b.n > 0;
+        array_fill(null::bytea, array[b.n]), p_at) v;
     return v_count;
 end $$;
 comment on function credits.expire_holds is 'Ends holds whose lease is over: releases what was never sent, charges what was; returns how many';
@@ -1722,7 +1830,7 @@ create or replace function credits.authorize(
 ) returns credits.verdict
 language sql volatile security definer set search_path = credits, pg_temp as $$
     select credits.move_one(p_organization_id, 1::smallint, p_request_id, p_user_id, p_api_key_id, p_amount_micros, 0, 0, credits.no_usage(), 0,
-        p_lease_seconds, 0, null, p_model, null, null, null, null, p_idempotency_key,
+        p_lease_seconds, 32, null, p_model, null, null, null, null, p_idempotency_key,
         credits.hash_of('authorize', p_user_id::text, p_api_key_id::text, p_amount_micros::text, p_model), p_at);
 $$;
 comment on function credits.authorize is 'Holds credits for one request';
@@ -1759,7 +1867,7 @@ create or replace function credits.deduct(
     p_idempotency_key text default null, p_at timestamptz default null
 ) returns credits.verdict
 language sql volatile security definer set search_path = credits, pg_temp as $$
-    select credits.move_one(p_organization_id, 5::smallint, p_request_id, p_user_id, p_api_key_id, p_charged_micros, 0, 0, credits.no_usage(), 0, 0, 0,
+    select credits.move_one(p_organization_id, 5::smallint, p_request_id, p_user_id, p_api_key_id, p_charged_micros, 0, 0, credits.no_usage(), 0, 0, 32,
         null, p_model, null, null, null, null, p_idempotency_key,
         credits.hash_of('deduct', p_user_id::text, p_api_key_id::text, p_charged_micros::text, p_model), p_at);
 $$;

@@ -73,6 +73,16 @@ comment on function route.home_of_user is 'Home organization of a person: where 
 revoke all on function route.home_of_user from public;
 grant execute on function route.home_of_user to bursar_app, bursar_platform, bursar_money;
 
+create or replace function route.acts_in(p_home_organization_id uuid, p_organization_id uuid) returns boolean
+language sql stable security definer set search_path = route, pg_temp as $$
+    select exists (
+        select from users u join memberships m on m.user_id = u.user_id
+        where u.home_organization_id = p_home_organization_id and m.organization_id = p_organization_id);
+$$;
+comment on function route.acts_in is 'True when the person whose home the first organization is belongs to the second';
+revoke all on function route.acts_in from public;
+grant execute on function route.acts_in to bursar_money;
+
 create or replace function route.choose_default(p_home_organization_id uuid, p_user_id uuid, p_organization_id uuid) returns boolean
 language plpgsql volatile security definer set search_path = route, pg_temp as $$
 begin

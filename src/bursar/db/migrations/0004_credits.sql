@@ -181,7 +181,9 @@ create table credits.pools (
     created_at timestamptz not null,
     constraint pools_pkey primary key (organization_id, pool_id),
     constraint pools_kind_known check (kind in ('shared', 'personal', 'individual', 'residual')),
-    constraint pools_owner_fits check ((kind = 'personal') = (owner_user_id is not null))
+    constraint pools_owner_fits check ((kind = 'personal') = (owner_user_id is not null)),
+    -- A pattern that LIKE cannot read would fail every batch that meets it.
+    constraint pools_model_filter_readable check (model_filter ~ '^([^\\]|\\.){1,200}$')
 );
 comment on table credits.pools is 'Balances of credits: shared by the organization, personal to one member, or an individual''s own';
 comment on column credits.pools.organization_id is 'Tenant';
@@ -204,6 +206,7 @@ create table credits.balances (
     organization_id uuid not null,
     balance_id uuid not null,
     period_start timestamptz not null default '-infinity',
+    period_end timestamptz not null default 'infinity',
     kind text not null,
     stops boolean not null default true,
     limit_amount bigint not null,
@@ -214,12 +217,14 @@ create table credits.balances (
     constraint balances_never_overrun check (used_amount + held_amount <= limit_amount + excess_amount),
     constraint balances_excess_exact check (excess_amount = 0 or excess_amount = used_amount + held_amount - limit_amount),
     constraint balances_nothing_negative check (held_amount >= 0 and excess_amount >= 0 and limit_amount >= 0 and used_amount >= 0),
-    constraint balances_kind_known check (kind in ('pool', 'open', 'allocation', 'limit'))
+    constraint balances_kind_known check (kind in ('pool', 'open', 'allocation', 'limit')),
+    constraint balances_period_forward check (period_end > period_start)
 ) with (fillfactor = 40, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_cost_delay = 0);
 comment on table credits.balances is 'One kind of balance for pools, open parts, allocations and limits: what may be used, is used and is held, per period';
 comment on column credits.balances.organization_id is 'Tenant';
 comment on column credits.balances.balance_id is 'The pool, open part, allocation or limit it counts for';
 comment on column credits.balances.period_start is 'Start of the period; -infinity where the balance has none';
+comment on column credits.balances.period_end is 'End of the period, fixed when it began: a change of zone acts from here on; infinity where the balance has none';
 comment on column credits.balances.kind is 'pool, open (what no allocation reserves), allocation, limit';
 comment on column credits.balances.stops is 'False: over the limit only warns';
 comment on column credits.balances.limit_amount is 'What may be used: micros, or a count for limits on calls or tokens';
@@ -365,7 +370,8 @@ create table credits.limits (
     constraint limits_metric_known check (metric in ('credits', 'calls', 'tokens')),
     constraint limits_period_known check (period in ('none', 'day', 'week', 'month')),
     constraint limits_action_known check (action in ('stops', 'warns')),
-    constraint limits_amount check (amount >= 0)
+    constraint limits_amount check (amount >= 0),
+    constraint limits_model_filter_readable check (model_filter ~ '^([^\\]|\\.){1,200}$')
 );
 comment on table credits.limits is 'Caps and budgets of every scope; one authorize checks all that apply';
 comment on column credits.limits.organization_id is 'Tenant';
@@ -474,6 +480,28 @@ comment on column credits.holds.conversation_id is 'Conversation, where named';
 comment on column credits.holds.placed_at is 'When it was placed';
 comment on column credits.holds.lease_expires_at is 'When it ends by itself unless progress renews it';
 call tenancy.protect('credits.holds', 'select', 'select, insert, update, delete');
+
+create table credits.estimates (
+    organization_id uuid not null,
+    request_id uuid not null,
+    chain_id uuid not null,
+    leg_micros bigint[] not null,
+    tokens bigint not null,
+    cost_nano_usd bigint not null,
+    flags smallint not null,
+    booked_at timestamptz not null,
+    constraint estimates_pkey primary key (organization_id, request_id)
+) with (fillfactor = 70);
+comment on table credits.estimates is 'What expiry charged by estimate; a row goes when the true cost comes and the difference is booked';
+comment on column credits.estimates.organization_id is 'Tenant';
+comment on column credits.estimates.request_id is 'The request';
+comment on column credits.estimates.chain_id is 'The balances it was charged to';
+comment on column credits.estimates.leg_micros is 'What each leg of the chain was charged';
+comment on column credits.estimates.tokens is 'Tokens counted on token limits';
+comment on column credits.estimates.cost_nano_usd is 'Provider cost that the estimate stands for';
+comment on column credits.estimates.flags is 'Bits as in attribution';
+comment on column credits.estimates.booked_at is 'When it was charged';
+call tenancy.protect('credits.estimates', 'select', 'select, insert, delete');
 
 create table credits.commands (
     organization_id uuid not null,
