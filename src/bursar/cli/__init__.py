@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bursar import __version__
-from bursar.cli import db, departments, keys, orgs, providers, serve, teams, users
+from bursar.cli import db, departments, keys, orgs, prices, providers, serve, teams, users
 from bursar.cli.exits import Exit, exit_code_of, explain
 from bursar.logs import configure_logs
 from bursar.settings import Settings
@@ -18,6 +18,7 @@ from bursar.settings import Settings
 NOUNS = {
     "db": db.app,
     "providers": providers.app,
+    "prices": prices.app,
     "orgs": orgs.app,
     "users": users.app,
     "teams": teams.app,

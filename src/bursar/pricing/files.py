@@ -181,7 +181,7 @@ class _Reader:
         provider, model = _name(row, "provider").lower(), _name(row, "model")
         rules = [_match_rule(each) for each in _list_of(row, "match")]
         window = _optional_count(row, "context_window")
-        instant = _instant(row.get("effective_from"))
+        instant = parse_instant(row.get("effective_from"))
         draft = self._drafts.setdefault((provider, model), _Draft(provider, model, place))
         draft.match.extend(rule for rule in rules if rule not in draft.match)
         draft.context_window = window if window is not None else draft.context_window
@@ -256,12 +256,7 @@ def _prices(point: _Point) -> Prices | None:
 
 def _add_rate(point: _Point, row: Mapping[str, Any]) -> None:
     """Read one unit price and put it to the standard ones or to those of its conditions."""
-    kind = row.get("kind")
-    if not isinstance(kind, str) or kind not in UNITS:
-        raise _Rejected(f"no such kind: {kind!r}; kinds are {', '.join(UNITS)}")
-    if row.get("unit", UNITS[kind]) != UNITS[kind]:
-        raise _Rejected(f"{kind} is priced per {UNITS[kind]}, not per {row['unit']!r}")
-    rate = _rate(kind, row)
+    rate = parse_rate(row)
     when = _when(row.get("when", {}))
     if when:
         point.variants.setdefault(when, []).append(rate)
@@ -269,7 +264,17 @@ def _add_rate(point: _Point, row: Mapping[str, Any]) -> None:
         point.rates.append(rate)
 
 
-def _rate(kind: str, row: Mapping[str, Any]) -> Rate:
+def parse_rate(row: Mapping[str, Any]) -> Rate:
+    """A unit price from the fields kind, price_usd and, if need be, unit, above_input_tokens, minimum, free.
+
+    Raises:
+        ValueError
+    """
+    kind = row.get("kind")
+    if not isinstance(kind, str) or kind not in UNITS:
+        raise _Rejected(f"no such kind: {kind!r}; kinds are {', '.join(UNITS)}")
+    if row.get("unit", UNITS[kind]) != UNITS[kind]:
+        raise _Rejected(f"{kind} is priced per {UNITS[kind]}, not per {row['unit']!r}")
     value = row.get("price_usd")
     if not isinstance(value, str | int) or isinstance(value, bool):
         raise _Rejected("the price is missing" if value is None else f"not a decimal amount: {value!r}")
@@ -318,7 +323,7 @@ def _about(document: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(value, str) or not value:
             raise _Rejected(f"{name} is not a text")
     if "date" in document:
-        about["date"] = _instant(document["date"]).date()
+        about["date"] = parse_instant(document["date"]).date()
     return about
 
 
@@ -381,8 +386,12 @@ def _flag(row: Mapping[str, Any], field_name: str) -> bool:
     return value
 
 
-def _instant(value: Any) -> datetime:
-    """'2026-12-01' (midnight UTC) or an RFC 3339 time with offset; nothing: since always."""
+def parse_instant(value: Any) -> datetime:
+    """'2026-12-01' (midnight UTC) or an RFC 3339 time with offset; nothing: since always.
+
+    Raises:
+        ValueError
+    """
     if value is None:
         return ALWAYS
     try:

@@ -31,7 +31,7 @@ from bursar.problems import FieldError, Problem
 
 SHORT_LIST: Final = "bursar"
 SHORT_LIST_RANK: Final = 20
-_SHIPPED: Final = (genai_list.LIST_NAME, SHORT_LIST)
+SHIPPED: Final = (genai_list.LIST_NAME, SHORT_LIST)
 _LIST_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 # Names that a newer list no longer has stay known, behind all that it has.
 _BEHIND: Final = 1_000_000
@@ -49,7 +49,7 @@ async def import_shipped(conn: db.Connection, *, by: Actor = SYSTEM) -> list[Pre
     Returns what changed, one preview a list; nothing, and quickly, when both are there.
     """
     done = []
-    for name in _SHIPPED:
+    for name in SHIPPED:
         if await _newest_version(conn, name) != shipped_version(name):
             listed = await asyncio.to_thread(load_shipped, name)
             done.append(await import_list(conn, listed, by=by))
@@ -77,7 +77,7 @@ def accepted(read: files.ReadList) -> PriceList:
         PriceListRejected
     """
     errors = [FieldError(each.place, each.reason) for each in read.errors]
-    if not _LIST_NAME.fullmatch(read.prices.name) or read.prices.name in _SHIPPED:
+    if not _LIST_NAME.fullmatch(read.prices.name) or read.prices.name in SHIPPED:
         errors.append(FieldError("list", f"{read.prices.name!r} cannot be the name of a list of your own"))
     if not errors and not read.prices.models:
         errors.append(FieldError("file", "no prices"))

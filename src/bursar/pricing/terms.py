@@ -19,7 +19,7 @@ from bursar import clock, db
 from bursar.audit.events import Actor, record
 from bursar.pricing.lists import Prices
 from bursar.pricing.prices import PAR_PPM, PriceVersion
-from bursar.pricing.versions import QUERIES, VersionRow, rows_of_prices
+from bursar.pricing.versions import QUERIES, RateRow, VersionRow, rows_of_prices
 from bursar.problems import Problem
 
 ANY: Final = "*"
@@ -253,7 +253,7 @@ async def set_override(
             "provider": provider,
             "model_pattern": model_pattern,
             "effective_from": instant,
-            "prices": None if prices is None else [row[1:5] for row in rows_of_prices(prices)],
+            "prices": None if prices is None else [_as_text(row) for row in rows_of_prices(prices)],
         },
         reason=reason,
     )
@@ -275,6 +275,12 @@ async def _add_rates(conn: db.Connection, organization_id: UUID, price_version_i
             minimum=minimum,
             free=free,
         )
+
+
+def _as_text(row: RateRow) -> str:
+    """A unit price in the audit: kind, threshold, conditions, nano-dollars."""
+    _, kind, above, condition, nano_usd, _, _ = row
+    return f"{kind} above {above} {condition}: {nano_usd}" if condition else f"{kind} above {above}: {nano_usd}"
 
 
 async def set_markup(
