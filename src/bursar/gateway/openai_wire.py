@@ -303,6 +303,8 @@ def _choice_units(choice: object) -> int:
     message = choice.get("delta") or choice.get("message")
     if not isinstance(message, dict):
         return 0
+    if len(message) == 1 and isinstance(text := message.get("content"), str):
+        return tokens.text_units(text)  # nearly every chunk
     units = sum(_output_units(message[name]) for name in _TEXT_DELTAS if message.get(name))
     # Some providers send the same thought under both names.
     thought = next((message[name] for name in _REASONING_DELTAS if message.get(name)), None)

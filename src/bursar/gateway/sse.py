@@ -7,8 +7,9 @@ line ends an event; `data` lines join with LF; lines that begin with a colon are
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
+
+from bursar.problems import Problem
 
 MAX_EVENT_BYTES: Final = 32 * 1024 * 1024
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r")
@@ -18,12 +19,13 @@ _LONGEST_EVENT_END: Final = 4
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 
-class EventTooLong(Exception):
+class EventTooLong(Problem):
     """A provider sent an event of more than MAX_EVENT_BYTES without an end."""
 
+    status, code, title = 502, "provider_event_too_long", "The provider's answer cannot be read"
 
-@dataclass(frozen=True, slots=True)
-class Event:
+
+class Event(NamedTuple):
     """One event: its name ('' where the stream gives none), its data, and the raw bytes it was read from."""
 
     name: str
@@ -45,6 +47,11 @@ class EventParser:
         Raises:
             EventTooLong: an event has no end within MAX_EVENT_BYTES.
         """
+        if not self._buffer and data.endswith(b"\n\n") and b"\r" not in data:
+            # Nearly every piece is whole events with plain line feeds.
+            *texts, rest = data.split(b"\n\n")
+            if not rest:
+                return [self._event(text + b"\n\n") for text in texts]
         buffer = self._buffer
         buffer += data
         events: list[Event] = []
@@ -55,7 +62,7 @@ class EventParser:
         del buffer[:start]
         self._searched = max(0, len(buffer) - _LONGEST_EVENT_END)
         if len(buffer) > MAX_EVENT_BYTES:
-            raise EventTooLong(f"an event of the provider's stream is longer than {MAX_EVENT_BYTES} bytes")
+            raise EventTooLong(f"An event of its stream is longer than {MAX_EVENT_BYTES} bytes.")
         return events
 
     def finish(self) -> Event | None:
@@ -80,13 +87,9 @@ class EventParser:
         if self._at_start:
             self._at_start = False
             text = raw.removeprefix(_BYTE_ORDER_MARK)
-        if text.startswith(b"data: ") and text.endswith(b"\n\n") and _is_one_line(text):
+        if text.startswith(b"data: ") and text.find(b"\n") == len(text) - 2 and b"\r" not in text:
             return Event("", text[6:-2], raw)
         return Event(*_fields(text), raw)
-
-
-def _is_one_line(text: bytes) -> bool:
-    return text.find(b"\n") == len(text) - 2 and b"\r" not in text
 
 
 def _fields(text: bytes) -> tuple[str, bytes]:
