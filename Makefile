@@ -1,0 +1,40 @@
+# Each target sets up .venv by itself, the first time and whenever the lock files change.
+#   make demo          a running Bursar with sample companies     make demo ARGS="--port 9000 --reset"
+#   make serve         the server                                 make serve ARGS="--workers 2"
+#   make test          the tests                                  make test ARGS="tests/db -k embedded"
+#   make check         ruff, mypy, import-linter and the tests
+.DEFAULT_GOAL := help
+.PHONY: help demo serve test lint check clean
+
+RUN := .venv/installed-run
+DEV := .venv/installed-dev
+export PYTHON
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(RUN): pyproject.toml constraints.txt tools/setup
+	@tools/setup run
+
+$(DEV): pyproject.toml constraints-dev.txt tools/setup
+	@tools/setup dev
+
+demo: $(RUN)
+	@.venv/bin/bursar demo $(ARGS)
+
+serve: $(RUN)
+	@.venv/bin/bursar serve $(ARGS)
+
+test: $(DEV)
+	@.venv/bin/pytest -q -n 2 $(ARGS)
+
+lint: $(DEV)
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports --no-logo
+
+check: lint test
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
