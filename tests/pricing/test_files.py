@@ -1,6 +1,8 @@
 """Price files: CSV and JSON say the same, numbers are exact, and each bad row is named with its reason."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -187,3 +189,11 @@ json_values = st.recursive(
 )
 def test_any_json_is_read_or_rejected_and_never_raises(model: dict[str, object]) -> None:
     read(json.dumps({"models": [{"provider": "a", "model": "b", **model}]}))
+
+
+def test_the_examples_of_the_documentation_are_read() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "prices.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```(?:csv|json)\n(.*?)```", page, re.DOTALL)
+    of_csv, of_json = (read(example) for example in examples)
+    assert of_csv.errors == of_json.errors == ()
+    assert of_csv.prices.models == of_json.prices.models
