@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from bursar import __version__, db, operation, worker
-from bursar.asgi import Around, BodyLimits, Receive, Scope, Send, is_gateway
+from bursar.asgi import Around, BodyLimits, Message, Receive, Scope, Send, is_gateway
 from bursar.credits import api as credits_api
 from bursar.gateway import opening
 from bursar.identity import api as identity_api
@@ -34,6 +34,9 @@ from bursar.problems import (
     of_exception,
 )
 from bursar.settings import Settings
+from bursar.usage import api as usage_api
+from bursar.web import pages
+from bursar.web.rendering import wants_page
 
 GRACE_SECONDS: Final = 30
 """How long requests under way may take once the server is told to stop."""
@@ -64,7 +67,14 @@ async def _worker(app: FastAPI) -> AsyncIterator[None]:
             await task
 
 
-ROUTERS: Final[Sequence[APIRouter]] = (operation.router, credits_api.router, identity_api.router)
+# The pages come first: they put a finished page before the bare one that identity signs people in with.
+ROUTERS: Final[Sequence[APIRouter]] = (
+    operation.router,
+    pages.router,
+    credits_api.router,
+    usage_api.router,
+    identity_api.router,
+)
 PARTS: Final[Sequence[Part]] = (_gateway, _worker)
 
 log = structlog.get_logger(__name__)
@@ -124,12 +134,26 @@ class ServedApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            async with db.opened(self._settings, migrate=True) as database:
-                self._app = create_app(database, self._settings)
-                await self._app(scope, receive, send)
+            await self._live(scope, receive, send)
             return
         assert self._app is not None
         await self._app(scope, receive, send)
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """From start to stop; "stopped" is said last, since the process may be ended as soon as it is said."""
+        last: list[Message] = []
+
+        async def keep_last(message: Message) -> None:
+            if message["type"].startswith("lifespan.shutdown"):
+                last.append(message)
+            else:
+                await send(message)
+
+        async with db.opened(self._settings, migrate=True) as database:
+            self._app = create_app(database, self._settings)
+            await self._app(scope, receive, keep_last)
+        for message in last:
+            await send(message)
 
 
 class _GatewayFirst:
@@ -145,7 +169,9 @@ class _GatewayFirst:
 
 
 def answer(request: Request, problem: Problem) -> Response:
-    """A problem as application/problem+json."""
+    """A problem: a page for a browser that navigates, application/problem+json for everyone else."""
+    if wants_page(request):
+        return pages.problem_page(request, problem)
     return JSONResponse(
         problem.body(getattr(request.state, "request_id", None)),
         status_code=problem.status,

@@ -100,6 +100,8 @@ def _is_usage(error: BaseException) -> bool:
 
 
 def _usage_lines(error: Any) -> Iterator[str]:
+    if not error.format_message():
+        return  # the help was shown in place of a message
     context = getattr(error, "ctx", None)
     if context is not None:
         yield str(context.get_usage())

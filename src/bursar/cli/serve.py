@@ -1,6 +1,8 @@
 """`bursar serve`: the server processes."""
 
+import contextlib
 import os
+import signal
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -30,15 +32,18 @@ def serve(
 
 
 def run_server(settings: Settings) -> None:
-    """Serve until a signal comes. Requests under way are finished, for at most GRACE_SECONDS."""
-    typer.echo(f"Bursar listens on http://{settings.host}:{settings.port}", err=True)
-    if settings.workers == 1:
-        _run_uvicorn(settings)
-        return
-    # With several processes the parent holds the embedded server, which so outlives each of them.
+    """Serve until a signal comes. Requests under way are finished, for at most GRACE_SECONDS.
+
+    This process holds the database meanwhile: the embedded server outlives each server process, and a fault at start
+    is told here.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises it again when it has stopped
     with db.held(settings), tempfile.TemporaryDirectory(prefix="bursar-metrics-") as metrics:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics
-        _run_uvicorn(settings)
+        if settings.workers > 1:
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics
+        typer.echo(f"Bursar listens on http://{settings.host}:{settings.port}", err=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            _run_uvicorn(settings)
 
 
 def _run_uvicorn(settings: Settings) -> None:
@@ -48,6 +53,7 @@ def _run_uvicorn(settings: Settings) -> None:
         host=settings.host,
         port=settings.port,
         workers=settings.workers,
+        lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,

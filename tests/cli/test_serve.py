@@ -1,0 +1,113 @@
+"""`bursar serve` as real processes: it comes up, answers, ends on a signal, and leaves no server behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bursar.db.embedded import EmbeddedServer
+
+Start = Callable[..., tuple["subprocess.Popen[str]", str]]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def get(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+    except OSError:
+        return 0, ""
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 40) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "data"
+    EmbeddedServer(tmp_path / "data").remove()
+
+
+@pytest.fixture
+def start(data_dir: Path) -> Iterator[Start]:
+    running: list[subprocess.Popen[str]] = []
+
+    def run(*options: str) -> tuple["subprocess.Popen[str]", str]:
+        port = free_port()
+        command = [sys.executable, "-m", "bursar", "serve", "--port", str(port), "--data-dir", str(data_dir), *options]
+        child = subprocess.Popen(
+            command,
+            env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "BURSAR_LOG_FORMAT": "json"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        running.append(child)
+        url = f"http://127.0.0.1:{port}"
+        wait_for(lambda: get(f"{url}/readyz")[0] == 200 or child.poll() is not None)
+        return child, url
+
+    yield run
+    for child in running:
+        if child.poll() is None:
+            child.kill()
+            child.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_comes_up_and_ends_on_a_signal(start: Start, data_dir: Path, number: signal.Signals) -> None:
+    child, url = start()
+    assert get(f"{url}/healthz")[0] == 200
+    assert get(f"{url}/nowhere")[0] == 404
+    child.send_signal(number)
+    _, err = child.communicate(timeout=30)
+    assert "Traceback" not in err
+    assert EmbeddedServer(data_dir).pid is None
+
+
+def test_several_processes_share_the_port_the_database_and_the_metrics(start: Start, data_dir: Path) -> None:
+    child, url = start("--workers", "2")
+    server = EmbeddedServer(data_dir)
+    for _ in range(40):
+        assert get(f"{url}/healthz")[0] == 200
+    counted = [
+        line for line in get(f"{url}/metrics")[1].splitlines() if 'route="/healthz"' in line and "_total" in line
+    ]
+    assert sum(float(line.split()[-1]) for line in counted) == 40  # of both processes, whichever answered
+    assert server.pid is not None
+    child.terminate()
+    child.communicate(timeout=40)
+    assert server.pid is None
+
+
+def test_killed_it_comes_back_on_the_same_data(start: Start, data_dir: Path) -> None:
+    child, _ = start()
+    pid = EmbeddedServer(data_dir).pid
+    child.kill()
+    child.communicate()
+    assert pid is not None
+    os.kill(pid, 0)  # the database outlives a killed server, and the next one takes it over
+    child, url = start()
+    assert EmbeddedServer(data_dir).pid == pid
+    assert get(f"{url}/readyz")[0] == 200
+    child.terminate()
+    child.communicate(timeout=30)
+    assert EmbeddedServer(data_dir).pid is None
