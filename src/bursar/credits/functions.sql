@@ -1737,7 +1737,8 @@ begin
 
     return query
     select w.place::int,
-        case when e.outcome = 9 or e.outcome = -1 then 0 else e.outcome end::smallint,
+        case when w.outcome = 8 and e.outcome in (-1, 9) then 3 when w.outcome = 8 and e.outcome in (1, 6) then 7
+             when e.outcome in (-1, 9) then 0 else e.outcome end::smallint,
         e.request_id,
         case when w.action in (1, 2) and e.outcome in (-1, 3) then e.held + case when w.action = 2 or e.held = 0 then case when e.outcome = 3 then 0 else e.amount end else 0 end else 0 end,
         case when w.action in (3, 5) and e.outcome in (-1, 9, 3) then e.charged else 0 end,

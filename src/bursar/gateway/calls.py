@@ -87,6 +87,11 @@ class Call:
         """What this usage comes to at the price pinned when the call was opened."""
         return self.quote.price(usage, context=self.context, at=self.opened_at, rounding=rounding)
 
+    def tell_tier(self) -> None:
+        """The price goes by the service tier that the provider used, where it says so."""
+        if self.meter is not None and self.meter.tier:
+            self.context = {**self.context, "service_tier": self.meter.tier}
+
     def charge(self, priced: Priced) -> Micros:
         """What the customer pays: nothing where the key at the provider is the customer's own."""
         return Micros(0) if self.own_key else priced.charged_micros
@@ -160,6 +165,7 @@ class Till:
     async def settle(self, call: Call, usage: Usage, *, estimated: bool) -> Verdict:
         """Charge what was used; committed when it returns, and done even when the caller is cancelled meanwhile."""
         self._running.pop(call.request_id, None)
+        call.tell_tier()
         priced = call.price(usage)
         move = call.move(
             Action.SETTLE,
