@@ -319,7 +319,8 @@ async def test_a_session_acts_where_the_request_then_the_session_chose(browser, 
     assert (await browser.get("/me")).json() == str(org.organization_id)
 
 
-async def test_a_system_admin_is_let_into_every_organization_and_spends_in_none(browser, org) -> None:
+async def platform_member(org, role: Role):
+    """The user id of a new member of the platform's own organization."""
     database, email = org.database, f"{clock.uuid7().hex}@operator.example"
     user = await org.user(email)
     async with database.tenant(PLATFORM_ORGANIZATION_ID) as conn:
@@ -330,10 +331,20 @@ async def test_a_system_admin_is_let_into_every_organization_and_spends_in_none(
             user_id=user.user_id,
             address=Address.of(email, database.settings),
             display_name="Operator",
-            roles=[Role.SYSTEM_ADMIN],
+            roles=[role],
             by=OPERATOR,
         )
-    await sign_in_with(browser, await link_for(org, user.user_id))
+    return user.user_id
+
+
+async def test_others_of_the_platforms_own_organization_are_let_into_no_other(browser, org) -> None:
+    await sign_in_with(browser, await link_for(org, await platform_member(org, Role.AUDITOR)))
+    assert (await browser.get("/o/platform")).status_code == 200
+    assert (await browser.get(f"/o/{org.slug}")).status_code == 404
+
+
+async def test_a_system_admin_is_let_into_every_organization_and_spends_in_none(browser, org) -> None:
+    await sign_in_with(browser, await link_for(org, await platform_member(org, Role.SYSTEM_ADMIN)))
     assert (await browser.get(f"/o/{org.slug}")).json()["acts_in"] == str(org.organization_id)
     assert (await browser.get(f"/o/{org.slug}/limits")).json() == ["system_admin"]
     assert (await browser.get("/o/no-such-organization")).status_code == 404

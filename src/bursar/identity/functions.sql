@@ -18,7 +18,7 @@ create or replace function route.claim_slug(p_organization_id uuid, p_slug text)
 language plpgsql volatile security definer set search_path = route, pg_temp as $$
 begin
     perform require_tenant(p_organization_id);
-    insert into organizations (organization_id, slug) values (p_organization_id, p_slug) on conflict (slug) do nothing;
+    insert into organizations (organization_id, slug) values (p_organization_id, p_slug) on conflict do nothing;
     return exists (select 1 from organizations where slug = p_slug and organization_id = p_organization_id);
 end $$;
 comment on function route.claim_slug is 'Takes a slug for an organization; false when another has it. Of racing claims one wins';
@@ -40,7 +40,7 @@ language plpgsql volatile security definer set search_path = route, pg_temp as $
 begin
     perform require_tenant(p_home_organization_id);
     insert into users (user_id, email_hash, home_organization_id) values (p_user_id, p_email_hash, p_home_organization_id)
-    on conflict (email_hash) do nothing;
+    on conflict do nothing;
     return exists (select 1 from users where email_hash = p_email_hash and user_id = p_user_id);
 end $$;
 comment on function route.claim_user is 'Takes an address for a new person; false when another has it. Of racing claims one wins';
