@@ -113,6 +113,17 @@ class Call:
         )
 
 
+class NotBooked(Exception):
+    """The books did not take a settle or release: a fault of ours. The hold ends by itself."""
+
+
+def _booked(verdict: Verdict) -> Verdict:
+    """The verdict on a settle or release. One without a hold was released by its lease already."""
+    if not verdict.accepted and verdict.outcome != Outcome.NO_HOLD:
+        raise NotBooked(f"{verdict.request_id}: {verdict.outcome.name}, {verdict.detail}")
+    return verdict
+
+
 def body_hash(path: str, body: bytes) -> bytes:
     """Hash of a call, to tell a repetition from another call under the same key."""
     return sha256(path.encode() + b"\0" + body).digest()
@@ -177,14 +188,14 @@ class Till:
             | (Flag.ESTIMATED if estimated else Flag.NONE)
             | (Flag.UNPRICED if priced.unpriced_kinds else Flag.NONE),
         )
-        return await asyncio.shield(self._soon(self._batcher.move(move)))
+        return _booked(await asyncio.shield(self._soon(self._batcher.move(move))))
 
     async def release(self, call: Call) -> Verdict:
         """Free the hold and charge nothing: the provider did nothing."""
         self._running.pop(call.request_id, None)
-        return await asyncio.shield(
-            self._soon(self._batcher.move(call.move(Action.RELEASE, idempotency_key=call.idempotency_key)))
-        )
+        key = call.idempotency_key
+        move = call.move(Action.RELEASE, idempotency_key=key, body_hash=call.body_hash if key else None)
+        return _booked(await asyncio.shield(self._soon(self._batcher.move(move))))
 
     async def run(self) -> None:
         """Every 2 s: renew the leases of what runs, mark progress, and hold more where a stream outgrows its hold."""
