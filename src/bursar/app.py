@@ -4,9 +4,8 @@ A capability takes part by a line in ROUTERS (paths) or PARTS (something that ru
 such as the batcher's lanes; it may set `app.state.gateway`, the ASGI application of the paths under /v1).
 """
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, Final, TypeAlias
 
 import psycopg
@@ -16,12 +15,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from bursar import __version__, db, operation, worker
-from bursar.asgi import Around, BodyLimits, Message, Receive, Scope, Send, is_gateway
+from bursar import __version__, db, operation
+from bursar.asgi import Around, BodyLimits, Receive, Scope, Send, is_gateway
 from bursar.credits import api as credits_api
 from bursar.gateway import opening
 from bursar.identity import api as identity_api
-from bursar.logs import configure_logs
 from bursar.problems import (
     MEDIA_TYPE,
     FieldError,
@@ -55,18 +53,6 @@ async def _gateway(app: FastAPI) -> AsyncIterator[None]:
             app.state.gateway = None
 
 
-@asynccontextmanager
-async def _worker(app: FastAPI) -> AsyncIterator[None]:
-    """Periodic work in the server's own process; any number of processes may do it."""
-    task = asyncio.create_task(worker.run(app.state.database), name="worker")
-    try:
-        yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-
-
 # The pages come first: they put a finished page before the bare one that identity signs people in with.
 ROUTERS: Final[Sequence[APIRouter]] = (
     operation.router,
@@ -75,7 +61,7 @@ ROUTERS: Final[Sequence[APIRouter]] = (
     usage_api.router,
     identity_api.router,
 )
-PARTS: Final[Sequence[Part]] = (_gateway, _worker)
+PARTS: Final[Sequence[Part]] = (_gateway,)
 
 log = structlog.get_logger(__name__)
 
@@ -116,44 +102,6 @@ def create_app(
     app.add_middleware(BodyLimits)
     app.add_middleware(Around)
     return app
-
-
-def from_environment() -> "ServedApp":
-    """What a server process runs (`uvicorn --factory bursar.app:from_environment`)."""
-    settings = Settings.from_environment()
-    configure_logs(settings.log_format, settings.log_level)
-    return ServedApp(settings)
-
-
-class ServedApp:
-    """The application of one server process: opens the database when the server starts, closes it when it ends."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._app: FastAPI | None = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._live(scope, receive, send)
-            return
-        assert self._app is not None
-        await self._app(scope, receive, send)
-
-    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """From start to stop; "stopped" is said last, since the process may be ended as soon as it is said."""
-        last: list[Message] = []
-
-        async def keep_last(message: Message) -> None:
-            if message["type"].startswith("lifespan.shutdown"):
-                last.append(message)
-            else:
-                await send(message)
-
-        async with db.opened(self._settings, migrate=True) as database:
-            self._app = create_app(database, self._settings)
-            await self._app(scope, receive, keep_last)
-        for message in last:
-            await send(message)
 
 
 class _GatewayFirst:

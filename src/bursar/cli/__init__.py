@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bursar import __version__
-from bursar.cli import db, departments, keys, orgs, prices, providers, serve, teams, users
+from bursar.cli import credits, db, departments, keys, orgs, prices, providers, questions, serve, teams, users
 from bursar.cli.exits import Exit, exit_code_of, explain
 from bursar.logs import configure_logs
 from bursar.settings import Settings
@@ -24,6 +24,8 @@ NOUNS = {
     "teams": teams.app,
     "departments": departments.app,
     "keys": keys.app,
+    "credits": credits.app,
+    "caps": credits.caps,
 }
 
 app = typer.Typer(
@@ -36,6 +38,8 @@ app = typer.Typer(
 for noun, commands in NOUNS.items():
     app.add_typer(commands, name=noun)
 app.command("serve")(serve.serve)
+app.command("why")(questions.why)
+app.command("explain")(questions.explain)
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,10 +7,12 @@ from uuid import UUID
 import typer
 
 from bursar import db
+from bursar.cli.output import Answer, with_database
 from bursar.identity.addresses import Address
+from bursar.identity.api_keys import ApiKey, ApiKeyNotFound, list_api_keys
 from bursar.identity.departments import Department, DepartmentNotFound, get_department, list_departments
 from bursar.identity.memberships import Membership, find_membership_by_email, get_membership
-from bursar.identity.organizations import OrganizationNotFound, find_organization_id, get_organization
+from bursar.identity.organizations import Organization, OrganizationNotFound, find_organization_id, get_organization
 from bursar.identity.teams import Team, TeamNotFound, get_team, list_teams
 from bursar.identity.users import User, UserNotFound, find_user_by_email, get_user
 
@@ -19,6 +21,31 @@ OrgOption: TypeAlias = Annotated[
 ]
 PAGE = 100
 Item = TypeVar("Item")
+
+
+def within(reference: str, work: Callable[[db.Connection, db.Database, Organization], Awaitable[Answer]]) -> Answer:
+    """Run work in one transaction of the organization that --org names."""
+
+    async def run(database: db.Database) -> Answer:
+        organization_id = await org_of(database, reference)
+        async with database.tenant(organization_id) as conn:
+            return await work(conn, database, await get_organization(conn, organization_id=organization_id))
+
+    return with_database(run)
+
+
+async def key_of(conn: db.Connection, organization_id: UUID, reference: str) -> ApiKey:
+    """A key by id, public id or name.
+
+    Raises:
+        ApiKeyNotFound: none, or several of this name.
+    """
+    key_id = as_id(reference, "key_")
+    keys = await list_api_keys(conn, organization_id=organization_id)
+    found = [key for key in keys if key_id == key.api_key_id or reference in (key.public_id, key.name)]
+    if len(found) != 1:
+        raise ApiKeyNotFound(f"{len(found)} keys are called “{reference}”. Those there are: bursar keys list")
+    return found[0]
 
 
 class _Named(Protocol):

@@ -48,7 +48,7 @@ def run_server(settings: Settings) -> None:
 
 def _run_uvicorn(settings: Settings) -> None:
     uvicorn.run(
-        "bursar.app:from_environment",
+        "bursar.server:from_environment",
         factory=True,
         host=settings.host,
         port=settings.port,

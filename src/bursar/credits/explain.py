@@ -7,6 +7,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from bursar import db
+from bursar.clock import instant_of
 from bursar.credits.grants import Grant
 from bursar.credits.why import LimitState
 from bursar.money import Micros, NanoUsd, format_credits, format_usd
@@ -183,6 +184,21 @@ async def explain(conn: db.Connection, *, organization_id: UUID, request_id: UUI
     if unbilled is not None:
         return Story(request_id, unbilled.outcome, unbilled=unbilled)
     raise NotFound("no such request")
+
+
+async def find_organization(conn: db.Connection, *, request_id: UUID) -> UUID:
+    """Whose request this is. conn: as bursar_platform, since the id alone does not tell.
+
+    Raises:
+        NotFound
+    """
+    # Booked at most a lease after it was made, or corrected soon after; the bounds spare all other partitions.
+    made_at = instant_of(request_id) if request_id.version == 7 else None
+    found = await db.fetch_value(conn, QUERIES.organization_of_request, request_id=request_id, made_at=made_at)
+    if found is None:
+        raise NotFound("no such request")
+    assert isinstance(found, UUID)
+    return found
 
 
 async def is_held(conn: db.Connection, *, organization_id: UUID, request_id: UUID) -> bool:

@@ -143,3 +143,14 @@ select credits.expire_holds(%(most)s)
 
 -- name: ensure_partitions
 select ledger.ensure_partition(statement_timestamp() + make_interval(months => n)) from generate_series(0, %(months)s) n
+
+-- name: organization_of_request
+select organization_id from ledger.attribution
+where request_id = %(request_id)s
+  and (%(made_at)s::timestamptz is null
+       or booked_at between %(made_at)s::timestamptz - interval '1 day' and %(made_at)s::timestamptz + interval '62 days')
+union all
+select organization_id from credits.holds where request_id = %(request_id)s
+union all
+select organization_id from credits.unbilled_requests where request_id = %(request_id)s
+limit 1

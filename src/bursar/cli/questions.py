@@ -1,0 +1,127 @@
+"""`bursar why` and `bursar explain`: may this be spent, and where did this charge go."""
+
+from typing import Annotated, Any
+from uuid import UUID
+
+import typer
+
+from bursar import db
+from bursar.cli.credits import credits_of
+from bursar.cli.exits import Exit
+from bursar.cli.output import Column, JsonOption, print_fields, print_json, print_rows, with_database
+from bursar.cli.scope import OrgOption, key_of, member_of, within
+from bursar.credits import explain as explaining
+from bursar.credits import why as asking
+from bursar.identity.organizations import Organization
+
+
+def why(
+    org: OrgOption,
+    user: Annotated[str | None, typer.Option(help="The member's e-mail.")] = None,
+    key: Annotated[str | None, typer.Option(help="A key's name or id.")] = None,
+    model: Annotated[str, typer.Option(help="The model that is asked for.")] = "",
+    amount: Annotated[str, typer.Option(help="Credits that the request would need.")] = "0",
+    as_json: JsonOption = False,
+) -> int:
+    """Say whether a user or key may spend, and which limit decides. Exit code 6 when refused.
+
+    Examples: `bursar why --org acme --user dana@acme.example --model gpt-5`,
+    `bursar why --org acme --key ci --amount 12.5 --json`
+    """
+    wanted = credits_of(amount)
+
+    async def work(conn: db.Connection, database: db.Database, organization: Organization) -> asking.Why:
+        return await asking.why(
+            conn,
+            organization_id=organization.organization_id,
+            user_id=(await member_of(conn, database, organization.organization_id, user)).user_id if user else None,
+            api_key_id=(await key_of(conn, organization.organization_id, key)).api_key_id if key else None,
+            model=model,
+            wanted_micros=wanted,
+        )
+
+    answer = within(org, work)
+    if as_json:
+        print_json(answer.as_json(organization=org))
+    else:
+        _print_why(answer)
+    return Exit.DONE if answer.allowed else Exit.REFUSED
+
+
+def _print_why(answer: asking.Why) -> None:
+    document = answer.as_json()
+    if answer.allowed:
+        typer.echo(f"Allowed: {document['available']['amount']} credits could be spent now.")
+    else:
+        typer.echo(f"Refused ({answer.code}): {document['available']['amount']} credits could be spent now.")
+        typer.echo(f"Next: {answer.next_step}")
+    rows = [
+        {
+            "binds": "→" if each["binding"] else "",
+            "limit": each["name"],
+            **{name: each[name]["amount"] for name in ("used", "held", "limit", "available")},
+            "name": each["name"],
+            "does": each["does"],
+            "resets": each["resets_at"] or "",
+        }
+        for each in document["limits"]
+    ]
+    columns = [Column("binds", ""), Column("name", "Limit"), Column("does", "Does")]
+    columns += [Column(key, key.capitalize(), right=True) for key in ("used", "held", "limit", "available")]
+    print_rows(rows, [*columns, Column("resets", "Resets")], as_json=False, empty="No limit applies.")
+
+
+def explain(
+    request: Annotated[str, typer.Argument(help="The request's id, from its X-Request-Id header.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Say where a charge came from: usage, price, the grants it drew from, the limits it passed.
+
+    Examples: `bursar explain req_0192…`, `bursar explain req_0192… --json`
+    """
+    request_id = _request_id(request)
+
+    async def work(database: db.Database) -> dict[str, Any]:
+        async with database.platform() as conn:
+            organization_id = await explaining.find_organization(conn, request_id=request_id)
+        async with database.tenant(organization_id) as conn:
+            story = await explaining.explain(conn, organization_id=organization_id, request_id=request_id)
+        return {**story.as_json(), "provider_cost": {"amount": explaining.provider_cost(story), "unit": "USD"}}
+
+    story = with_database(work)
+    if as_json:
+        print_json(story)
+    else:
+        _print_story(story)
+
+
+def _print_story(story: dict[str, Any]) -> None:
+    print_fields(
+        {
+            "request": story["request_id"],
+            "state": story["state"],
+            "charged": f"{story['charged']['amount']} credits",
+            "provider cost": f"{story['provider_cost']['amount']} USD",
+        },
+        as_json=False,
+    )
+    for row in story["rows"]:
+        usage = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in row["usage"].items())
+        marks = f" ({', '.join(row['marks'])})" if row["marks"] else ""
+        typer.echo(f"  {row['kind']} {row['charged']['amount']} for {usage} on {row['model']}{marks}")
+        typer.echo(f"  price {row['price_version_id']}, held {row['held']['amount']}, used at {row['used_at']}")
+    for grant in story["grants"]:
+        typer.echo(
+            f"  drew {grant['drawn']['amount']} from {grant['source'] or 'no grant yet'} {grant['grant_id'] or ''}"
+        )
+    for limit in story["limits_passed"]:
+        typer.echo(f"  passed {limit['name']}: {limit['available']['amount']} left now")
+    if story["not_charged"]:
+        typer.echo(f"  {story['not_charged']['outcome']}: {story['not_charged']['reason'] or ''}")
+
+
+def _request_id(text: str) -> UUID:
+    try:
+        return UUID(text.removeprefix("req_"))
+    except ValueError:
+        raise typer.BadParameter(f"not a request id: {text!r}") from None

@@ -1,0 +1,71 @@
+"""A server process: the application and the worker on one database, from start to stop."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from fastapi import FastAPI
+
+from bursar import db, worker
+from bursar.app import PARTS, create_app
+from bursar.asgi import Message, Receive, Scope, Send
+from bursar.logs import configure_logs
+from bursar.pricing.importing import import_shipped
+from bursar.settings import Settings
+
+
+def from_environment() -> "ServedApp":
+    """What a server process runs (`uvicorn --factory bursar.server:from_environment`)."""
+    settings = Settings.from_environment()
+    configure_logs(settings.log_format, settings.log_level)
+    return ServedApp(settings)
+
+
+class ServedApp:
+    """The application of one server process: opens the database when the server starts, closes it when it ends."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._app: FastAPI | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+            return
+        assert self._app is not None
+        await self._app(scope, receive, send)
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """From start to stop; "stopped" is said last, since the process may be ended as soon as it is said."""
+        last: list[Message] = []
+
+        async def keep_last(message: Message) -> None:
+            if message["type"].startswith("lifespan.shutdown"):
+                last.append(message)
+            else:
+                await send(message)
+
+        async with db.opened(self._settings, migrate=True) as database:
+            await _import_prices(database)
+            self._app = create_app(database, self._settings, parts=(*PARTS, _worker))
+            await self._app(scope, receive, keep_last)
+        for message in last:
+            await send(message)
+
+
+async def _import_prices(database: db.Database) -> None:
+    """The price list that comes with this version; nothing is done where it is in the book already."""
+    async with database.platform() as conn:
+        await import_shipped(conn)
+
+
+@asynccontextmanager
+async def _worker(app: FastAPI) -> AsyncIterator[None]:
+    """Periodic work in the server's own process; any number of processes may do it."""
+    task = asyncio.create_task(worker.run(app.state.database), name="worker")
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
