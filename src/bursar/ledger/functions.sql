@@ -16,6 +16,7 @@ begin
     execute format('create table ledger.%I partition of ledger.attribution for values from (%L) to (%L)', v_name, v_start, v_end);
     execute format('comment on table ledger.%I is %L', v_name, 'Attribution booked in ' || to_char(v_start at time zone 'UTC', 'YYYY-MM'));
     call tenancy.protect(format('ledger.%I', v_name)::regclass, '', 'select, insert');
+    call tenancy.append_only(format('ledger.%I', v_name)::regclass);
     return true;
 exception when duplicate_table then
     return false;  -- another process made it in between

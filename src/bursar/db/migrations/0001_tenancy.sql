@@ -51,7 +51,7 @@ begin
 end $$;
 comment on procedure tenancy.protect is 'Forces row-level security on a tenant table and grants each role what it may do there';
 
--- append_only: rows of this table are never changed, deleted or truncated, whoever asks.
+-- append_only: rows of this table are never changed, deleted or truncated, whoever asks. Call it for each partition too.
 create function tenancy.refuse_change() returns trigger language plpgsql as $$
 begin
     raise exception 'rows of %.% are never changed; book a new row instead', tg_table_schema, tg_table_name
@@ -62,7 +62,10 @@ comment on function tenancy.refuse_change is 'Trigger function of append-only ta
 create procedure tenancy.append_only(p_table regclass)
 language plpgsql as $$
 begin
-    execute format('create trigger append_only before update or delete on %s for each row execute function tenancy.refuse_change()', p_table);
+    -- A partition has its parent's row trigger already; that for truncate each needs for itself.
+    if not exists (select from pg_catalog.pg_trigger where tgrelid = p_table and tgname = 'append_only') then
+        execute format('create trigger append_only before update or delete on %s for each row execute function tenancy.refuse_change()', p_table);
+    end if;
     execute format('create trigger append_only_truncate before truncate on %s for each statement execute function tenancy.refuse_change()', p_table);
 end $$;
 comment on procedure tenancy.append_only is 'Guards a table against update, delete and truncate';

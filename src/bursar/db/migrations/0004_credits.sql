@@ -133,6 +133,7 @@ call tenancy.append_only('ledger.attribution');
 create table ledger.attribution_rest partition of ledger.attribution default;
 comment on table ledger.attribution_rest is 'Rows of a month whose partition does not exist yet: nothing is ever refused for want of one';
 call tenancy.protect('ledger.attribution_rest', '', 'select, insert');
+call tenancy.append_only('ledger.attribution_rest');
 
 create table ledger.attribution_takes (
     organization_id uuid not null,
