@@ -886,6 +886,7 @@ create or replace function credits.book_split(
 declare
     v_zero constant uuid := '00000000-0000-0000-0000-000000000000';
     v_hold holds;
+    v_chain_id uuid;
     v_chain chains;
     v_none bigint[];
     v_held bigint[];
@@ -909,8 +910,8 @@ begin
         outcome := 0;
         charged_micros := p_amount;
         p_flags := p_flags | 128;  -- late: the hold had been released, but what was used is always charged
-        select * into strict v_chain from chains
-        where organization_id = p_organization_id and chain_id = credits.chain_of(p_organization_id, p_user_id, p_api_key_id, p_now);
+        v_chain_id := credits.chain_of(p_organization_id, p_user_id, p_api_key_id, p_now);
+        select * into strict v_chain from chains where organization_id = p_organization_id and chain_id = v_chain_id;
         if cardinality(v_chain.leg_pool_ids) = 0 then
             outcome := 6;
             return;
@@ -1482,7 +1483,8 @@ begin
     from (select organization_id, next_event_at from gates where organization_id = any (p_organization_ids)
           order by organization_id for no key update) g;
     if (select count(distinct r) from unnest(p_request_ids) r) < v_n - cardinality(array_positions(p_request_ids, null)) then
-        -- What happens to a request twice happens in order: settles and releases first, as ever, then as they arrived.
+        -- What happens to a request twice happens in order: settles and releases first, as ever, then as they arrived; each looks whether
+        -- an earlier one has booked it.
         for v_row in select place::int from unnest(p_actions) with ordinality u(action, place) order by action not in (3, 4), place loop
             return query
             select v_row.place, v.outcome, v.request_id, v.held_micros, v.charged_micros, v.available_micros, v.binding_id, v.detail
@@ -1490,7 +1492,7 @@ begin
                 p_request_ids[v_row.place:v_row.place], p_user_ids[v_row.place:v_row.place], p_api_key_ids[v_row.place:v_row.place],
                 p_amounts[v_row.place:v_row.place], p_tokens[v_row.place:v_row.place], p_costs[v_row.place:v_row.place],
                 p_usages[v_row.place * 15 - 14:v_row.place * 15], p_marks[v_row.place:v_row.place], p_leases[v_row.place:v_row.place],
-                p_flags[v_row.place:v_row.place], p_providers[v_row.place:v_row.place], p_models[v_row.place:v_row.place],
+                array[p_flags[v_row.place] | 32], p_providers[v_row.place:v_row.place], p_models[v_row.place:v_row.place],
                 p_price_version_ids[v_row.place:v_row.place], p_provider_key_ids[v_row.place:v_row.place],
                 p_conversation_ids[v_row.place:v_row.place], p_used_at[v_row.place:v_row.place], p_keys[v_row.place:v_row.place],
                 p_body_hashes[v_row.place:v_row.place], p_at) v;
@@ -1521,13 +1523,13 @@ begin
                      when cardinality(c.leg_filters) = 1 and c.leg_filters[1] is null then 1::smallint
                      else credits.first_leg(c.leg_filters, w.model) end as leg,
                 case when v.is_valid is not true then 6
-                     when g.organization_id is null then 6
+                     when g.organization_id is null or (w.action = 5 and h.chain_id is not null) then 6
                      when w.action = 1 and h.chain_id is not null then 3
                      when w.action in (2, 4) and h.chain_id is null then 4
                      when w.action in (3, 4) and w.flags & 64 = 64 and (h.chain_id is null or h.lease_expires_at > v_now) then 4
                      when w.action in (1, 5) and c.refusal is not null and not (c.refusal = 'no_pool' and w.flags & 2 = 2) then 6
                      else -1 end::smallint as outcome,
-                case when v.is_valid is not true then 'request_invalid'
+                case when v.is_valid is not true or (w.action = 5 and h.chain_id is not null) then 'request_invalid'
                      when g.organization_id is null then 'organization_unknown'
                      when w.action in (1, 5) and h.chain_id is null and not (c.refusal = 'no_pool' and w.flags & 2 = 2) then c.refusal end as detail,
                 coalesce(h.amount_micros, 0) as held,
@@ -1890,10 +1892,10 @@ comment on function credits.current_chain is 'The chain of a user and key as of 
 create or replace function credits.has_sufficient_credits(p_organization_id uuid, p_user_id uuid, p_amount_micros bigint) returns boolean
 language plpgsql volatile security definer set search_path = credits, pg_temp as $$
 declare
+    v_chain_id uuid := credits.current_chain(p_organization_id, p_user_id, null);
     v_chain chains;
 begin
-    select * into strict v_chain from chains
-    where organization_id = p_organization_id and chain_id = credits.current_chain(p_organization_id, p_user_id, null);
+    select * into strict v_chain from chains where organization_id = p_organization_id and chain_id = v_chain_id;
     return v_chain.refusal is null and coalesce(credits.available_of(p_organization_id, v_chain.chain_id, ''), 0) >= p_amount_micros;
 end $$;
 comment on function credits.has_sufficient_credits is 'True when the user could spend this many micros now; asks, moves nothing';

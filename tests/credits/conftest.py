@@ -1,0 +1,31 @@
+"""A database of the money tests' own, where time is simulated and holds of every organization may be expired."""
+
+import os
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from bursar import db
+from bursar.settings import Settings
+
+
+@pytest.fixture(scope="session")
+async def books(admin_dsn: str, settings: Settings) -> AsyncIterator[db.Database]:
+    """A database of this worker's own, migrated; dropped at the end."""
+    parts = conninfo_to_dict(admin_dsn)
+    name = f"{parts['dbname']}_books_{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
+    with psycopg.connect(admin_dsn, autocommit=True) as conn:
+        conn.execute(
+            sql.SQL("create database {} template template0 encoding 'UTF8' lc_collate 'C' lc_ctype 'C'").format(
+                sql.Identifier(name)
+            )
+        )
+    dsn = make_conninfo("", **{**parts, "dbname": name})
+    async with db.opened(replace(settings, database_url=dsn), migrate=True) as opened:
+        yield opened
+    with psycopg.connect(admin_dsn, autocommit=True) as conn:
+        conn.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))

@@ -1,0 +1,542 @@
+"""Random histories: steps as plain data, and a stage that plays them in a database and in the reference side by side.
+
+A step names what happens by small integers, read against what there is at that moment; so any list of steps is a
+history, also after steps were taken out of it.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import psycopg
+
+from bursar.clock import uuid7
+from bursar.credits.moves import MOVE_BATCH, Action, Flag, as_arguments, as_verdicts
+from bursar.credits.moves import Move as RealMove
+from bursar.db import arrays
+from bursar.money import Micros
+from tests.credits import reference as ref
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+Step = tuple[Any, ...]
+
+BEGINNING = datetime(2026, 3, 27, 20, 0, tzinfo=UTC)  # clocks change in the days after, in all three zones
+ZONES = ("UTC", "Europe/Paris", "America/Havana", "Asia/Kolkata")
+MODELS = ("gpt-4", "gpt-4-mini", "claude_3", None)
+FILTERS = (None, None, "gpt%", "claude\\_3", "gpt-4")
+PERIODS = ("none", "day", "week", "month")
+LATENESS = (0, 1, 1, 10**6, 30 * 10**6, 3600 * 10**6, 8 * 3600 * 10**6, 3 * 86400 * 10**6)  # microseconds
+
+
+# ---------------------------------------------------------------------------------------------- steps
+
+
+def random_steps(seed: int, count: int) -> list[Step]:
+    """A history of `count` steps; the same for the same seed."""
+    dice = random.Random(seed)
+    steps: list[Step] = [("pool", 0, 0, 0, 0, 0), ("grant", 0, 0, 0, 100, 0, 0, 0, 0)]
+    steps += [("pool", 0, 1, 0, 0, 0), ("grant", 0, 1, 0, 100, 0, 0, 0, 0)]
+    weights = dict(
+        batch=60, grant=9, allocate=7, limit=7, end_limit=2, end_allocation=2, void=3, pool=3, expire=6, person=3, touch=2
+    )
+    names = dice.choices(list(weights), list(weights.values()), k=max(0, count - len(steps)))
+    return steps + [(name, dice.randrange(11), *_random_arguments(name, dice)) for name in names]
+
+
+def _random_arguments(name: str, dice: random.Random) -> tuple[Any, ...]:
+    if name == "batch":
+        count = dice.choice((1, 1, 2, 3, 5, 8, 12))
+        return (tuple(tuple(dice.randrange(1000) for _ in range(10)) for _ in range(count)),)
+    if name == "grant":
+        return tuple(dice.randrange(1000) for _ in range(2)) + (
+            dice.choice((1, 20, 50, 100, 200)),
+            *(dice.randrange(1000) for _ in range(4)),
+        )
+    return tuple(dice.randrange(1000) for _ in range({"allocate": 7, "limit": 7, "person": 3}.get(name, 4)))
+
+
+# ---------------------------------------------------------------------------------------------- the stage
+
+
+@dataclass
+class Cast:
+    """Who there is in one organization, and the requests that were ever made."""
+
+    organization: UUID
+    users: list[UUID]
+    keys: list[UUID]  # the first are the users', the last a service's
+    teams: list[UUID]
+    departments: list[UUID]
+    requests: list[UUID] = field(default_factory=list)
+
+
+class Disagreement(AssertionError):
+    """The database and the reference differ."""
+
+
+class Stage:
+    """Two organizations in the database and in the reference."""
+
+    def __init__(self, simulator: Connection, admin: Connection) -> None:
+        arrays.register(simulator)
+        self.simulator, self.admin = simulator, admin
+        self.now = BEGINNING
+        self.world = ref.World()
+        self.cast = [self._open(n) for n in range(2)]
+        self.bodies = 0
+
+    def play(self, steps: Sequence[Step], *, look_every: int = 4) -> None:
+        """Play the steps; grants and burns are compared every so many steps and at the end.
+
+        Raises:
+            Disagreement
+        """
+        for number, step in enumerate(steps):
+            self._pass_time(step[1])
+            getattr(self, f"_{step[0]}")(*step[2:])
+            for cast in self.cast:
+                self._compare(cast, number, with_grants=number % look_every == 0 or number == len(steps) - 1)
+
+    # ------------------------------------------------------------------ setting
+
+    def _open(self, n: int) -> Cast:
+        organization = ref.Organization(uuid7(), zone=ZONES[n + 1])
+        cast = Cast(
+            organization.organization_id,
+            users=[uuid7() for _ in range(3)],
+            keys=[uuid7() for _ in range(4)],
+            teams=[uuid7() for _ in range(2)],
+            departments=[uuid7()],
+        )
+        self.world.organizations[cast.organization] = organization
+        with self.admin.transaction():
+            self.admin.execute(
+                "insert into identity.organizations (organization_id, slug, name, kind, zone, currency, is_shared_token_pool, created_at) "
+                "values (%s, %s, 'History', 'company', %s, 'USD', true, %s)",
+                [cast.organization, f"h{cast.organization.hex}", organization.zone, self.now],
+            )
+            for name, ids in (("department", cast.departments), ("team", cast.teams)):
+                for each in ids:
+                    self.admin.execute(
+                        f"insert into identity.{name}s (organization_id, {name}_id, name, created_at) values (%s, %s, %s, %s)",
+                        [cast.organization, each, each.hex, self.now],
+                    )
+            for i, user in enumerate(cast.users):
+                member = ref.Member(team=cast.teams[i % 2], department=cast.departments[0] if i else None)
+                organization.members[user] = member
+                self.admin.execute(
+                    "insert into identity.memberships (organization_id, user_id, email, display_name, roles, team_id, department_id, joined_at) "
+                    "values (%s, %s, %s, 'Someone', '{member}', %s, %s, %s)",
+                    [cast.organization, user, f"{user.hex}@x.example", member.team, member.department, self.now],
+                )
+            for i, key_id in enumerate(cast.keys):
+                key = ref.Key(key_id, key_id, cast.users[i] if i < 3 else None, team=cast.teams[1] if i == 3 else None)
+                if i == 2:
+                    key.expires = self.now + timedelta(days=9)
+                organization.keys[key_id] = key
+                self.admin.execute(
+                    "insert into identity.api_keys (organization_id, api_key_id, original_api_key_id, user_id, name, public_id, last4, scopes, "
+                    "team_id, expires_at, created_at) values (%s, %s, %s, %s, 'Key', %s, 'last', '{inference}', %s, %s, %s)",
+                    [cast.organization, key_id, key_id, key.user, key_id.hex, key.team, key.expires, self.now],
+                )
+        self.simulator.execute("select credits.open_organization(%s)", [cast.organization])
+        return cast
+
+    def _model(self, cast: Cast) -> ref.Organization:
+        return self.world.organizations[cast.organization]
+
+    def _pass_time(self, how: int) -> None:
+        """A little, a lot, or to the very next instant at which something becomes due."""
+        if how < len(LATENESS):
+            self.now += timedelta(microseconds=LATENESS[how] or 1)
+            return
+        events = [self.now + timedelta(days=2)]
+        for organization in self.world.organizations.values():
+            events += [g.effective for g in organization.grants.values() if g.state == "scheduled"]
+            events += [g.expires for g in organization.grants.values() if g.state == "active"]
+            events += [h.expires for h in organization.holds.values()]
+            events += [c.valid_until for c in organization.chains.values()]
+        self.now = min(each for each in events if each > self.now)
+        if how == 10:
+            self.now -= timedelta(microseconds=1)  # just before it
+
+    # ------------------------------------------------------------------ commands
+
+    def _command(self, cast: Cast, sql: str, arguments: list[Any], run: Any) -> Any:
+        """The command in both; both succeed or are refused with the same code."""
+        after, expected, refused = ref.whole_or_not(self._model(cast), run)
+        try:
+            row = self.simulator.execute(sql, arguments).fetchone()
+            found, code = row[0] if row else None, None
+        except psycopg.Error as error:
+            found, code = None, error.sqlstate
+        if code != refused:
+            raise Disagreement(f"{sql} {arguments}: refused with {code}, the reference with {refused}")
+        self.world.organizations[cast.organization] = after
+        if expected is not None and found != expected:
+            raise Disagreement(f"{sql} {arguments}: {found}, the reference {expected}")
+        return found
+
+    def _pool(self, org: int, kind: int, owner: int, pattern: int, *_: int) -> None:
+        cast = self.cast[org % 2]
+        name = ("shared", "personal", "shared")[kind % 3] if kind > 1 else "shared"
+        user = cast.users[owner % 3] if name == "personal" else None
+        like = FILTERS[pattern % len(FILTERS)]
+        pools = self._model(cast).pools.values()
+        if any((p.kind, p.owner, p.filter) == (name, user, like) for p in pools):
+            return
+        pool_id = uuid7()
+        self.simulator.execute(
+            "select credits.open_pool(%s, %s, %s, %s, 'Pool', %s, %s)",
+            [cast.organization, pool_id, name, user, like, self.now],
+        )
+        row = self.admin.execute(
+            "select open_part_id from credits.pools where organization_id = %s and pool_id = %s",
+            [cast.organization, pool_id],
+        ).fetchone()
+        assert row is not None
+        self._model(cast).open_pool(pool_id, name, user, like, row[0], self.now)
+
+    def _pick_pool(self, cast: Cast, which: int) -> UUID:
+        pools = list(self._model(cast).pools)
+        return pools[which % len(pools)] if pools else uuid7()
+
+    def _grant(self, org: int, pool: int, amount: int, begins: int, ends: int, order: int, key: int) -> None:
+        cast = self.cast[org % 2]
+        delays = (None, None, 0, 60, 86400, 3 * 86400, -3600)
+        delay = delays[begins % len(delays)]
+        effective = None if delay is None else self.now + timedelta(seconds=delay)
+        lives = (None, None, 600, 86400, 2 * 86400, 5 * 86400, 1)
+        life = lives[ends % len(lives)]
+        expires = None if life is None else (effective or self.now) + timedelta(seconds=life)
+        pool_id, grant_id = self._pick_pool(cast, pool), uuid7()
+        priority, is_free = (50, 100, 100)[order % 3], order % 2 == 0
+        idempotency_key = f"grant {key % 40}" if key % 5 == 0 else f"grant {grant_id}"
+        self._command(
+            cast,
+            "select credits.add_grant(%s, %s, %s, 'purchase', %s, %s::smallint, %s, 0, %s, %s, 'why', null, %s, %s) is null",
+            [cast.organization, grant_id, pool_id, amount, priority, is_free, effective, expires, idempotency_key, self.now],
+            lambda o: o.add_grant(
+                grant_id, pool_id, amount, priority, is_free, effective, expires, idempotency_key, self.now
+            ),
+        )
+
+    def _void(self, org: int, which: int, key: int, _: int) -> None:
+        cast = self.cast[org % 2]
+        grants = list(self._model(cast).grants)
+        grant_id = grants[which % len(grants)] if grants and which % 17 else uuid7()
+        idempotency_key = f"void {key % 50}"
+        self._command(
+            cast,
+            "select credits.void_grant(%s, %s, null, null, %s, %s)",
+            [cast.organization, grant_id, idempotency_key, self.now],
+            lambda o: o.void_grant(grant_id, idempotency_key, self.now),
+        )
+
+    def _allocate(self, org: int, pool: int, user: int, kind: int, amount: int, empty: int, key: int) -> None:
+        cast = self.cast[org % 2]
+        pool_id, user_id = self._pick_pool(cast, pool), cast.users[user % 3]
+        share = "reserved" if kind % 3 else "capped"
+        period = "none" if share == "reserved" else PERIODS[kind % 4]
+        micros = (0, 10, 30, 60, 100, -1)[amount % 6 if amount % 31 else 5]
+        when_empty, oversubscribe = ("stops", "open_part")[empty % 2], empty % 5 == 0
+        allocation_id = uuid7()
+        idempotency_key = f"share {key % 60}" if key % 4 == 0 else f"share {allocation_id}"
+        self._command(
+            cast,
+            "select credits.allocate(%s, %s, %s, %s, %s, %s, %s, %s, %s, null, %s, %s) is null",
+            [
+                cast.organization, allocation_id, pool_id, user_id, share, period, micros, when_empty, oversubscribe,
+                idempotency_key, self.now,
+            ],
+            lambda o: o.allocate(
+                allocation_id, pool_id, user_id, share, period, micros, when_empty, oversubscribe, idempotency_key, self.now
+            ),
+        )  # fmt: skip
+
+    def _end_allocation(self, org: int, which: int, *_: int) -> None:
+        cast = self.cast[org % 2]
+        shares = list(self._model(cast).allocations)
+        allocation_id = shares[which % len(shares)] if shares else uuid7()
+        self._command(
+            cast,
+            "select credits.end_allocation(%s, %s, %s) is null",
+            [cast.organization, allocation_id, self.now],
+            lambda o: o.end_allocation(allocation_id, self.now),
+        )
+
+    def _limit(self, org: int, scope: int, metric: int, pattern: int, period: int, amount: int, action: int) -> None:
+        cast = self.cast[org % 2]
+        scopes: list[tuple[str, UUID | None]] = [("organization", None)]
+        scopes += [("user", user) for user in cast.users] + [("key", key) for key in cast.keys]
+        scopes += [("team", team) for team in cast.teams] + [("department", cast.departments[0])]
+        name, scope_id = scopes[scope % len(scopes)]
+        measure = ("credits", "credits", "calls", "tokens")[metric % 4]
+        limit = ref.Limit(
+            uuid7(),
+            name,
+            scope_id,
+            measure,
+            FILTERS[pattern % len(FILTERS)],
+            PERIODS[period % 4],
+            (0, 3, 8, 30, 80, 200)[amount % 6],
+            ("stops", "stops", "warns")[action % 3],
+        )
+        self._command(
+            cast,
+            "select credits.set_limit(%s, %s, %s, %s, %s, %s, %s, %s, %s, null, %s) is null",
+            [
+                cast.organization, limit.limit_id, limit.scope, limit.scope_id, limit.metric, limit.filter, limit.period,
+                limit.amount, limit.action, self.now,
+            ],
+            lambda o: o.set_limit(limit, self.now),
+        )  # fmt: skip
+
+    def _end_limit(self, org: int, which: int, *_: int) -> None:
+        cast = self.cast[org % 2]
+        limits = list(self._model(cast).limits)
+        limit_id = limits[which % len(limits)] if limits else uuid7()
+        self._command(
+            cast,
+            "select credits.end_limit(%s, %s, %s) is null",
+            [cast.organization, limit_id, self.now],
+            lambda o: o.end_limit(limit_id, self.now),
+        )
+
+    def _person(self, org: int, who: int, what: int) -> None:
+        """A key is revoked, a member leaves or returns, changes the team, the zone changes, the organization is frozen."""
+        cast = self.cast[org % 2]
+        model, organization = self._model(cast), cast.organization
+        user, key = cast.users[who % 3], cast.keys[who % 4]
+        if what % 6 == 0:
+            model.keys[key].revoked = self.now
+            sql, arguments = "update identity.api_keys set revoked_at = %s where api_key_id = %s", [self.now, key]
+        elif what % 6 in (1, 2):
+            status = "suspended" if model.members[user].status == "active" else "active"
+            model.members[user].status = status
+            sql, arguments = "update identity.memberships set status = %s where user_id = %s", [status, user]
+        elif what % 6 == 3:
+            model.members[user].team = cast.teams[what % 2]
+            sql, arguments = "update identity.memberships set team_id = %s where user_id = %s", [cast.teams[what % 2], user]
+        elif what % 6 == 4:
+            model.zone = ZONES[who % len(ZONES)]
+            sql = "update identity.organizations set zone = %s where organization_id = %s"
+            arguments = [model.zone, organization]
+        else:
+            model.status = "frozen" if model.status == "active" else "active"
+            sql = "update identity.organizations set status = %s where organization_id = %s"
+            arguments = [model.status, organization]
+        self.admin.execute(sql, arguments)
+        self._touch(org)
+
+    def _touch(self, org: int, *_: int) -> None:
+        cast = self.cast[org % 2]
+        self.simulator.execute("select credits.limits_changed(%s)", [cast.organization])
+        self._model(cast).version += 1
+
+    def _expire(self, *_: int) -> None:
+        self.simulator.execute("select credits.expire_holds(null, %s)", [self.now])
+        self.world.expire_holds(self.now)
+
+    # ------------------------------------------------------------------ batches
+
+    def _batch(self, moves: Sequence[Sequence[int]]) -> None:
+        asked = [self._as_move(each) for each in moves]
+        expected = self.world.move(asked, self.now)
+        rows = self.simulator.execute(MOVE_BATCH, as_arguments([_real(move) for move in asked], self.now), binary=True)
+        by_place = sorted(rows.fetchall(), key=lambda row: row[0])
+        for move, verdict, row, real in zip(asked, expected, by_place, as_verdicts(by_place), strict=True):
+            found = ref.Verdict(
+                real.outcome, real.request_id, real.held_micros, real.charged_micros, real.available_micros,
+                real.binding_id, real.detail,
+            )  # fmt: skip
+            if found != verdict:
+                batch = "\n  ".join(str(each) for each in asked)
+                raise Disagreement(f"place {row[0]}: {move}\nfound    {found}\nexpected {verdict}\nof the batch\n  {batch}")
+
+    def _as_move(self, numbers: Sequence[int]) -> ref.Move:
+        kind, org, who, which, size, mark, flags, model, key, other = numbers
+        cast = self.cast[org % 2]
+        organization = self._model(cast)
+        action = (1, 1, 1, 1, 2, 2, 3, 3, 3, 3, 4, 5, 5, 5)[kind % 14]
+        holds = list(organization.holds)
+        fresh = other % 23 == 0 or not holds if action in (2, 3, 4) else other % 29 != 0
+        if fresh or not cast.requests:
+            request = uuid7()
+            cast.requests.append(request)
+        elif action in (2, 3, 4) and other % 5:
+            request = holds[which % len(holds)]
+        else:
+            request = cast.requests[which % len(cast.requests)]
+        session = who % 3
+        user: UUID | None = cast.users[session]
+        api_key = (None, None, cast.keys[session], cast.keys[3], cast.keys[0])[which % 5]
+        if api_key == cast.keys[3]:
+            user = None
+        bits = (0, 0, 0, ref.SENT, ref.SENT | ref.STREAMED, ref.OWN_KEY, ref.MAY_WAIT, ref.REPEATED)[flags % 8]
+        if flags % 7 == 0:
+            bits |= ref.MAY_WAIT
+        if action in (3, 4) and flags % 11 == 0:
+            bits |= ref.BY_EXPIRY
+        amount = self._size(organization, user, api_key, size, MODELS[model % 4])
+        idempotency_key = body = None
+        if key % 4 == 0 and action in (1, 3, 5):
+            idempotency_key, body = f"key {key % 24}", bytes([action, other % 2])
+        elif key % 4 == 0 and action == 4:
+            idempotency_key, body = f"key {key % 24}", b"release"
+        return ref.Move(
+            cast.organization if other % 61 else UUID(int=other),
+            action,
+            request,
+            user,
+            api_key,
+            amount,
+            tokens=mark % 7 if mark % 3 else 0,
+            mark=mark % 40 if action in (1, 2) else 0,
+            lease=(1, 30, 600, 90000)[mark % 4],
+            flags=bits,
+            model=MODELS[model % 4],
+            idempotency_key=idempotency_key,
+            body=body,
+        )
+
+    def _size(
+        self, organization: ref.Organization, user: UUID | None, key: UUID | None, size: int, model: str | None
+    ) -> int:
+        """Mostly small; sometimes exactly what is there, one more, nothing, too much or negative."""
+        if size % 9 < 6:
+            return size % 41
+        if size % 9 == 6:
+            return 0
+        chain = organization.chains.get((user or ref.NOBODY, key or ref.NOBODY))
+        exact = organization.available(chain, model) if chain else 10
+        return (exact, exact + 1, exact, -1, ref.MOST + 1, exact // 2)[size % 6] if size % 13 else exact
+
+    # ------------------------------------------------------------------ comparing
+
+    def _compare(self, cast: Cast, number: int, *, with_grants: bool) -> None:
+        model = self._model(cast)
+        self._same(number, "balances", self._balances(cast), {
+            key: (b.kind, b.stops, b.end, b.limit, b.used, b.held, b.excess) for key, b in model.balances.items()
+        })  # fmt: skip
+        self._same(number, "holds", self._holds(cast), {
+            request: (h.legs, h.tokens, h.floor, h.progress, h.is_sent, h.flags, h.model, h.placed, h.expires)
+            for request, h in model.holds.items()
+        })  # fmt: skip
+        if not with_grants:
+            return
+        self._same(number, "charges", self._charges(cast), model.charged)
+        self._same(number, "estimates", self._estimates(cast), {r: e.legs for r, e in model.estimates.items()})
+        for pool in model.pools.values():
+            model.pour(pool, self.now)
+        self._same(number, "grants", self._grants(cast), {
+            g.grant_id: (g.state, g.left, g.burnt, g.expired, g.voided) for g in model.grants.values()
+        })  # fmt: skip
+
+    def _same(self, number: int, what: str, found: dict[Any, Any], expected: dict[Any, Any]) -> None:
+        if found != expected:
+            keys = [k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k)]
+            lines = "\n".join(f"  {k}\n    found    {found.get(k)}\n    expected {expected.get(k)}" for k in keys)
+            raise Disagreement(f"{what} after step {number} differ:\n{lines}")
+
+    def _balances(self, cast: Cast) -> dict[Any, Any]:
+        rows = self.admin.execute(
+            "select balance_id, nullif(period_start, '-infinity'), kind, stops, nullif(period_end, 'infinity'), limit_amount, used_amount, "
+            "held_amount, excess_amount from credits.balances where organization_id = %s",
+            [cast.organization],
+            prepare=True,
+        )
+        return {
+            (row[0], row[1] or ref.EARLIEST): (row[2], row[3], row[4] or ref.LATEST, *row[5:]) for row in rows.fetchall()
+        }
+
+    def _holds(self, cast: Cast) -> dict[Any, Any]:
+        rows = self.admin.execute(
+            "select h.request_id, coalesce(h.leg_micros, array(select case n when h.leg then h.amount_micros else 0 end "
+            "from generate_series(1, cardinality(c.leg_filters)) n order by n)), h.tokens, h.floor_micros, h.progress_micros, h.is_sent, "
+            "h.flags, h.model, h.placed_at, h.lease_expires_at from credits.holds h "
+            "join credits.chains c using (organization_id, chain_id) where h.organization_id = %s",
+            [cast.organization],
+            prepare=True,
+        )
+        return {row[0]: (row[1], *row[2:]) for row in rows.fetchall()}
+
+    def _charges(self, cast: Cast) -> dict[Any, Any]:
+        rows = self.admin.execute(
+            "select request_id, sum(charged_micros)::bigint from ledger.attribution where organization_id = %s group by 1",
+            [cast.organization],
+        )
+        return dict(rows.fetchall())
+
+    def _estimates(self, cast: Cast) -> dict[Any, Any]:
+        rows = self.admin.execute(
+            "select request_id, leg_micros from credits.estimates where organization_id = %s", [cast.organization]
+        )
+        return dict(rows.fetchall())
+
+    def _grants(self, cast: Cast) -> dict[Any, Any]:
+        """As they are when what was used has been poured, which a rolled back transaction does."""
+        with self.admin.transaction(force_rollback=True):
+            self.admin.execute(
+                "select credits.pour(organization_id, pool_id, %s) from credits.pools where organization_id = %s",
+                [self.now, cast.organization],
+            )
+            rows = self.admin.execute(
+                "select s.grant_id, s.state, s.left_micros, "
+                "coalesce((select sum(end_micros - start_micros) from credits.burns b where b.organization_id = s.organization_id "
+                "          and b.pool_id = s.pool_id and b.grant_id = s.grant_id), 0)::bigint, "
+                "coalesce(sum(e.amount) filter (where e.kind = 'expiry'), 0)::bigint, "
+                "case when coalesce(bool_or(e.kind = 'grant'), false) then coalesce(sum(e.amount) filter (where e.kind = 'void'), 0)::bigint "
+                "     when s.state = 'ended' then g.amount_micros else 0 end "
+                "from credits.grant_states s join credits.grants g using (organization_id, grant_id) "
+                "left join ledger.entries e on e.organization_id = s.organization_id and e.grant_id = s.grant_id "
+                "where s.organization_id = %s group by s.organization_id, s.pool_id, s.grant_id, s.state, s.left_micros, g.amount_micros",
+                [cast.organization],
+            ).fetchall()
+        return {row[0]: tuple(row[1:]) for row in rows}
+
+
+def _real(move: ref.Move) -> RealMove:
+    return RealMove(
+        Action(move.action),
+        move.organization,
+        move.request or UUID(int=0),
+        user_id=move.user,
+        api_key_id=move.key,
+        amount_micros=Micros(move.amount),
+        tokens=move.tokens,
+        mark_micros=Micros(move.mark),
+        lease_seconds=move.lease,
+        flags=Flag(move.flags),
+        model=move.model,
+        idempotency_key=move.idempotency_key,
+        body_hash=move.body,
+    )
+
+
+def shrunk(fails: Any, steps: list[Step], *, seconds: float) -> list[Step]:
+    """A shorter list of steps that still fails: pieces are taken out, large ones first, then single moves of batches."""
+    import time
+
+    until = time.monotonic() + seconds
+    size = len(steps) // 2
+    while size >= 1:
+        at = 0
+        while at < len(steps) and time.monotonic() < until:
+            fewer = steps[:at] + steps[at + size :]
+            if fails(fewer):
+                steps = fewer
+            else:
+                at += size
+        size //= 2
+    for at, step in enumerate(steps):
+        if step[0] == "batch":
+            for n in reversed(range(len(step[2]))):
+                kept = step[2][:n] + step[2][n + 1 :]
+                fewer = [*steps[:at], (*steps[at][:2], kept), *steps[at + 1 :]]
+                if kept and time.monotonic() < until and fails(fewer):
+                    steps = fewer
+    return steps

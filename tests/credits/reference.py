@@ -1,0 +1,1287 @@
+"""A plain reference of the treasury: integers and dictionaries, one request after another, no SQL and no cleverness.
+
+It says what the money functions must do, not how. Where it looks like them (two passes over a batch, chains that are
+remembered until something changes) that order is part of the promise. Amounts are integers of any unit; instants are
+aware datetimes; ids are UUIDs; None is "never", "for ever" or "nobody".
+"""
+
+import copy
+import re
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from typing import Any
+from uuid import UUID
+from zoneinfo import ZoneInfo
+
+AUTHORIZE, EXTEND, SETTLE, RELEASE, DEDUCT = 1, 2, 3, 4, 5
+ACCEPTED, REFUSED, WAIT, KNOWN, NO_HOLD, KEY_REUSED, NOT_ALLOWED, KNOWN_REFUSED = range(8)
+SENT, OWN_KEY, STREAMED, MAY_WAIT, REPEATED, BY_EXPIRY = 1, 2, 8, 16, 32, 64
+CREDITS, CALLS, TOKENS = 0, 1, 2
+METRICS = {"credits": CREDITS, "calls": CALLS, "tokens": TOKENS}
+MOST = 10**15
+
+EARLIEST = datetime.min.replace(tzinfo=UTC)
+LATEST = datetime.max.replace(tzinfo=UTC)
+NOBODY = UUID(int=0)
+
+
+class Refused(Exception):
+    """A command that is refused; code is the SQLSTATE."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+# ---------------------------------------------------------------------------------------------- words
+
+
+@cache
+def _pattern(like: str) -> re.Pattern[str]:
+    parts = re.findall(r"\\(.)|(.)", like, re.DOTALL)
+    plain = (re.escape(escaped) if escaped else {"%": ".*", "_": "."}.get(c, re.escape(c)) for escaped, c in parts)
+    return re.compile("".join(plain), re.DOTALL)
+
+
+def admits(pattern: str | None, model: str | None) -> bool:
+    """A filter (LIKE pattern; None: everything) admits a model."""
+    return pattern is None or (model is not None and _pattern(pattern).fullmatch(model) is not None)
+
+
+def _instant(local: datetime, zone: ZoneInfo) -> datetime:
+    """A wall-clock time as an instant: the second one where it comes twice, after the gap where it never comes."""
+    return local.replace(tzinfo=zone, fold=1 if _comes_twice(local, zone) else 0).astimezone(UTC)
+
+
+def _comes_twice(local: datetime, zone: ZoneInfo) -> bool:
+    first, second = (local.replace(tzinfo=zone, fold=n) for n in (0, 1))
+    return second.astimezone(UTC).astimezone(zone).replace(tzinfo=None) == local and first.utcoffset() != (
+        second.utcoffset()
+    )
+
+
+def _floor(period: str, local: datetime) -> datetime:
+    day = local.replace(hour=0, minute=0, second=0, microsecond=0)
+    return {"day": day, "week": day - timedelta(days=day.weekday()), "month": day.replace(day=1)}[period]
+
+
+def period_of(period: str, zone_name: str, now: datetime) -> tuple[datetime, datetime]:
+    """Start and end of the day, week (from Monday) or month around an instant, by the clocks of a zone."""
+    if period == "none":
+        return EARLIEST, LATEST
+    zone = ZoneInfo(zone_name)
+    this = _floor(period, now.astimezone(zone).replace(tzinfo=None))
+    bounds = [
+        _instant(each, zone)
+        for each in (_floor(period, this - timedelta(days=1)), this, _floor(period, this + timedelta(days=31)))
+    ]
+    if period != "month":
+        bounds[2] = _instant(this + timedelta(days=1 if period == "day" else 7), zone)
+    return (bounds[1], bounds[2]) if bounds[1] <= now else (bounds[0], bounds[1])
+
+
+# ---------------------------------------------------------------------------------------------- what there is
+
+
+@dataclass
+class Balance:
+    """What may be used, is used and is held, of one thing in one period."""
+
+    kind: str
+    limit: int
+    stops: bool = True
+    start: datetime = EARLIEST
+    end: datetime = LATEST
+    used: int = 0
+    held: int = 0
+
+    @property
+    def room(self) -> int:
+        """What is left; negative when it is over."""
+        return self.limit - self.used - self.held
+
+    @property
+    def excess(self) -> int:
+        """By how much it is over."""
+        return max(0, -self.room)
+
+    @property
+    def is_blocked(self) -> bool:
+        """Nothing more may be authorized."""
+        return self.stops and self.excess > 0
+
+
+@dataclass
+class Grant:
+    """Credits added to a pool."""
+
+    grant_id: UUID
+    pool_id: UUID
+    amount: int
+    priority: int
+    is_free: bool
+    effective: datetime
+    expires: datetime
+    created: datetime
+    left: int
+    state: str = "scheduled"
+    burnt: int = 0
+    expired: int = 0
+    voided: int = 0
+
+    @property
+    def burn_order(self) -> tuple[Any, ...]:
+        """Priority, soonest expiry, free before paid, effective, created, id."""
+        return (self.priority, self.expires, not self.is_free, self.effective, self.created, self.grant_id)
+
+
+@dataclass
+class Pool:
+    """A pool; its balance has its id."""
+
+    pool_id: UUID
+    kind: str
+    owner: UUID | None
+    filter: str | None
+    created: datetime
+    open_part: UUID | None
+    burns: list[tuple[UUID, int]] = field(default_factory=list)  # in order; their sum is what was poured
+
+
+@dataclass
+class Allocation:
+    """A user's share of a shared pool."""
+
+    allocation_id: UUID
+    pool_id: UUID
+    user: UUID
+    kind: str
+    period: str
+    amount: int
+    when_empty: str
+    is_ended: bool = False
+
+
+@dataclass
+class Limit:
+    """A cap or budget."""
+
+    limit_id: UUID
+    scope: str
+    scope_id: UUID | None
+    metric: str
+    filter: str | None
+    period: str
+    amount: int
+    action: str
+    is_ended: bool = False
+
+
+@dataclass
+class Key:
+    """An API key."""
+
+    key_id: UUID
+    original: UUID
+    user: UUID | None
+    team: UUID | None = None
+    department: UUID | None = None
+    expires: datetime | None = None
+    revoked: datetime | None = None
+
+
+@dataclass
+class Member:
+    """A person in the organization."""
+
+    status: str = "active"
+    team: UUID | None = None
+    department: UUID | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A balance that a request must pass."""
+
+    balance: tuple[UUID, datetime]
+    metric: int = CREDITS
+    filter: str | None = None
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One way to pay: a pool, with its part and cap."""
+
+    pool_id: UUID
+    filter: str | None
+    entries: tuple[Entry, ...]
+
+
+@dataclass
+class Chain:
+    """What a user and key must pass, as of when it was built."""
+
+    version: int
+    valid_until: datetime
+    refusal: str | None
+    legs: tuple[Leg, ...]
+    always: tuple[Entry, ...]
+
+    def first_leg(self, model: str | None) -> int | None:
+        """The first leg that may pay for a model."""
+        return next((n for n, leg in enumerate(self.legs) if admits(leg.filter, model)), None)
+
+
+@dataclass
+class Hold:
+    """Credits reserved for a running request."""
+
+    chain: Chain
+    legs: list[int]
+    leg: int
+    tokens: int
+    floor: int
+    progress: int
+    flags: int
+    model: str | None
+    is_sent: bool
+    placed: datetime
+    expires: datetime
+    is_split: bool = False
+
+    @property
+    def amount(self) -> int:
+        """Held over all legs."""
+        return sum(self.legs)
+
+
+@dataclass
+class Estimate:
+    """What expiry charged by estimate."""
+
+    chain: Chain
+    legs: list[int]
+    tokens: int
+    flags: int
+    model: str | None
+
+
+@dataclass(frozen=True)
+class Move:
+    """One request to move credits, as in move_batch."""
+
+    organization: UUID
+    action: int
+    request: UUID | None
+    user: UUID | None = None
+    key: UUID | None = None
+    amount: int = 0
+    tokens: int = 0
+    mark: int = 0
+    lease: int = 600
+    flags: int = 0
+    model: str | None = "m"
+    idempotency_key: str | None = None
+    body: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was decided."""
+
+    outcome: int
+    request: UUID | None
+    held: int = 0
+    charged: int = 0
+    available: int | None = None
+    binding: UUID | None = None
+    detail: str | None = None
+
+
+@dataclass
+class Answer:
+    """A verdict in the making. held: what the request held before; is_booked: decided before the demands."""
+
+    outcome: int | None = None
+    request: UUID | None = None
+    held: int = 0
+    charged: int = 0
+    binding: UUID | None = None
+    detail: str | None = None
+    chain: Chain | None = None
+    elder: int | None = None
+    is_booked: bool = False
+
+
+@dataclass
+class Stored:
+    """The stored result of a command."""
+
+    body: bytes
+    outcome: int
+    request: UUID | None
+    held: int
+    charged: int
+    binding: UUID | None
+    detail: str | None
+    kept_until: datetime
+
+
+# ---------------------------------------------------------------------------------------------- one organization
+
+
+@dataclass
+class Organization:
+    """Everything of one organization. Whoever changes it folds first."""
+
+    organization_id: UUID
+    zone: str = "UTC"
+    status: str = "active"
+    version: int = 1
+    pools: dict[UUID, Pool] = field(default_factory=dict)
+    grants: dict[UUID, Grant] = field(default_factory=dict)
+    allocations: dict[UUID, Allocation] = field(default_factory=dict)
+    limits: dict[UUID, Limit] = field(default_factory=dict)
+    members: dict[UUID, Member] = field(default_factory=dict)
+    keys: dict[UUID, Key] = field(default_factory=dict)
+    balances: dict[tuple[UUID, datetime], Balance] = field(default_factory=dict)
+    chains: dict[tuple[UUID, UUID], Chain] = field(default_factory=dict)
+    holds: dict[UUID, Hold] = field(default_factory=dict)
+    charged: dict[UUID, int] = field(default_factory=dict)
+    estimates: dict[UUID, Estimate] = field(default_factory=dict)
+    stored: dict[str, Stored] = field(default_factory=dict)
+
+    # ------------------------------------------------------------------ balances
+
+    def balance(self, balance_id: UUID) -> Balance:
+        """A balance without period."""
+        return self.balances[balance_id, EARLIEST]
+
+    def reopen(self) -> None:
+        """The open part of each pool is what no share claims: a share claims its limit, or what it has where more."""
+        for pool in self.pools.values():
+            if pool.open_part is None:
+                continue
+            claimed = 0
+            for each in self.allocations.values():
+                if each.pool_id == pool.pool_id and each.kind == "reserved":
+                    share = self.balance(each.allocation_id)
+                    claimed += max(share.limit, share.used + share.held)
+            self.balance(pool.open_part).limit = max(0, self.balance(pool.pool_id).limit - claimed)
+
+    def current(self, balance_id: UUID, now: datetime) -> Balance | None:
+        """The balance's row for the period around now."""
+        return next(
+            (b for (i, _), b in self.balances.items() if i == balance_id and b.start <= now < b.end),
+            None,
+        )
+
+    def open_period(self, balance_id: UUID, kind: str, stops: bool, amount: int, period: str, now: datetime) -> Balance:
+        """The row of the current period, made when missing; a period keeps the end it began with."""
+        row = self.current(balance_id, now)
+        if row is None:
+            start, end = period_of(period, self.zone, now)
+            start = max([start, *(b.end for (i, _), b in self.balances.items() if i == balance_id)])
+            row = Balance(kind, amount, stops, start, end)
+            self.balances[balance_id, start] = row
+        return row
+
+    # ------------------------------------------------------------------ grants and time
+
+    def _grants_of(self, pool: Pool, *states: str) -> list[Grant]:
+        found = (g for g in self.grants.values() if g.pool_id == pool.pool_id and g.state in states)
+        return sorted(found, key=lambda g: g.burn_order)
+
+    def pour(self, pool: Pool, at: datetime) -> None:
+        """Use is paid by grants in burn order; what is taken back returns to those that paid last."""
+        used = self.balance(pool.pool_id).used
+        poured = sum(amount for _, amount in pool.burns)
+        while poured > used:
+            grant_id, amount = pool.burns.pop()
+            back = min(amount, poured - used)
+            if back < amount:
+                pool.burns.append((grant_id, amount - back))
+            grant = self.grants[grant_id]
+            grant.left += back
+            grant.burnt -= back
+            if grant.state == "ended":
+                grant.state = "lingering" if grant.expires <= at else "active"
+            poured -= back
+        for grant in self._grants_of(pool, "active", "lingering"):
+            take = min(grant.left, used - poured)
+            if take > 0:
+                pool.burns.append((grant.grant_id, take))
+                grant.left -= take
+                grant.burnt += take
+                poured += take
+            if grant.left == 0:
+                grant.state = "ended"
+
+    def _expire(self, pool: Pool, at: datetime) -> None:
+        """Grants past their end keep what holds placed before need, in burn order, and lose the rest."""
+        before = 0
+        for grant in self._grants_of(pool, "active", "lingering"):
+            if grant.expires <= at:
+                held = sum(
+                    amount
+                    for hold in self.holds.values()
+                    if hold.placed < grant.expires
+                    for leg, amount in zip(hold.chain.legs, hold.legs, strict=True)
+                    if leg.pool_id == pool.pool_id
+                )
+                keep = min(grant.left, max(0, held - before))
+                self.balance(pool.pool_id).limit -= grant.left - keep
+                grant.expired += grant.left - keep
+                grant.left = keep
+                grant.state = "lingering" if keep else "ended"
+            before += grant.left
+
+    def _activate(self, pool: Pool, at: datetime) -> None:
+        for grant in self._grants_of(pool, "scheduled"):
+            if grant.effective <= at:
+                grant.state = "active"
+                self.balance(pool.pool_id).limit += grant.amount
+                self.version += 1
+
+    def fold(self, now: datetime) -> None:
+        """Apply what became due, each event at its own instant; then what no hold needs any more goes."""
+        for pool in self.pools.values():
+            self._fold_pool(pool, now)
+
+    def _fold_pool(self, pool: Pool, now: datetime) -> None:
+        self.pour(pool, now)
+        while True:
+            scheduled = [g.effective for g in self._grants_of(pool, "scheduled")]
+            active = [g.expires for g in self._grants_of(pool, "active")]
+            at = min([*scheduled, *active, LATEST])
+            if at > now or at == LATEST:
+                break
+            self._expire(pool, at)
+            self._activate(pool, at)
+            self.pour(pool, at)
+        if self._grants_of(pool, "lingering"):
+            self._expire(pool, now)
+        self.reopen()
+
+    # ------------------------------------------------------------------ commands
+
+    def _begin(self, now: datetime, key: str | None, body: tuple[Any, ...]) -> Any:
+        """The stored result of the command, if any."""
+        self.fold(now)
+        if key is None:
+            return None
+        stored = self.stored.get(key)
+        if stored is None or stored.kept_until <= now:
+            return None
+        if stored.body != repr(body).encode():
+            raise Refused("BR422")
+        return stored
+
+    def _end(self, now: datetime, key: str | None, body: tuple[Any, ...], result: int = 0) -> None:
+        self.version += 1
+        self.reopen()
+        if key is not None:
+            until = now + timedelta(days=35)
+            self.stored[key] = Stored(repr(body).encode(), 0, None, 0, result, None, None, until)
+
+    def open_pool(
+        self,
+        pool_id: UUID,
+        kind: str,
+        owner: UUID | None,
+        pattern: str | None,
+        open_part: UUID | None,
+        now: datetime,
+    ) -> None:
+        """A pool; the one of its kind, owner and filter."""
+        self.fold(now)
+        self.pools[pool_id] = Pool(pool_id, kind, owner, pattern, now, open_part)
+        self.balances[pool_id, EARLIEST] = Balance("pool", 0)
+        if open_part is not None:
+            self.balances[open_part, EARLIEST] = Balance("open", 0)
+        self.version += 1
+
+    def add_grant(
+        self,
+        grant_id: UUID,
+        pool_id: UUID,
+        amount: int,
+        priority: int,
+        is_free: bool,
+        effective: datetime | None,
+        expires: datetime | None,
+        key: str,
+        now: datetime,
+    ) -> None:
+        """Credits into a pool."""
+        body = ("add_grant", pool_id, amount, priority, is_free, effective, expires)
+        if self._begin(now, key, body) is not None:
+            return
+        if not 1 <= amount <= MOST:
+            raise Refused("BR400")
+        if pool_id not in self.pools:
+            raise Refused("BR404")
+        begins, ends = effective or now, expires or LATEST
+        if ends <= max(now, begins):
+            raise Refused("BR400")
+        grant = Grant(grant_id, pool_id, amount, priority, is_free, begins, ends, now, amount)
+        self.grants[grant_id] = grant
+        self.fold(now)
+        self._end(now, key, body)
+
+    def void_grant(self, grant_id: UUID, key: str, now: datetime) -> int:
+        """Take back what a grant has left and its pool does not need; how much that was."""
+        body = ("void_grant", grant_id)
+        stored = self._begin(now, key, body)
+        if stored is not None:
+            return int(stored.charged)
+        if grant_id not in self.grants:
+            raise Refused("BR404")
+        grant = self.grants[grant_id]
+        pool = self.balance(grant.pool_id)
+        if grant.state == "scheduled":
+            taken = grant.left
+        else:
+            taken = min(grant.left, max(0, pool.room))
+            pool.limit -= taken
+        if taken:
+            grant.left -= taken
+            grant.voided += taken
+            grant.state = grant.state if grant.left else "ended"
+        self.fold(now)
+        self._end(now, key, body, taken)
+        return taken
+
+    def allocate(
+        self,
+        allocation_id: UUID,
+        pool_id: UUID,
+        user: UUID,
+        kind: str,
+        period: str,
+        amount: int,
+        when_empty: str,
+        oversubscribe: bool,
+        key: str,
+        now: datetime,
+    ) -> None:
+        """Set a user's share of a shared pool."""
+        body = ("allocate", pool_id, user, kind, period, amount, when_empty, oversubscribe)
+        if self._begin(now, key, body) is not None:
+            return
+        if not 0 <= amount <= MOST:
+            raise Refused("BR400")
+        pool = self.pools.get(pool_id)
+        if pool is None or pool.open_part is None:
+            raise Refused("BR404")
+        old = next(
+            (a for a in self.allocations.values() if a.pool_id == pool_id and a.user == user and not a.is_ended), None
+        )
+        if old is not None and (old.kind, old.period) != (kind, period):
+            self._close(old)
+            old = None
+        grows = amount - (old.amount if old else 0)
+        if kind == "reserved" and grows > max(0, self.balance(pool.open_part).room) and not oversubscribe:
+            raise Refused("BR430")
+        if old is None:
+            self.allocations[allocation_id] = Allocation(
+                allocation_id, pool_id, user, kind, period, amount, when_empty
+            )
+            if kind == "reserved":
+                self.balances[allocation_id, EARLIEST] = Balance("allocation", amount)
+        else:
+            old.amount, old.when_empty = amount, when_empty
+            row = self.current(old.allocation_id, now)
+            if row is not None:
+                row.limit = amount
+        self._end(now, key, body)
+
+    def _close(self, allocation: Allocation) -> None:
+        allocation.is_ended = True
+        if allocation.kind == "reserved":
+            self.balance(allocation.allocation_id).limit = 0
+        self.reopen()
+
+    def end_allocation(self, allocation_id: UUID, now: datetime) -> None:
+        """End a share; its open holds settle against it."""
+        self.fold(now)
+        allocation = self.allocations.get(allocation_id)
+        if allocation is None or allocation.is_ended:
+            raise Refused("BR404")
+        self._close(allocation)
+        self._end(now, None, ())
+
+    def set_limit(self, limit: Limit, now: datetime) -> None:
+        """Set a cap, or change the amount of the one with the same scope, metric, filter, period and action."""
+        self.fold(now)
+        if not 0 <= limit.amount <= MOST:
+            raise Refused("BR400")
+        same = ("scope", "scope_id", "metric", "filter", "period", "action")
+        for old in self.limits.values():
+            if not old.is_ended and all(getattr(old, name) == getattr(limit, name) for name in same):
+                old.amount = limit.amount
+                row = self.current(old.limit_id, now)
+                if row is not None:
+                    row.limit = limit.amount
+                break
+        else:
+            self.limits[limit.limit_id] = limit
+        self.version += 1
+
+    def end_limit(self, limit_id: UUID, now: datetime) -> None:
+        """Lift a cap."""
+        self.fold(now)
+        limit = self.limits.get(limit_id)
+        if limit is None or limit.is_ended:
+            raise Refused("BR404")
+        limit.is_ended = True
+        self.version += 1
+
+    # ------------------------------------------------------------------ chains
+
+    def _refusal(self, user: UUID, key_id: UUID, now: datetime) -> str | None:
+        key = self.keys.get(key_id)
+        if self.status != "active":
+            return "organization_closed"
+        if key_id != NOBODY and (key is None or (key.user is not None and key.user != user)):
+            return "key_unknown"
+        if key and key.revoked is not None and key.revoked <= now:
+            return "key_revoked"
+        if key and key.expires is not None and key.expires <= now:
+            return "key_expired"
+        if user != NOBODY and (user not in self.members or self.members[user].status != "active"):
+            return "not_a_member"
+        return None
+
+    def _ways_to_pay(self, user: UUID, now: datetime) -> tuple[list[Leg], datetime]:
+        """Restricted pools first, then personal, then shared; each with the user's share, then the open part.
+
+        An empty way is left out while another has something for the same models.
+        """
+        ranks = {"personal": 0, "shared": 1, "individual": 2}
+        pools = [p for p in self.pools.values() if p.kind in ranks and p.owner in (None, user)]
+        pools.sort(key=lambda p: (p.filter is None, ranks[p.kind], p.created, p.pool_id))
+        ways: list[tuple[Leg, bool]] = []
+        until = LATEST
+        for pool in pools:
+            mine = (a for a in self.allocations.values() if (a.pool_id, a.user, a.is_ended) == (pool.pool_id, user, False))
+            share = next(mine, None)
+            parts: list[UUID | None] = [pool.open_part]
+            caps: list[Entry] = []
+            if share is not None and share.kind == "reserved":
+                parts = [share.allocation_id, *(parts if share.when_empty == "open_part" else [])]
+            elif share is not None:
+                cap = self.open_period(share.allocation_id, "allocation", True, share.amount, share.period, now)
+                caps = [Entry((share.allocation_id, cap.start))]
+                until = min(until, cap.end)
+            for part in parts:
+                entries = [Entry((pool.pool_id, EARLIEST)), *([Entry((part, EARLIEST))] if part else []), *caps]
+                has_some = all(b.limit > b.used for b in (self.balances[e.balance] for e in entries))
+                ways.append((Leg(pool.pool_id, pool.filter, tuple(entries)), has_some))
+        kept = [
+            leg
+            for leg, has_some in ways
+            if has_some or not any(some and other.filter in (None, leg.filter) for other, some in ways)
+        ]
+        return kept, until
+
+    def _limits_on(self, user: UUID, key_id: UUID) -> list[Limit]:
+        key, member = self.keys.get(key_id), self.members.get(user)
+        team = (key.team if key else None) or (member.team if member else None)
+        department = (key.department if key else None) or (member.department if member else None)
+        scopes: set[tuple[str, UUID | None]] = {("organization", None), ("user", user), ("key", key_id)}
+        if key:
+            scopes.add(("key", key.original))
+        if team:
+            scopes.add(("team", team))
+        if department:
+            scopes.add(("department", department))
+        found = (x for x in self.limits.values() if not x.is_ended and (x.scope, x.scope_id) in scopes)
+        return sorted(found, key=lambda x: x.limit_id)
+
+    def build_chain(self, user: UUID, key_id: UUID, now: datetime) -> Chain:
+        """What a user and key must pass now."""
+        key = self.keys.get(key_id)
+        ends = [each for each in (key.expires, key.revoked) if each is not None] if key else []
+        until = min([*ends, LATEST])
+        if until <= now:
+            until = LATEST
+        refusal = self._refusal(user, key_id, now)
+        legs, legs_until = self._ways_to_pay(user, now)
+        always = []
+        for limit in self._limits_on(user, key_id):
+            row = self.open_period(limit.limit_id, "limit", limit.action == "stops", limit.amount, limit.period, now)
+            always.append(Entry((limit.limit_id, row.start), METRICS[limit.metric], limit.filter))
+            until = min(until, row.end)
+        chain = Chain(
+            self.version,
+            min(until, legs_until),
+            refusal or (None if legs else "no_pool"),
+            tuple(legs),
+            tuple(always),
+        )
+        self.chains[user, key_id] = chain
+        return chain
+
+    def is_stale(self, chain: Chain | None, now: datetime) -> bool:
+        """It must be built anew before anything is decided by it."""
+        return chain is None or chain.version != self.version or chain.valid_until <= now
+
+    def chain_of(self, user: UUID, key_id: UUID, now: datetime) -> Chain:
+        """The chain of a user and key as of now."""
+        chain = self.chains.get((user, key_id))
+        return self.build_chain(user, key_id, now) if chain is None or self.is_stale(chain, now) else chain
+
+    def available(self, chain: Chain, model: str | None) -> int:
+        """What could still be spent on a model: the rooms of its ways to pay, under every limit on credits."""
+        total = sum(
+            min(max(0, self.balances[e.balance].room) for e in leg.entries)
+            for leg in chain.legs
+            if admits(leg.filter, model)
+        )
+        rows = (self.balances[e.balance] for e in chain.always if e.metric == CREDITS and admits(e.filter, model))
+        return min([total, *(max(0, b.room) for b in rows if b.stops)])
+
+    # ------------------------------------------------------------------ moving
+
+    def book(
+        self,
+        chain: Chain,
+        model: str | None,
+        own_key: bool,
+        *,
+        used: list[int],
+        calls: int,
+        tokens: int,
+        freed: list[int],
+        freed_calls: int,
+        freed_tokens: int,
+    ) -> None:
+        """Book on every balance of a chain what a request used and what it holds no more, leg by leg."""
+        for leg, use, free in zip(chain.legs, used, freed, strict=True):
+            for entry in leg.entries:
+                if not own_key:
+                    self.balances[entry.balance].used += use
+                    self.balances[entry.balance].held -= free
+        amounts = {
+            CREDITS: (sum(used), sum(freed)),
+            CALLS: (calls, freed_calls),
+            TOKENS: (tokens, freed_tokens),
+        }
+        for entry in chain.always:
+            if admits(entry.filter, model) and not (own_key and entry.metric == CREDITS):
+                self.balances[entry.balance].used += amounts[entry.metric][0]
+                self.balances[entry.balance].held -= amounts[entry.metric][1]
+        self.reopen()
+
+    def spread(self, chain: Chain, model: str | None, amount: int) -> list[int]:
+        """Who pays what is not held: ways with room, in order; the rest is the excess of the last that fits."""
+        paid = [0] * len(chain.legs)
+        last = len(chain.legs) - 1
+        for n, leg in enumerate(chain.legs):
+            if amount == 0:
+                break
+            if not admits(leg.filter, model):
+                continue
+            last = n
+            rooms = [
+                self.balances[e.balance].room
+                - sum(p for p, other in zip(paid, chain.legs, strict=True) if e in other.entries)
+                for e in leg.entries
+            ]
+            paid[n] = min(amount, max(0, min(rooms)))
+            amount -= paid[n]
+        if amount:
+            paid[last] += amount
+        return paid
+
+    def move(self, moves: list[Move], now: datetime) -> list[Verdict]:
+        """Decide a batch. No request comes twice in it."""
+        self.fold(now)
+        answers = self._resolve(moves, now)
+        moves = [self._as_held(move) for move in moves]
+        for move, answer in zip(moves, answers, strict=True):
+            answer.charged = move.amount if answer.outcome is None else answer.charged
+        self._known_keys(moves, answers, now)
+        self._repeated(moves, answers)
+        for pass_slow in (True, False):
+            for move, answer in zip(moves, answers, strict=True):
+                if move.action in (SETTLE, RELEASE) and answer.outcome is None and not answer.is_booked:
+                    hold = self.holds.get(move.request) if move.request else None
+                    if self._is_slow(move, hold) == pass_slow:
+                        self._settle(move, hold, answer, now)
+        self.fold(now)
+        self._demands(moves, answers, now)
+        self._place(moves, answers, now)
+        self._store(moves, answers, now)
+        for pool in self.pools.values():
+            self.pour(pool, now)
+        return [self._verdict(move, n, moves, answers) for n, move in enumerate(moves)]
+
+    def _resolve(self, moves: list[Move], now: datetime) -> list[Answer]:
+        """Which chain each goes by, and what is decided without looking at any balance."""
+        asking = [m for m in moves if m.action in (AUTHORIZE, DEDUCT)]
+        pairs = {(m.user or NOBODY, m.key or NOBODY) for m in asking}
+        if any(
+            m.request not in self.holds and self.is_stale(self.chains.get((m.user or NOBODY, m.key or NOBODY)), now)
+            for m in asking
+        ):
+            for pair in pairs:
+                self.chain_of(*pair, now)
+        return [self._first_look(move, now) for move in moves]
+
+    def _first_look(self, move: Move, now: datetime) -> Answer:
+        hold = self.holds.get(move.request) if move.request else None
+        answer = Answer(request=move.request, held=hold.amount if hold else 0, chain=hold.chain if hold else None)
+        if not _is_valid(move):
+            answer.outcome, answer.detail = NOT_ALLOWED, "request_invalid"
+        elif move.action == DEDUCT and hold:
+            answer.outcome, answer.detail = NOT_ALLOWED, "request_invalid"
+        elif move.action == AUTHORIZE and hold:
+            answer.outcome = KNOWN
+        elif move.action in (EXTEND, RELEASE) and hold is None:
+            answer.outcome = NO_HOLD
+        elif move.action in (SETTLE, RELEASE) and move.flags & BY_EXPIRY and (hold is None or hold.expires > now):
+            answer.outcome = NO_HOLD
+        if hold is None and move.action in (AUTHORIZE, DEDUCT):
+            answer.chain = self.chains.get((move.user or NOBODY, move.key or NOBODY))
+            if answer.outcome is None and answer.chain is not None:
+                refusal = answer.chain.refusal
+                if refusal is not None and not (refusal == "no_pool" and move.flags & OWN_KEY):
+                    answer.outcome, answer.detail = NOT_ALLOWED, refusal
+        return answer
+
+    def _as_held(self, move: Move) -> Move:
+        """A request goes on as it was held: on its model, and at no charge where the customer's own key pays."""
+        hold = self.holds.get(move.request) if move.request else None
+        if hold is not None and move.action != AUTHORIZE:
+            move = replace(move, model=hold.model, flags=move.flags & ~OWN_KEY | hold.flags & OWN_KEY)
+        return replace(move, amount=0) if move.flags & OWN_KEY else move
+
+    def _known_keys(self, moves: list[Move], answers: list[Answer], now: datetime) -> None:
+        elders: dict[str, int] = {}
+        for n, (move, answer) in enumerate(zip(moves, answers, strict=True)):
+            key = move.idempotency_key
+            if key is None or move.action == RELEASE or answer.detail == "request_invalid":
+                continue
+            elder = elders.setdefault(key, n)
+            stored = self.stored.get(key)
+            if stored is not None and stored.kept_until > now:
+                same = stored.body == move.body
+                answer.outcome = (
+                    KEY_REUSED if not same else KNOWN_REFUSED if stored.outcome in (REFUSED, NOT_ALLOWED) else KNOWN
+                )
+                answer.request, answer.held, answer.charged = stored.request, stored.held, stored.charged
+                answer.binding, answer.detail = stored.binding, stored.detail
+            elif elder != n:
+                if moves[elder].body == move.body:
+                    answer.elder = elder
+                answer.outcome = KEY_REUSED
+
+    def _repeated(self, moves: list[Move], answers: list[Answer]) -> None:
+        """A hold or deduction asked again after an unknown answer may have been booked the first time."""
+        for move, answer in zip(moves, answers, strict=True):
+            asked_again = move.action in (AUTHORIZE, DEDUCT) and move.flags & REPEATED and move.request in self.charged
+            open_or_refused = answer.outcome is None or (
+                answer.outcome == NOT_ALLOWED and answer.detail != "request_invalid"
+            )
+            if asked_again and open_or_refused and move.request is not None:
+                answer.outcome, answer.detail = KNOWN, None
+                answer.charged = self.charged[move.request]
+
+    # ------------------------------------------------------------------ settling
+
+    def _is_slow(self, move: Move, hold: Hold | None) -> bool:
+        """It touches more ways to pay than the one it was held on; those are booked first."""
+        if hold is None or hold.is_split:
+            return True
+        return move.action == SETTLE and move.amount > hold.amount and len(hold.chain.legs) > 1
+
+    def _settle(self, move: Move, hold: Hold | None, answer: Answer, now: datetime) -> None:
+        assert move.request is not None
+        answer.is_booked = True
+        if hold is None:
+            self._settle_late(move, answer, now)
+            return
+        del self.holds[move.request]
+        own_key = bool(hold.flags & OWN_KEY)
+        release = move.action == RELEASE
+        left = 0 if release else move.amount
+        paid = []
+        for held in hold.legs:
+            paid.append(min(left, held))
+            left -= paid[-1]
+        if left:
+            more = self.spread(hold.chain, hold.model, left)
+            paid = [a + b for a, b in zip(paid, more, strict=True)]
+        self.book(
+            hold.chain,
+            hold.model,
+            own_key,
+            used=paid,
+            calls=0 if release else 1,
+            tokens=0 if release else move.tokens,
+            freed=hold.legs,
+            freed_calls=1,
+            freed_tokens=hold.tokens,
+        )
+        if not release:
+            self.charged[move.request] = self.charged.get(move.request, 0) + move.amount
+            if move.flags & BY_EXPIRY:
+                self.estimates[move.request] = Estimate(hold.chain, paid, move.tokens, hold.flags, hold.model)
+
+    def _settle_late(self, move: Move, answer: Answer, now: datetime) -> None:
+        """There is no hold: an estimate is corrected, what was booked is told, else it is charged all the same."""
+        assert move.request is not None
+        if move.action == RELEASE:
+            answer.outcome = NO_HOLD
+            return
+        estimate = self.estimates.pop(move.request, None)
+        if estimate is not None:
+            amount = 0 if estimate.flags & OWN_KEY else move.amount
+            self._correct(estimate, amount, move.tokens, now)
+            self.charged[move.request] = self.charged[move.request] - sum(estimate.legs) + amount
+            answer.charged = amount
+            return
+        if move.request in self.charged:
+            answer.outcome, answer.charged = KNOWN, self.charged[move.request]
+            return
+        chain = self.chain_of(move.user or NOBODY, move.key or NOBODY, now)
+        if not chain.legs:
+            answer.outcome, answer.detail, answer.is_booked = NOT_ALLOWED, "no_pool", False
+            return
+        self.book(
+            chain,
+            move.model,
+            bool(move.flags & OWN_KEY),
+            used=self.spread(chain, move.model, move.amount),
+            calls=1,
+            tokens=move.tokens,
+            freed=[0] * len(chain.legs),
+            freed_calls=0,
+            freed_tokens=0,
+        )
+        self.charged[move.request] = move.amount
+
+    def _correct(self, estimate: Estimate, amount: int, tokens: int, now: datetime) -> None:
+        """Too much goes back to those who paid, last first; too little is spread like any charge without hold."""
+        delta = amount - sum(estimate.legs)
+        if delta > 0:
+            moved = self.spread(estimate.chain, estimate.model, delta)
+        else:
+            moved, left = [], -delta
+            for paid in reversed(estimate.legs):
+                moved.insert(0, -min(left, paid))
+                left += moved[0]
+        nothing = [0] * len(moved)
+        self.book(
+            estimate.chain,
+            estimate.model,
+            bool(estimate.flags & OWN_KEY),
+            used=moved,
+            calls=0,
+            tokens=tokens - estimate.tokens,
+            freed=nothing,
+            freed_calls=0,
+            freed_tokens=0,
+        )
+        if delta < 0:
+            for pool_id in {leg.pool_id for leg, back in zip(estimate.chain.legs, moved, strict=True) if back}:
+                self._fold_pool(self.pools[pool_id], now)
+            self.version += 1
+
+    # ------------------------------------------------------------------ demands
+
+    def _asked(self, move: Move, entry: Entry) -> int:
+        """What a demand asks of a balance."""
+        extends = move.action == EXTEND
+        return {CREDITS: move.amount, CALLS: 0 if extends else 1, TOKENS: move.tokens}[entry.metric]
+
+    def _applies(self, move: Move, entry: Entry) -> bool:
+        if not admits(entry.filter, move.model) or (move.flags & OWN_KEY and entry.metric == CREDITS):
+            return False
+        return move.action != EXTEND or self._asked(move, entry) > 0
+
+    def _demands(self, moves: list[Move], answers: list[Answer], now: datetime) -> None:
+        """What fits as a whole is granted as a whole; who touches a balance where not all fit is decided in order."""
+        open_ones = []
+        for n, (move, answer) in enumerate(zip(moves, answers, strict=True)):
+            if move.action in (AUTHORIZE, EXTEND, DEDUCT) and answer.outcome is None:
+                assert answer.chain is not None
+                own = self.holds[move.request].leg if move.action == EXTEND and move.request else None
+                leg = own if own is not None else answer.chain.first_leg(move.model)
+                entries = [e for e in answer.chain.always if self._applies(move, e)]
+                if leg is not None and leg < len(answer.chain.legs):
+                    entries += [e for e in answer.chain.legs[leg].entries if self._applies(move, e)]
+                open_ones.append((n, leg, entries))
+        sums: dict[tuple[UUID, datetime], int] = {}
+        for n, _, entries in open_ones:
+            for entry in entries:
+                sums[entry.balance] = sums.get(entry.balance, 0) + self._asked(moves[n], entry)
+        tight = {
+            balance
+            for balance, asked in sums.items()
+            if self.balances[balance].is_blocked or (self.balances[balance].stops and self.balances[balance].room < asked)
+        }
+        suspects = []
+        for n, leg, entries in open_ones:
+            nobody_pays = leg is None and not moves[n].flags & OWN_KEY
+            if nobody_pays or any(e.balance in tight for e in entries):
+                suspects.append(n)
+                continue
+            chain = answers[n].chain
+            assert chain is not None
+            takes = [0] * len(chain.legs)
+            if takes and leg is not None and leg < len(takes) and not moves[n].flags & OWN_KEY:
+                takes[leg] = moves[n].amount
+            self._grant(moves[n], answers[n], takes, leg or 0, now)
+        for n in suspects:
+            self._decide(moves[n], answers[n], now)
+
+    def _grant(self, move: Move, answer: Answer, takes: list[int], leg: int, now: datetime) -> None:
+        """Hold or charge what was asked."""
+        chain = answer.chain
+        assert chain is not None and move.request is not None
+        sign = {"used": 1} if move.action == DEDUCT else {"held": 1}
+        for way, take in zip(chain.legs, takes, strict=True):
+            for entry in way.entries:
+                self._add(entry, take, **sign)
+        for entry in chain.always:
+            if self._applies(move, entry):
+                self._add(entry, self._asked(move, entry), **sign)
+        answer.outcome, answer.is_booked = ACCEPTED, True
+        if move.action == AUTHORIZE:
+            self.holds[move.request] = Hold(
+                chain,
+                takes,
+                leg,
+                move.tokens,
+                move.mark,
+                move.mark,
+                move.flags & (OWN_KEY | STREAMED),
+                move.model,
+                bool(move.flags & SENT),
+                now,
+                now + timedelta(seconds=move.lease),
+                is_split=sum(1 for t in takes if t) > 1,
+            )
+        elif move.action == EXTEND:
+            hold = self.holds[move.request]
+            if takes[leg : leg + 1] != [move.amount] and move.amount and not move.flags & OWN_KEY:
+                hold.is_split = True
+            hold.legs = [a + b for a, b in zip(hold.legs, takes, strict=True)]
+            hold.tokens += move.tokens
+        else:
+            self.charged[move.request] = self.charged.get(move.request, 0) + move.amount
+
+    def _add(self, entry: Entry, amount: int, used: int = 0, held: int = 0) -> None:
+        self.balances[entry.balance].used += used * amount
+        self.balances[entry.balance].held += held * amount
+
+    def _decide(self, move: Move, answer: Answer, now: datetime) -> None:
+        """Alone: every limit must allow it; then the ways to pay, as far as they have room."""
+        chain = answer.chain
+        assert chain is not None and move.request is not None
+        binding: tuple[UUID, datetime] | None = None
+        waits = True
+        for entry in chain.always:
+            row = self.balances[entry.balance]
+            if self._applies(move, entry) and row.stops and (row.is_blocked or row.room < self._asked(move, entry)):
+                binding = binding or entry.balance
+                waits = waits and not row.is_blocked and row.limit - row.used >= self._asked(move, entry)
+        takes = [0] * len(chain.legs)
+        leg = self.holds[move.request].leg if move.action == EXTEND else None
+        asks_pools = not move.flags & OWN_KEY and not (move.action == EXTEND and move.amount == 0)
+        first_is_empty = False
+        if asks_pools:
+            order = [n for n, way in enumerate(chain.legs) if admits(way.filter, move.model)]
+            if leg is not None:
+                order = [leg, *(n for n in order if n != leg)]
+            if not order and binding is None:
+                answer.outcome, answer.detail = REFUSED, "no_pool_for_model"
+                return
+            left = free_left = move.amount
+            free_takes = [0] * len(chain.legs)
+            for n in order:
+                rows = {e.balance: self.balances[e.balance] for e in chain.legs[n].entries}
+
+                def before(e: Entry, takes: list[int]) -> int:
+                    return sum(t for t, way in zip(takes, chain.legs, strict=True) if e in way.entries)
+
+                if n == order[0]:
+                    first_is_empty = any(row.limit <= row.used for row in rows.values())
+                if any(row.is_blocked for row in rows.values()):
+                    continue
+                entries = chain.legs[n].entries
+                room = min(rows[e.balance].room - before(e, takes) for e in entries)
+                free = min(rows[e.balance].limit - rows[e.balance].used - before(e, free_takes) for e in entries)
+                takes[n] = min(left, max(0, room))
+                free_takes[n] = min(free_left, max(0, free))
+                left -= takes[n]
+                free_left -= free_takes[n]
+                if leg is None and (takes[n] > 0 or move.amount == 0):
+                    leg = n
+                if left == 0:
+                    break
+            if left or leg is None:
+                waits = waits and free_left <= 0
+                binding = binding or self._tightest(chain.legs[order[0]])
+        if binding is not None:
+            answer.outcome = WAIT if waits and move.flags & MAY_WAIT else REFUSED
+            answer.binding = binding[0]
+            kind = self.balances[binding].kind
+            answer.detail = {"limit": "cap_reached", "allocation": "allocation_exhausted"}.get(kind, "pool_exhausted")
+            return
+        if (
+            asks_pools
+            and move.action != EXTEND
+            and move.amount
+            and leg != chain.first_leg(move.model)
+            and first_is_empty
+        ):
+            chain.valid_until = min(chain.valid_until, now)
+        self._grant(move, answer, takes, leg or 0, now)
+
+    def _tightest(self, leg: Leg) -> tuple[UUID, datetime]:
+        """The balance of a way to pay that stands in the way: the last that is over, else the first with least room."""
+        blocked = [e.balance for e in leg.entries if self.balances[e.balance].is_blocked]
+        if blocked:
+            return blocked[-1]
+        return min((e.balance for e in leg.entries), key=lambda b: self.balances[b].room)
+
+    # ------------------------------------------------------------------ what is kept
+
+    def _place(self, moves: list[Move], answers: list[Answer], now: datetime) -> None:
+        """Progress and lease of extended holds, granted or not."""
+        for move, answer in zip(moves, answers, strict=True):
+            if move.action == EXTEND and answer.outcome in (None, ACCEPTED, REFUSED, WAIT):
+                if answer.outcome is None:
+                    answer.outcome = ACCEPTED
+                assert move.request is not None
+                hold = self.holds[move.request]
+                hold.progress = max(hold.progress, move.mark)
+                hold.is_sent = hold.is_sent or bool(move.flags & SENT)
+                hold.flags |= move.flags & STREAMED
+                hold.expires = max(hold.expires, now + timedelta(seconds=move.lease))
+            elif answer.outcome is None:
+                answer.outcome = ACCEPTED
+
+    def _store(self, moves: list[Move], answers: list[Answer], now: datetime) -> None:
+        for move, answer in zip(moves, answers, strict=True):
+            key = move.idempotency_key
+            if key is None or move.body is None:
+                continue
+            if move.action == RELEASE:
+                stored = self.stored.get(key)
+                if stored is not None and answer.outcome == ACCEPTED and stored.request == move.request:
+                    del self.stored[key]
+                continue
+            new = answer.is_booked or answer.outcome in (REFUSED, NOT_ALLOWED)
+            if new and answer.elder is None and answer.outcome in (ACCEPTED, REFUSED, NOT_ALLOWED):
+                if answer.detail == "request_invalid":
+                    continue
+                days = 35 if answer.outcome == ACCEPTED else 1
+                self.stored[key] = Stored(
+                    move.body,
+                    answer.outcome,
+                    move.request,
+                    move.amount if move.action == AUTHORIZE else 0,
+                    answer.charged if move.action in (SETTLE, DEDUCT) else 0,
+                    answer.binding,
+                    answer.detail,
+                    now + timedelta(days=days),
+                )
+
+    def _verdict(self, move: Move, n: int, moves: list[Move], answers: list[Answer]) -> Verdict:
+        own = answers[n]
+        at = own.elder if own.elder is not None else n
+        answer = answers[at]
+        assert answer.outcome is not None
+        held = charged = 0
+        if move.action in (AUTHORIZE, EXTEND) and answer.outcome == KNOWN:
+            held = answer.held
+        elif move.action in (AUTHORIZE, EXTEND) and answer.outcome == ACCEPTED:
+            held = answer.held + moves[at].amount
+        if move.action in (SETTLE, DEDUCT) and answer.outcome in (ACCEPTED, KNOWN):
+            charged = answer.charged
+        available = self.available(answer.chain, move.model) if answer.chain is not None else None
+        return Verdict(answer.outcome, answer.request, held, charged, available, answer.binding, answer.detail)
+
+
+def _is_valid(move: Move) -> bool:
+    if move.request is None or move.action not in (AUTHORIZE, EXTEND, SETTLE, RELEASE, DEDUCT) or move.flags < 0:
+        return False
+    if not all(0 <= amount <= MOST for amount in (move.amount, move.tokens, move.mark)):
+        return False
+    if move.action in (AUTHORIZE, EXTEND) and move.lease <= 0:
+        return False
+    key = move.idempotency_key
+    return key is None or (move.body is not None and 1 <= len(key) <= 255)
+
+
+# ---------------------------------------------------------------------------------------------- many organizations
+
+
+@dataclass
+class World:
+    """Organizations that share nothing but a batch."""
+
+    organizations: dict[UUID, Organization] = field(default_factory=dict)
+
+    def move(self, moves: list[Move], now: datetime) -> list[Verdict]:
+        """Decide a batch; one that names a request twice is decided one by one, settles and releases first."""
+        requests = [m.request for m in moves if m.request is not None]
+        verdicts: dict[int, Verdict] = {}
+        if len(set(requests)) < len(requests):
+            order = sorted(range(len(moves)), key=lambda n: (moves[n].action not in (SETTLE, RELEASE), n))
+            for n in order:
+                again = replace(moves[n], flags=moves[n].flags | REPEATED) if moves[n].flags >= 0 else moves[n]
+                verdicts[n] = self.move([again], now)[0]
+            return [verdicts[n] for n in range(len(moves))]
+        for organization_id in {m.organization for m in moves}:
+            places = [n for n, m in enumerate(moves) if m.organization == organization_id]
+            organization = self.organizations.get(organization_id)
+            for n in places:
+                if organization is None:
+                    valid = _is_valid(moves[n])
+                    detail = "organization_unknown" if valid else "request_invalid"
+                    verdicts[n] = Verdict(NOT_ALLOWED, moves[n].request, detail=detail)
+            if organization is not None:
+                found = organization.move([moves[n] for n in places], now)
+                verdicts |= dict(zip(places, found, strict=True))
+        return [verdicts[n] for n in range(len(moves))]
+
+    def expire_holds(self, now: datetime) -> int:
+        """End every hold whose lease is over: one that was sent is charged by estimate, another is released."""
+        due = sorted(
+            (hold.expires, request, organization)
+            for organization in self.organizations.values()
+            for request, hold in organization.holds.items()
+            if hold.expires <= now
+        )
+        moves = []
+        for _, request, organization in due:
+            hold = organization.holds[request]
+            estimate = max(hold.floor, hold.progress) if hold.flags & STREAMED else hold.amount
+            moves.append(
+                Move(
+                    organization.organization_id,
+                    SETTLE if hold.is_sent else RELEASE,
+                    request,
+                    amount=estimate if hold.is_sent else 0,
+                    tokens=hold.tokens,
+                    flags=BY_EXPIRY | hold.flags,
+                    model=hold.model,
+                )
+            )
+        return sum(1 for verdict in self.move(moves, now) if verdict.outcome == ACCEPTED) if moves else 0
+
+
+def whole_or_not(organization: Organization, command: Any) -> tuple[Organization, Any, str | None]:
+    """Run a command on a copy: the organization after it, its result, and the code it was refused with."""
+    after = copy.deepcopy(organization)
+    try:
+        return after, command(after), None
+    except Refused as refusal:
+        return organization, None, refusal.code

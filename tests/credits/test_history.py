@@ -1,0 +1,56 @@
+"""Any history of batches and commands leaves the database and the reference with the same balances, holds and grants.
+
+BURSAR_TEST_HISTORIES=10000x200 plays the full form; BURSAR_TEST_SEED starts it at a seed of one's own.
+"""
+
+import os
+import random
+from typing import Any
+
+import psycopg
+import pytest
+
+from bursar import db
+from tests.credits.histories import Disagreement, Stage, Step, random_steps, shrunk
+
+SHARDS = 4
+HISTORIES, STEPS = (int(each) for each in os.environ.get("BURSAR_TEST_HISTORIES", "200x40").split("x"))
+FIRST_SEED = int(os.environ.get("BURSAR_TEST_SEED", random.SystemRandom().randrange(10**9)))
+
+# Histories that once failed, as the shrinker printed them.
+REGRESSIONS: dict[str, list[Step]] = {}
+
+
+def _play(books: db.Database, steps: list[Step], *, look_every: int = 4) -> str | None:
+    """What differs, if anything."""
+    with (
+        psycopg.connect(books.dsn("bursar_simulator"), autocommit=True) as simulator,
+        psycopg.connect(books.dsn("admin"), autocommit=True) as admin,
+    ):
+        try:
+            Stage(simulator, admin).play(steps, look_every=look_every)
+        except (Disagreement, psycopg.Error) as error:
+            return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _check(books: db.Database, steps: list[Step], label: str) -> None:
+    what = _play(books, steps)
+    if what is not None:
+        short = shrunk(lambda fewer: _play(books, fewer, look_every=1) is not None, steps, seconds=60)
+        pytest.fail(f"{label}: {what}\n\nshortest found:\n{_program(short)}\n\n{_play(books, short, look_every=1)}")
+
+
+def _program(steps: list[Any]) -> str:
+    return "[\n" + "".join(f"    {step!r},\n" for step in steps) + "]"
+
+
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_any_history_ends_as_the_reference_says(books: db.Database, shard: int) -> None:
+    for n in range(shard, HISTORIES, SHARDS):
+        _check(books, random_steps(FIRST_SEED + n, STEPS), f"BURSAR_TEST_SEED={FIRST_SEED + n}")
+
+
+@pytest.mark.parametrize("name", REGRESSIONS)
+def test_a_history_that_once_failed_does_not_fail_again(books: db.Database, name: str) -> None:
+    _check(books, REGRESSIONS[name], name)
