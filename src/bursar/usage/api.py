@@ -22,11 +22,13 @@ from bursar.usage.figures import Overview, overview, snapshot
 router = APIRouter(prefix="/api/v1/organizations", tags=["usage"])
 
 MOST_ROWS: Final = 100
-_BREAKDOWN_COLUMNS: Final = tuple(
-    "kind id name detail state count credits money currency share_percent requests "
-    "period_start period_end zone as_of".split()
+_BREAKDOWN_COLUMNS: Final = (
+    *("kind", "id", "name", "detail", "state", "count", "credits", "money", "currency", "share_percent"),
+    *("requests", "period_start", "period_end", "zone", "as_of"),
 )
-_DAY_COLUMNS: Final = tuple("day starts_at ends_at is_partial credits money currency requests zone as_of".split())
+_DAY_COLUMNS: Final = (
+    *("day", "starts_at", "ends_at", "is_partial", "credits", "money", "currency", "requests", "zone", "as_of"),
+)
 # A spreadsheet takes a cell that begins so for a formula, and runs it.
 _FORMULA_STARTS: Final = ("=", "+", "-", "@", "\t", "\r")
 
@@ -134,7 +136,7 @@ def _day_rows(found: Overview) -> Iterable[Sequence[object]]:
     answer = TrendAnswer.of(found.trend, found.local_as_of)
     yield (
         *_DAY_COLUMNS,
-        *(Text(each.name) for each in answer.series),
+        *(Text(each.label) for each in found.trend.series),
     )
     for day in answer.days:
         yield (

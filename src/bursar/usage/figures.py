@@ -94,9 +94,10 @@ class ActiveUsers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """One model of the trend; the last may be `n other models`, with provider None."""
+    """A model of the trend; the last may be `n other models`. label: its name, with the provider where two share it."""
 
     name: str
+    label: str
     provider: str | None
     is_others: bool
     charged_micros: Micros
@@ -350,26 +351,32 @@ def _series(
 ) -> tuple[tuple[Series, ...], list[dict[int, int]]]:
     """The largest models by name and provider and the rest as one; beside each its micros by segment."""
     ranked = sorted(by_model, key=lambda model: (-sum(by_model[model].values()), model[0] or "", model[1] or ""))
-    shown = SERIES if len(ranked) > SERIES else len(ranked)
-    columns = [by_model[model] for model in ranked[:shown]]
-    series = [
-        Series(
-            name=name or "Unknown model",
-            provider=provider,
-            is_others=False,
-            charged_micros=Micros(sum(column.values())),
-        )
-        for (name, provider), column in zip(ranked, columns, strict=False)
-    ]
-    if rest := ranked[shown:]:
-        others: dict[int, int] = {}
-        for model in rest:
-            for segment, charged in by_model[model].items():
-                others[segment] = others.get(segment, 0) + charged
-        columns.append(others)
+    shown, rest = ranked[:SERIES], ranked[SERIES:]
+    columns = [by_model[model] for model in shown]
+    names = [name for name, _ in shown]
+    series = [_one_series(model, column, names) for model, column in zip(shown, columns, strict=True)]
+    if rest:
+        columns.append(_sum_of([by_model[model] for model in rest]))
         name = f"{len(rest)} other models" if len(rest) > 1 else "1 other model"
-        series.append(Series(name=name, provider=None, is_others=True, charged_micros=Micros(sum(others.values()))))
+        total = Micros(sum(columns[-1].values()))
+        series.append(Series(name=name, label=name, provider=None, is_others=True, charged_micros=total))
     return tuple(series), columns
+
+
+def _one_series(model: tuple[str | None, str | None], column: dict[int, int], names: Sequence[str | None]) -> Series:
+    name, provider = model
+    known = name or "Unknown model"
+    label = f"{known} at {provider or 'unknown'}" if names.count(name) > 1 else known
+    total = Micros(sum(column.values()))
+    return Series(name=known, label=label, provider=provider, is_others=False, charged_micros=total)
+
+
+def _sum_of(columns: Iterable[dict[int, int]]) -> dict[int, int]:
+    total: dict[int, int] = {}
+    for column in columns:
+        for segment, charged in column.items():
+            total[segment] = total.get(segment, 0) + charged
+    return total
 
 
 def _day(
