@@ -1,0 +1,195 @@
+"""The batcher: one call for all that waits, answers after commit, nothing lost or doubled when the connection breaks."""
+
+import asyncio
+from collections import Counter
+from uuid import UUID
+
+import psycopg
+import pytest
+from tests.conftest import Org
+
+from bursar import db
+from bursar.clock import uuid7
+from bursar.credits.batcher import Batcher
+from bursar.credits.grants import GrantSource, add_grant
+from bursar.credits.moves import Action, Flag, Move, Outcome, Verdict
+from bursar.credits.pools import Pool, list_pools, pool_for
+from bursar.money import Micros
+
+
+async def fund(org: Org, amount: int) -> None:
+    """Credits for the shared pool."""
+    async with org.tenant() as conn:
+        await add_grant(
+            conn,
+            organization_id=org.organization_id,
+            pool_id=await pool_for(conn, organization_id=org.organization_id),
+            amount_micros=Micros(amount),
+            source=GrantSource.PURCHASE,
+            idempotency_key=uuid7().hex,
+        )
+
+
+async def pool_of(org: Org) -> Pool:
+    async with org.tenant() as conn:
+        return (await list_pools(conn, organization_id=org.organization_id))[0]
+
+
+def move(org: Org, action: Action, amount: int = 0, request_id: UUID | None = None, flags: Flag = Flag.NONE) -> Move:
+    """A move of the organization's administrator."""
+    return Move(
+        action,
+        org.organization_id,
+        request_id or uuid7(),
+        org.admin,
+        None,
+        amount_micros=Micros(amount),
+        lease_seconds=60,
+        flags=flags,
+        model="m",
+        provider="demo",
+    )
+
+
+async def test_a_burst_is_decided_in_few_calls_and_exactly_what_fits_is_accepted(org: Org) -> None:
+    await fund(org, 100 * 7)
+    async with Batcher(org.database.dsn("bursar_lane")) as batcher:
+        verdicts = await asyncio.gather(*(batcher.move(move(org, Action.DEDUCT, 7)) for _ in range(300)))
+    assert Counter(verdict.outcome for verdict in verdicts) == {Outcome.ACCEPTED: 100, Outcome.REFUSED: 200}
+    pool = await pool_of(org)
+    assert (pool.used_micros, pool.held_micros, pool.available_micros) == (700, 0, 0)
+
+
+async def test_no_charge_is_lost_or_doubled_when_connections_are_cut_under_load(org: Org) -> None:
+    await fund(org, 10**12)
+    acknowledged: list[Verdict] = []
+
+    async def charge(batcher: Batcher) -> None:
+        for _ in range(40):
+            acknowledged.append(await batcher.move(move(org, Action.DEDUCT, 3)))
+            held = move(org, Action.AUTHORIZE, 10)
+            acknowledged.append(await batcher.move(held))
+            acknowledged.append(await batcher.move(move(org, Action.SETTLE, 4, held.request_id)))
+
+    async with (
+        await psycopg.AsyncConnection.connect(org.database.dsn("admin"), autocommit=True) as admin,
+        Batcher(org.database.dsn("bursar_lane"), lanes=2) as batcher,
+    ):
+        work = asyncio.gather(*(charge(batcher) for _ in range(16)))
+        cuts = 0
+        while not work.done():
+            await asyncio.sleep(0.05)
+            cut = await admin.execute(
+                "select pg_terminate_backend(pid) from pg_stat_activity"
+                " where application_name = 'bursar lane' and pid <> pg_backend_pid() and state = 'active' limit 1"
+            )
+            cuts += cut.rowcount
+        await work
+    assert cuts > 0, "the test cut nothing"
+    assert all(verdict.accepted for verdict in acknowledged)
+    pool = await pool_of(org)
+    assert (pool.used_micros, pool.held_micros) == (16 * 40 * (3 + 4), 0)
+    async with org.tenant() as conn:
+        rows = await db.fetch_value(conn, "select count(*) from ledger.attribution")
+    assert rows == 16 * 40 * 2
+
+
+async def test_a_call_that_only_open_holds_block_waits_and_is_served_when_they_end(org: Org) -> None:
+    await fund(org, 10)
+    async with Batcher(org.database.dsn("bursar_lane")) as batcher:
+        first = move(org, Action.AUTHORIZE, 10)
+        await batcher.move(first)
+        waiting = asyncio.create_task(batcher.move(move(org, Action.AUTHORIZE, 6, flags=Flag.MAY_WAIT)))
+        too_large = await batcher.move(move(org, Action.AUTHORIZE, 11, flags=Flag.MAY_WAIT))
+        assert too_large.outcome is Outcome.REFUSED, "no hold's end would make room for it"
+        impatient = await batcher.move(move(org, Action.AUTHORIZE, 6))
+        assert impatient.outcome is Outcome.REFUSED
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        await batcher.move(move(org, Action.SETTLE, 4, first.request_id))
+        assert (await asyncio.wait_for(waiting, 2)).outcome is Outcome.ACCEPTED
+
+
+async def test_a_call_waits_for_what_another_process_settles(org: Org) -> None:
+    await fund(org, 10)
+    async with (
+        Batcher(org.database.dsn("bursar_lane")) as here,
+        Batcher(org.database.dsn("bursar_lane")) as elsewhere,
+    ):
+        first = move(org, Action.AUTHORIZE, 10)
+        await elsewhere.move(first)
+        waiting = asyncio.create_task(here.move(move(org, Action.AUTHORIZE, 6, flags=Flag.MAY_WAIT)))
+        await asyncio.sleep(0.2)
+        await elsewhere.move(move(org, Action.RELEASE, 0, first.request_id))
+        assert (await asyncio.wait_for(waiting, 2)).outcome is Outcome.ACCEPTED
+
+
+async def test_waiting_ends_with_a_refusal(org: Org, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bursar.credits.batcher.GIVE_UP_SECONDS", 0.3)
+    await fund(org, 10)
+    async with Batcher(org.database.dsn("bursar_lane")) as batcher:
+        await batcher.move(move(org, Action.AUTHORIZE, 10))
+        verdict = await batcher.move(move(org, Action.AUTHORIZE, 6, flags=Flag.MAY_WAIT))
+    assert (verdict.outcome, verdict.detail) == (Outcome.REFUSED, "pool_exhausted")
+
+
+async def test_waiting_calls_are_served_in_the_order_of_their_arrival(org: Org) -> None:
+    await fund(org, 10)
+    served: list[int] = []
+    async with Batcher(org.database.dsn("bursar_lane")) as batcher:
+        blocking = move(org, Action.AUTHORIZE, 10)
+        await batcher.move(blocking)
+
+        async def one(number: int) -> None:
+            mine = move(org, Action.AUTHORIZE, 10, flags=Flag.MAY_WAIT)
+            await batcher.move(mine)
+            served.append(number)
+            await batcher.move(move(org, Action.RELEASE, 0, mine.request_id))
+
+        tasks = []
+        for number in range(5):
+            tasks.append(asyncio.create_task(one(number)))
+            await asyncio.sleep(0.02)
+        await batcher.move(move(org, Action.RELEASE, 0, blocking.request_id))
+        await asyncio.gather(*tasks)
+    assert served == [0, 1, 2, 3, 4]
+
+
+async def test_a_settle_is_booked_although_its_caller_has_gone(org: Org) -> None:
+    await fund(org, 100)
+    async with Batcher(org.database.dsn("bursar_lane")) as batcher:
+        held = move(org, Action.AUTHORIZE, 10)
+        await batcher.move(held)
+        caller = asyncio.create_task(batcher.move(move(org, Action.SETTLE, 7, held.request_id)))
+        await asyncio.sleep(0)
+        caller.cancel()
+    pool = await pool_of(org)
+    assert (pool.used_micros, pool.held_micros) == (7, 0)
+
+
+async def test_an_authorize_whose_caller_has_gone_before_it_went_out_holds_nothing(org: Org) -> None:
+    await fund(org, 100)
+    batcher = Batcher(org.database.dsn("bursar_lane"))
+    caller = asyncio.create_task(batcher.move(move(org, Action.AUTHORIZE, 10)))
+    await asyncio.sleep(0)
+    caller.cancel()
+    async with batcher:
+        pass
+    assert (await pool_of(org)).held_micros == 0
+
+
+async def test_one_move_that_the_database_refuses_does_not_take_the_others_with_it(org: Org) -> None:
+    await fund(org, 100)
+    async with Batcher(org.database.dsn("bursar_lane"), lanes=1) as batcher:
+        bad = move(org, Action.DEDUCT, 5)
+        object.__setattr__(bad, "usage", (2**31 - 1,) * 14)  # one count is missing: the arrays do not fit
+        answers = await asyncio.gather(
+            batcher.move(move(org, Action.DEDUCT, 5)),
+            batcher.move(bad),
+            batcher.move(move(org, Action.DEDUCT, 5)),
+            return_exceptions=True,
+        )
+    assert isinstance(answers[0], Verdict)
+    assert isinstance(answers[2], Verdict)
+    assert not (isinstance(answers[1], Verdict) and answers[1].accepted)
+    assert (await pool_of(org)).used_micros == 10
