@@ -1206,7 +1206,10 @@ class Organization:
         if move.action in (SETTLE, DEDUCT) and answer.outcome in (ACCEPTED, KNOWN):
             charged = answer.charged
         available = self.available(answer.chain, move.model) if answer.chain is not None else None
-        return Verdict(answer.outcome, answer.request, held, charged, available, answer.binding, answer.detail)
+        outcome = answer.outcome
+        if own.elder is not None:  # a twin learns what its elder got
+            outcome = {ACCEPTED: KNOWN, REFUSED: KNOWN_REFUSED, NOT_ALLOWED: KNOWN_REFUSED}.get(outcome, outcome)
+        return Verdict(outcome, answer.request, held, charged, available, answer.binding, answer.detail)
 
 
 def _is_valid(move: Move) -> bool:

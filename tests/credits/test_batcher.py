@@ -1,4 +1,4 @@
-"""The batcher: one call for all that waits, answers after commit, nothing lost or doubled when the connection breaks."""
+"""The batcher: one call for all that waits, answers after commit, and nothing lost when connections break."""
 
 import asyncio
 from collections import Counter

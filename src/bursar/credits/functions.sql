@@ -1006,7 +1006,8 @@ begin
         array_fill(0::bigint, array[cardinality(v_moved)]), 0, 0);
 
     -- The correction's row has the true usage; the first row keeps its estimate. Sums over both are true.
-    p_row.organization_id := p_estimate.organization_id; p_row.request_id := p_estimate.request_id; p_row.booked_at := p_now;
+    p_row.organization_id := p_estimate.organization_id; p_row.request_id := p_estimate.request_id;
+    p_row.booked_at := greatest(p_now, p_estimate.booked_at + interval '1 microsecond');  -- a row of its own also at one simulated instant
     p_row.used_at := v_first.used_at; p_row.kind := 1; p_row.user_id := v_first.user_id; p_row.api_key_id := v_first.api_key_id;
     p_row.provider_key_id := v_first.provider_key_id; p_row.provider := v_first.provider; p_row.model := v_first.model;
     p_row.team_id := v_first.team_id; p_row.department_id := v_first.department_id; p_row.department_name := v_first.department_name;
