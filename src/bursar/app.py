@@ -36,9 +36,6 @@ from bursar.usage import api as usage_api
 from bursar.web import pages
 from bursar.web.rendering import wants_page
 
-GRACE_SECONDS: Final = 30
-"""How long requests under way may take once the server is told to stop."""
-
 Part: TypeAlias = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 

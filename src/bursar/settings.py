@@ -106,9 +106,14 @@ class Settings:
 
 def make_data_dir(path: Path) -> None:
     """Create the data folder. Root's lets others pass through, since the database runs as another user there."""
-    if not path.exists():
-        path.mkdir(parents=True, exist_ok=True)
-        path.chmod(0o711 if os.geteuid() == 0 else 0o700)
+    try:
+        if not path.exists():
+            path.mkdir(parents=True, exist_ok=True)
+            path.chmod(0o711 if os.geteuid() == 0 else 0o700)
+    except OSError as error:
+        raise SettingError(
+            f"The data folder {path} cannot be made", why=str(error), next_step="Set BURSAR_DATA_DIR to another one"
+        ) from error
 
 
 def _parse(name: str, variable: str, text: str) -> Any:
@@ -126,6 +131,8 @@ def _read_or_make_key(path: Path) -> str:
     """The key file's text. Two processes that start at once end with the same key: the first link wins."""
     try:
         return path.read_text()
+    except PermissionError as error:
+        raise SettingError("The master key cannot be read", why=str(error), next_step="Start as its owner") from error
     except FileNotFoundError:
         make_data_dir(path.parent)
     draft = path.with_name(f".master.key.{secrets.token_hex(8)}")

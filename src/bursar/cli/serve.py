@@ -5,14 +5,16 @@ import os
 import signal
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 import uvicorn
 
 from bursar import db
-from bursar.app import GRACE_SECONDS
 from bursar.settings import Settings
+
+GRACE_SECONDS: Final = 30
+"""How long requests under way may take once the server is told to stop."""
 
 
 def serve(

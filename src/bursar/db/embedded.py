@@ -123,10 +123,12 @@ class EmbeddedServer:
         try:
             fcntl.flock(self._users, fcntl.LOCK_SH)
             self._own_or_attach()
-        except BaseException:
+        except BaseException as error:
             if self.is_owner:
                 self._end_postmaster()
             self._release()
+            if isinstance(error, PermissionError):
+                raise ServerFailed(f"The database in {self.data_dir} may not be set up", why=str(error)) from error
             raise
         atexit.register(self.stop)
         self._watcher = threading.Thread(target=self._watch, name="postgres supervisor", daemon=True)
