@@ -40,8 +40,9 @@ def run_server(settings: Settings) -> None:
     is told here.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises it again when it has stopped
-    with db.held(settings), tempfile.TemporaryDirectory(prefix="bursar-metrics-") as metrics:
+    with db.held(settings), contextlib.ExitStack() as kept:
         if settings.workers > 1:
+            metrics = kept.enter_context(tempfile.TemporaryDirectory(prefix="bursar-metrics-"))
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics
         typer.echo(f"Bursar listens on http://{settings.host}:{settings.port}", err=True)
         with contextlib.suppress(KeyboardInterrupt):
