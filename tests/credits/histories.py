@@ -28,6 +28,10 @@ ZONES = ("UTC", "Europe/Paris", "America/Havana", "Asia/Kolkata")
 MODELS = ("gpt-4", "gpt-4-mini", "claude_3", None)
 FILTERS = (None, None, "gpt%", "claude\\_3", "gpt-4")
 PERIODS = ("none", "day", "week", "month")
+WEIGHTS = {
+    "batch": 60, "grant": 9, "allocate": 5, "limit": 4, "end_limit": 2, "end_allocation": 2, "void": 3, "pool": 3,
+    "expire": 7, "person": 2, "touch": 2,
+}  # fmt: skip
 LATENESS = (0, 1, 1, 10**6, 30 * 10**6, 3600 * 10**6, 8 * 3600 * 10**6, 3 * 86400 * 10**6)  # microseconds
 
 
@@ -37,12 +41,15 @@ LATENESS = (0, 1, 1, 10**6, 30 * 10**6, 3600 * 10**6, 8 * 3600 * 10**6, 3 * 8640
 def random_steps(seed: int, count: int) -> list[Step]:
     """A history of `count` steps; the same for the same seed."""
     dice = random.Random(seed)
-    steps: list[Step] = [("pool", 0, 0, 0, 0, 0), ("grant", 0, 0, 0, 100, 0, 0, 0, 0)]
-    steps += [("pool", 0, 1, 0, 0, 0), ("grant", 0, 1, 0, 100, 0, 0, 0, 0)]
-    weights = dict(
-        batch=60, grant=9, allocate=7, limit=7, end_limit=2, end_allocation=2, void=3, pool=3, expire=6, person=3, touch=2
-    )
-    names = dice.choices(list(weights), list(weights.values()), k=max(0, count - len(steps)))
+    steps: list[Step] = []
+    for org in range(2):
+        # A shared pool, a small pool of the first user's own, a share for the second that goes on in the open part.
+        steps += [("pool", 0, org, 0, 0, 0), ("grant", 0, org, 0, 200, 0, 0, 0, 0)]
+        steps += [("pool", 0, org, 1, 0, 0), ("grant", 0, org, 1, 50, 0, 0, 0, 0)]
+        steps += [("allocate", 0, org, 0, 1, 1, 2, 1, 1)]
+    prelude = dice.choices(["pool", "grant", "allocate", "limit"], [3, 3, 3, 2], k=min(6, count // 4))
+    names = dice.choices(list(WEIGHTS), list(WEIGHTS.values()), k=max(0, count - len(steps) - len(prelude)))
+    steps += [(name, 1, *_random_arguments(name, dice)) for name in prelude]
     return steps + [(name, dice.randrange(11), *_random_arguments(name, dice)) for name in names]
 
 
@@ -52,7 +59,7 @@ def _random_arguments(name: str, dice: random.Random) -> tuple[Any, ...]:
         return (tuple(tuple(dice.randrange(1000) for _ in range(10)) for _ in range(count)),)
     if name == "grant":
         return tuple(dice.randrange(1000) for _ in range(2)) + (
-            dice.choice((1, 20, 50, 100, 200)),
+            dice.choice((1, 20, 50, 100, 200, 400)),
             *(dice.randrange(1000) for _ in range(4)),
         )
     return tuple(dice.randrange(1000) for _ in range({"allocate": 7, "limit": 7, "person": 3}.get(name, 4)))
@@ -182,7 +189,7 @@ class Stage:
 
     def _pool(self, org: int, kind: int, owner: int, pattern: int, *_: int) -> None:
         cast = self.cast[org % 2]
-        name = ("shared", "personal", "shared")[kind % 3] if kind > 1 else "shared"
+        name = ("personal", "personal", "shared")[kind % 3] if kind else "shared"
         user = cast.users[owner % 3] if name == "personal" else None
         like = FILTERS[pattern % len(FILTERS)]
         pools = self._model(cast).pools.values()
@@ -282,7 +289,7 @@ class Stage:
             measure,
             FILTERS[pattern % len(FILTERS)],
             PERIODS[period % 4],
-            (0, 3, 8, 30, 80, 200)[amount % 6],
+            (0, 8, 30, 80, 200, 500)[amount % 6],
             ("stops", "stops", "warns")[action % 3],
         )
         self._command(
@@ -314,11 +321,11 @@ class Stage:
         if what % 6 == 0:
             model.keys[key].revoked = self.now
             sql, arguments = "update identity.api_keys set revoked_at = %s where api_key_id = %s", [self.now, key]
-        elif what % 6 in (1, 2):
+        elif what % 6 == 1 or (what % 6 == 2 and model.members[user].status != "active"):
             status = "suspended" if model.members[user].status == "active" else "active"
             model.members[user].status = status
             sql, arguments = "update identity.memberships set status = %s where user_id = %s", [status, user]
-        elif what % 6 == 3:
+        elif what % 6 in (2, 3):
             model.members[user].team = cast.teams[what % 2]
             sql, arguments = "update identity.memberships set team_id = %s where user_id = %s", [cast.teams[what % 2], user]
         elif what % 6 == 4:
@@ -326,7 +333,7 @@ class Stage:
             sql = "update identity.organizations set zone = %s where organization_id = %s"
             arguments = [model.zone, organization]
         else:
-            model.status = "frozen" if model.status == "active" else "active"
+            model.status = "frozen" if model.status == "active" and what % 4 == 1 else "active"
             sql = "update identity.organizations set status = %s where organization_id = %s"
             arguments = [model.status, organization]
         self.admin.execute(sql, arguments)
@@ -362,18 +369,24 @@ class Stage:
         cast = self.cast[org % 2]
         organization = self._model(cast)
         action = (1, 1, 1, 1, 2, 2, 3, 3, 3, 3, 4, 5, 5, 5)[kind % 14]
-        holds = list(organization.holds)
-        fresh = other % 23 == 0 or not holds if action in (2, 3, 4) else other % 29 != 0
+        holds, estimates = list(organization.holds), list(organization.estimates)
+        if action in (2, 3, 4) and not holds and other % 9:
+            action = 1
+        fresh = other % 31 == 0 if action in (2, 3, 4) else other % 29 != 0
         if fresh or not cast.requests:
             request = uuid7()
             cast.requests.append(request)
-        elif action in (2, 3, 4) and other % 5:
+        elif action == 3 and estimates and other % 3 == 0:
+            request = estimates[which % len(estimates)]
+        elif action in (2, 3, 4) and holds and other % 11:
             request = holds[which % len(holds)]
         else:
             request = cast.requests[which % len(cast.requests)]
         session = who % 3
         user: UUID | None = cast.users[session]
-        api_key = (None, None, cast.keys[session], cast.keys[3], cast.keys[0])[which % 5]
+        api_key = (None, None, None, cast.keys[session], cast.keys[session], cast.keys[3])[which % 6]
+        if which % 43 == 0:
+            api_key = cast.keys[0]
         if api_key == cast.keys[3]:
             user = None
         bits = (0, 0, 0, ref.SENT, ref.SENT | ref.STREAMED, ref.OWN_KEY, ref.MAY_WAIT, ref.REPEATED)[flags % 8]
@@ -383,10 +396,10 @@ class Stage:
             bits |= ref.BY_EXPIRY
         amount = self._size(organization, user, api_key, size, MODELS[model % 4])
         idempotency_key = body = None
-        if key % 4 == 0 and action in (1, 3, 5):
-            idempotency_key, body = f"key {key % 24}", bytes([action, other % 2])
-        elif key % 4 == 0 and action == 4:
-            idempotency_key, body = f"key {key % 24}", b"release"
+        if key % 7 == 0 and action in (1, 3, 5):
+            idempotency_key, body = f"key {key % 70}", bytes([action, other % 7 == 0])
+        elif key % 7 == 0 and action == 4:
+            idempotency_key, body = f"key {key % 70}", b"release"
         return ref.Move(
             cast.organization if other % 61 else UUID(int=other),
             action,
@@ -408,12 +421,12 @@ class Stage:
     ) -> int:
         """Mostly small; sometimes exactly what is there, one more, nothing, too much or negative."""
         if size % 9 < 6:
-            return size % 41
+            return size % 31
         if size % 9 == 6:
             return 0
         chain = organization.chains.get((user or ref.NOBODY, key or ref.NOBODY))
         exact = organization.available(chain, model) if chain else 10
-        return (exact, exact + 1, exact, -1, ref.MOST + 1, exact // 2)[size % 6] if size % 13 else exact
+        return (exact // 3, exact + 1, exact, exact // 4, (-1, ref.MOST + 1, exact)[size % 7 % 3], exact // 2)[size % 6]
 
     # ------------------------------------------------------------------ comparing
 

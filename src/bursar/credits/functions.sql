@@ -768,6 +768,8 @@ begin
         v_chain.valid_until := least(v_chain.valid_until, v_row.period_end);
     end loop;
 
+    v_chain.is_plain := v_leg = 1 and v_chain.leg_filters[1] is null and 0 = all (v_chain.entry_metrics)
+        and array_remove(v_chain.entry_filters, null) = '{}';
     v_chain.built_at := p_now;
     update chains set replaced_at = p_now
     where organization_id = p_organization_id and user_id = p_user_id and api_key_id = p_api_key_id and replaced_at is null;
@@ -950,7 +952,9 @@ begin
     if p_flags & 64 = 64 then
         insert into estimates (organization_id, request_id, chain_id, leg_micros, tokens, cost_nano_usd, flags, booked_at)
         values (p_organization_id, p_request_id, v_chain.chain_id, v_paid, p_tokens,
-                p_row.provider_cost_nano_usd + p_row.customer_cost_nano_usd, p_flags & ~49, p_now);
+                p_row.provider_cost_nano_usd + p_row.customer_cost_nano_usd, p_flags & ~49, p_now)
+        on conflict on constraint estimates_pkey do update set chain_id = excluded.chain_id, leg_micros = excluded.leg_micros,
+            tokens = excluded.tokens, cost_nano_usd = excluded.cost_nano_usd, flags = excluded.flags, booked_at = excluded.booked_at;
     end if;
 end $$;
 comment on function credits.book_split is 'Settles or releases one request whose hold drew from several pools, or that has no hold any more';
@@ -1069,6 +1073,153 @@ language sql stable set search_path = credits, pg_temp as $$
     select least(coalesce(sum(room) filter (where leg > 0), 0)::bigint, min(room) filter (where leg = 0)) from rooms;
 $$;
 comment on function credits.available_of is 'Micros that a chain could still spend on a model now';
+
+-- rooms_of: available_of for many requests at once; an array by place, null where there is no chain.
+create or replace function credits.rooms_of(p_organization_ids uuid[], p_chain_ids uuid[], p_models text[]) returns bigint[]
+language plpgsql stable as $$
+declare
+    v_rooms bigint[];
+begin
+    with w as materialized (
+        select u.place, u.org, u.model, c.leg_filters, c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters
+        from (select unnest(p_organization_ids) as org, unnest(p_chain_ids) as chain_id, unnest(p_models) as model,
+                generate_subscripts(p_organization_ids, 1) as place) u
+        left join credits.chains c on c.organization_id = u.org and c.chain_id = u.chain_id
+    ), rooms as (
+        select e.place, e.leg, min(greatest(0, b.limit_amount - b.used_amount - b.held_amount)) as room
+        from (select w.place, w.org, w.model, w.leg_filters, unnest(w.entry_ids) as id, unnest(w.entry_starts) as start,
+                unnest(w.entry_metrics) as metric, unnest(w.entry_legs) as leg, unnest(w.entry_filters) as entry_filter from w) e
+        join credits.balances b on b.organization_id = e.org and b.balance_id = e.id and b.period_start = e.start
+        where e.metric = 0 and b.stops and (e.leg = 0 or e.leg_filters[e.leg] is null or e.model like e.leg_filters[e.leg])
+          and (e.entry_filter is null or e.model like e.entry_filter)
+        group by e.place, e.leg
+    )
+    select array_agg(p.room) into v_rooms
+    from (
+        select u.place, case when bool_or(u.has_chain) then
+                least(coalesce(credits.total(u.room) filter (where u.leg > 0), 0), min(u.room) filter (where u.leg = 0)) end as room
+        from (select place, leg, room, null::boolean as has_chain from rooms
+              union all select place, null, null, entry_ids is not null from w) u
+        group by u.place order by u.place
+    ) p;
+    return v_rooms;
+end $$;
+comment on function credits.rooms_of is 'Micros that each of many requests'' chains could still spend now';
+
+-- total: the sum of micros as bigint, which sum() makes numeric of: exact, an overflow raises, and several times as fast.
+create or replace aggregate credits.total(bigint) (sfunc = int8pl, stype = bigint, initcond = '0', parallel = safe);
+comment on aggregate credits.total(bigint) is 'Sum of bigint as bigint';
+
+-- take: the one guarded update of a batch's summed demands (authorizes, extends, deductions). What does not come back is tight.
+-- With p_chains, p_legs and p_outcomes, the demands go by those. Without them it finds the chains itself, in the same statement, and moves
+-- something only where all is plain (is_plain): nothing is known, repeated, held already or paid by the customer's own key, and every chain
+-- is current, refuses nothing and has a leg for the model. p_version is the limits_version of the first organization.
+-- Returns arrays by place: chain, leg and who it is attributed to; the pool and its running total before (for deductions); the room left.
+-- Lists are unnested beside each other in the select list, which costs a third of unnesting them in FROM; rows keep the order of places,
+-- since each is looked up by a nested loop.
+create or replace function credits.take(
+    p_organization_ids uuid[], p_actions smallint[], p_request_ids uuid[], p_user_ids uuid[], p_api_key_ids uuid[], p_amounts bigint[],
+    p_tokens bigint[], p_flags integer[], p_models text[], p_chains uuid[], p_legs smallint[], p_outcomes smallint[], p_version bigint,
+    p_now timestamptz,
+    out is_plain boolean, out chains uuid[], out legs smallint[], out teams uuid[], out departments uuid[], out department_names text[],
+    out pools uuid[], out positions bigint[], out rooms bigint[],
+    out tight_orgs uuid[], out tight_ids uuid[], out tight_starts timestamptz[]
+) language plpgsql volatile as $$
+#variable_conflict use_column
+declare
+    v_zero constant uuid := '00000000-0000-0000-0000-000000000000';
+    v_n constant integer := cardinality(p_request_ids);
+begin
+    with w as (
+        select unnest(p_organization_ids) as org, unnest(p_actions) as action, unnest(p_request_ids) as request_id, unnest(p_user_ids) as user_id,
+            unnest(p_api_key_ids) as api_key_id, unnest(p_amounts) as amount, unnest(p_tokens) as tokens, unnest(p_flags) as flags,
+            unnest(p_models) as model, unnest(p_chains) as chain_id, unnest(p_legs) as leg, unnest(p_outcomes) as outcome,
+            generate_series(1, v_n) as place
+    ), r as materialized (
+        select w.place, w.org, w.action, w.request_id, w.amount, w.tokens, w.flags, w.model, c.chain_id, c.team_id, c.department_id, c.department_name,
+            l.leg, c.leg_pool_ids[l.leg] as pool_id, cardinality(c.leg_filters) = 1 as is_alone, c.entry_ids, c.entry_starts,
+            case when not c.is_plain then c.entry_metrics end as entry_metrics, case when not c.is_plain then c.entry_legs end as entry_legs,
+            case when not c.is_plain then c.entry_filters end as entry_filters,
+            case when p_chains is not null then w.action in (1, 2, 5) and w.outcome = -1 and not (w.action = 2 and w.amount = 0 and w.tokens = 0)
+                 else coalesce(w.flags & 98 = 0 and c.refusal is null and c.valid_until > p_now and c.limits_version =
+                        case when w.org = p_organization_ids[1] then p_version
+                             else (select g.limits_version from credits.gates g where g.organization_id = w.org) end
+                    and l.leg > 0, false) and h.request_id is null end as is_asked
+        from w
+        left join lateral (
+            select c.chain_id, c.limits_version, c.valid_until, c.team_id, c.department_id, c.department_name, c.refusal, c.leg_pool_ids, c.leg_filters,
+                c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters, c.is_plain
+            from credits.chains c
+            where p_chains is null and c.organization_id = w.org and c.user_id = coalesce(w.user_id, v_zero)
+              and c.api_key_id = coalesce(w.api_key_id, v_zero) and c.replaced_at is null
+            union all
+            select c.chain_id, c.limits_version, c.valid_until, c.team_id, c.department_id, c.department_name, c.refusal, c.leg_pool_ids, c.leg_filters,
+                c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters, c.is_plain
+            from credits.chains c
+            where p_chains is not null and c.organization_id = w.org and c.chain_id = w.chain_id
+        ) c on true
+        left join lateral (
+            select h.request_id from credits.holds h where p_chains is null and h.organization_id = w.org and h.request_id = w.request_id
+        ) h on true
+        cross join lateral (
+            select case when p_chains is not null then w.leg when c.is_plain then 1::smallint else credits.first_leg(c.leg_filters, w.model) end as leg
+        ) l
+    ), plain as (
+        select p_chains is null and bool_and(is_asked) and count(distinct request_id) = v_n as is_plain from r
+    ), demand as (
+        select e.place, e.org, e.action, e.id, e.start, coalesce(e.metric, 0) = 0 as is_credits,
+            case coalesce(e.metric, 0) when 0 then e.amount when 1 then case e.action when 2 then 0 else 1 end else e.tokens end as amount
+        from (
+            select r.place, r.org, r.action, r.amount, r.tokens, r.flags, r.model, r.leg, unnest(r.entry_ids) as id, unnest(r.entry_starts) as start,
+                unnest(r.entry_metrics) as metric, unnest(r.entry_legs) as entry_leg, unnest(r.entry_filters) as entry_filter
+            from r
+            where r.is_asked and (p_chains is not null or (select is_plain from plain))
+        ) e
+        where (coalesce(e.entry_leg, 0) = 0 or e.entry_leg = e.leg) and (e.entry_filter is null or e.model like e.entry_filter)
+          and not (coalesce(e.metric, 0) = 0 and e.flags & 2 = 2)
+          and (e.action <> 2 or case coalesce(e.metric, 0) when 0 then e.amount when 1 then 0 else e.tokens end > 0)  -- an extension asks what it needs
+    ), sums as materialized (
+        select org, id, start, credits.total(amount) filter (where action <> 5) as held, credits.total(amount) filter (where action = 5) as used,
+            array_agg(place) filter (where is_credits) as places
+        from demand group by id, start, org
+    ), moved as (
+        update credits.balances b set held_amount = held_amount + s.held, used_amount = used_amount + s.used,
+            excess_amount = case when b.stops then 0 else greatest(0, used_amount + s.used + held_amount + s.held - limit_amount) end
+        from sums s
+        where b.organization_id = s.org and b.balance_id = s.id and b.period_start = s.start
+          and (not b.stops or (b.excess_amount = 0 and b.used_amount + b.held_amount + s.held + s.used <= b.limit_amount))
+        returning b.organization_id as org, b.balance_id as id, b.period_start as start, s.places,
+            case when b.stops then b.limit_amount - b.used_amount - b.held_amount end as room,
+            case when b.kind = 'pool' then b.used_amount - s.used end as base
+    ), tight as (
+        -- NOT IN is a hashed look-up, made only where something is missing; a join of the two would compare every row with every other
+        select array_agg(s.org) as orgs, array_agg(s.id) as ids, array_agg(s.start) as starts
+        from sums s
+        where (select count(*) from moved) < (select count(*) from sums) and (s.org, s.id, s.start) not in (select org, id, start from moved)
+    ), found as (
+        select array_agg(chain_id) as chains, array_agg(leg) as legs, array_agg(team_id) as teams, array_agg(department_id) as departments,
+            array_agg(department_name) as names, array_agg(pool_id) as pools
+        from r
+    ), places as (
+        -- One row a place: the least room of its balances, and its pool's running total before the batch plus what earlier places drew.
+        select p.place, case when bool_or(p.is_alone) then min(p.room) end as room, max(p.base) + max(p.earlier) as position
+        from (
+            select unnest(m.places) as place, m.room, m.base, null::bigint as earlier, null::boolean as is_alone from moved m
+            union all
+            select r.place, null, null, coalesce(credits.total(case when r.action = 5 then r.amount else 0 end) over
+                (partition by r.org, r.pool_id order by r.place rows between unbounded preceding and 1 preceding), 0), r.is_alone
+            from r
+        ) p
+        group by p.place order by p.place
+    ), measured as (
+        select array_agg(room) as rooms, array_agg(position) as positions from places
+    )
+    select plain.is_plain, found.chains, found.legs, found.teams, found.departments, found.names, found.pools, measured.positions, measured.rooms,
+        tight.orgs, tight.ids, tight.starts
+    into is_plain, chains, legs, teams, departments, department_names, pools, positions, rooms, tight_orgs, tight_ids, tight_starts
+    from plain, found, measured, tight;
+end $$;
+comment on function credits.take is 'Moves the summed demands of a batch in one guarded update, and tells which balances were tight';
 
 -- decide_tight: arrival order, one by one, in memory, for the requests that touch a balance whose summed demand did not fit.
 -- What the guarded update had applied for them elsewhere is taken back, what they are granted is applied, in one update.
@@ -1262,43 +1413,45 @@ create or replace function credits.post_batch(
     p_usages integer[], p_marks bigint[], p_leases integer[], p_flags integer[], p_providers text[], p_models text[],
     p_price_version_ids uuid[], p_provider_key_ids uuid[], p_conversation_ids uuid[], p_used_at timestamptz[], p_keys text[], p_body_hashes bytea[],
     p_chains uuid[], p_legs smallint[], p_outcomes smallint[], p_details text[], p_bindings uuid[], p_held bigint[], p_charged bigint[],
-    p_user_ids uuid[], p_api_key_ids uuid[], p_split_places integer[], p_split_legs smallint[], p_split_micros bigint[], p_now timestamptz
+    p_user_ids uuid[], p_api_key_ids uuid[], p_split_places integer[], p_split_legs smallint[], p_split_micros bigint[], p_teams uuid[],
+    p_departments uuid[], p_department_names text[], p_pools uuid[], p_positions bigint[], p_now timestamptz
 ) returns void
-language plpgsql volatile set search_path = credits, pg_temp as $$
+language plpgsql volatile as $$
 declare
     v_zero constant uuid := '00000000-0000-0000-0000-000000000000';
-    v_pools uuid[];        -- first pool that pays, by place
-    v_positions bigint[];  -- its running total before, by place
     v_take_places integer[];
     v_take_pools uuid[];
     v_take_positions bigint[];
     v_take_micros bigint[];
 begin
     if 1 = any (p_actions) then
-        insert into holds (organization_id, request_id, chain_id, is_sent, leg, leg_micros, amount_micros, tokens, floor_micros, progress_micros,
+        insert into credits.holds (organization_id, request_id, chain_id, is_sent, leg, leg_micros, amount_micros, tokens, floor_micros, progress_micros,
             cost_nano_usd, flags, provider, model, price_version_id, provider_key_id, conversation_id, placed_at, lease_expires_at)
         select w.org, w.request_id, w.chain_id, w.flags & 1 = 1, greatest(w.leg, 1::smallint),
             case when w.place = any (p_split_places) then (
                 select array_agg(coalesce(s.micros, 0) order by n.leg)
-                from generate_series(1, (select cardinality(c.leg_filters) from chains c where c.organization_id = w.org and c.chain_id = w.chain_id)) n(leg)
+                from generate_series(1, (select cardinality(c.leg_filters) from credits.chains c where c.organization_id = w.org and c.chain_id = w.chain_id)) n(leg)
                 left join unnest(p_split_places, p_split_legs, p_split_micros) s(place, leg, micros) on s.place = w.place and s.leg = n.leg) end,
             w.amount, w.tokens, w.mark, w.mark, w.cost, w.flags & 266, w.provider, w.model, w.price_version_id, w.provider_key_id, w.conversation_id,
             p_now, p_now + make_interval(secs => w.lease)
-        from unnest(p_organization_ids, p_actions, p_request_ids, p_amounts, p_tokens, p_costs, p_marks, p_leases, p_flags, p_providers, p_models,
-            p_price_version_ids, p_provider_key_ids, p_conversation_ids, p_chains, p_legs, p_outcomes) with ordinality
-            w(org, action, request_id, amount, tokens, cost, mark, lease, flags, provider, model, price_version_id, provider_key_id, conversation_id,
-              chain_id, leg, outcome, place)
+        from (
+            select unnest(p_organization_ids) as org, unnest(p_actions) as action, unnest(p_request_ids) as request_id, unnest(p_amounts) as amount,
+                unnest(p_tokens) as tokens, unnest(p_costs) as cost, unnest(p_marks) as mark, unnest(p_leases) as lease, unnest(p_flags) as flags,
+                unnest(p_providers) as provider, unnest(p_models) as model, unnest(p_price_version_ids) as price_version_id,
+                unnest(p_provider_key_ids) as provider_key_id, unnest(p_conversation_ids) as conversation_id, unnest(p_chains) as chain_id,
+                unnest(p_legs) as leg, unnest(p_outcomes) as outcome, generate_subscripts(p_actions, 1) as place
+        ) w
         where w.action = 1 and w.outcome = -1;
     end if;
 
     if 2 = any (p_actions) then
         -- Progress is recorded whether or not the extension was granted: what was streamed was streamed.
-        update holds h set amount_micros = h.amount_micros + case when w.outcome = -1 then w.amount else 0 end,
+        update credits.holds h set amount_micros = h.amount_micros + case when w.outcome = -1 then w.amount else 0 end,
             leg_micros = case when w.outcome = -1 and (h.leg_micros is not null or w.place = any (p_split_places)) then (
                 -- What was held leg by leg (without a list: all on its leg) and what the extension took, on its own leg where it did not split.
                 select array_agg(coalesce(h.leg_micros[n.leg], case when h.leg_micros is null and n.leg = h.leg then h.amount_micros else 0 end)
                     + case when w.place = any (p_split_places) then coalesce(s.micros, 0) when n.leg = h.leg then w.amount else 0 end order by n.leg)
-                from generate_series(1, (select cardinality(c.leg_filters) from chains c where c.organization_id = h.organization_id and c.chain_id = h.chain_id)) n(leg)
+                from generate_series(1, (select cardinality(c.leg_filters) from credits.chains c where c.organization_id = h.organization_id and c.chain_id = h.chain_id)) n(leg)
                 left join unnest(p_split_places, p_split_legs, p_split_micros) s(place, leg, micros) on s.place = w.place and s.leg = n.leg)
                 else h.leg_micros end,
             tokens = h.tokens + case when w.outcome = -1 then w.tokens else 0 end,
@@ -1311,73 +1464,96 @@ begin
     end if;
 
     if 3 = any (p_actions) or 5 = any (p_actions) then
-        -- Each pool's running total before each draw: what it has used now, less what this and the later places of the batch drew.
-        with takes as (
-            select s.place, p_organization_ids[s.place] as org, c.leg_pool_ids[s.leg] as pool_id, sum(s.micros)::bigint as micros
-            from unnest(p_split_places, p_split_legs, p_split_micros) s(place, leg, micros)
-            join chains c on c.organization_id = p_organization_ids[s.place] and c.chain_id = p_chains[s.place]
-            where p_actions[s.place] = 5 and c.leg_pool_ids[s.leg] <> c.leg_pool_ids[p_legs[s.place]]
-            group by 1, 2, 3
-        ), drawn as (
-            select w.place::int, w.org, case when w.action in (3, 5) and w.outcome = -1 and w.flags & 2 = 0 then c.leg_pool_ids[w.leg] end as pool_id,
-                w.charged as micros, true as is_first
-            from unnest(p_organization_ids, p_actions, p_flags, p_chains, p_legs, p_outcomes, p_charged) with ordinality
-                w(org, action, flags, chain_id, leg, outcome, charged, place)
-            left join chains c on c.organization_id = w.org and c.chain_id = w.chain_id
-            union all
-            select place, org, pool_id, micros, false from takes
-            union all  -- what further pools took is not drawn from the first
-            select t.place, t.org, c.leg_pool_ids[p_legs[t.place]], -t.micros, null
-            from takes t join chains c on c.organization_id = t.org and c.chain_id = p_chains[t.place]
-        ), sums as (
-            select place, org, pool_id, sum(micros)::bigint as micros, bool_or(is_first) as is_first from drawn group by place, org, pool_id
-        ), positions as (
-            select d.place, d.pool_id, d.micros, d.is_first,
-                b.used_amount - sum(d.micros) over (partition by d.org, d.pool_id order by d.place desc)::bigint as position
-            from sums d left join balances b on b.organization_id = d.org and b.balance_id = d.pool_id and b.period_start = '-infinity'
-        )
-        select array_agg(pool_id order by place) filter (where is_first), array_agg(position order by place) filter (where is_first),
-            array_agg(place) filter (where not is_first), array_agg(pool_id) filter (where not is_first),
-            array_agg(position) filter (where not is_first), array_agg(micros) filter (where not is_first)
-        into v_pools, v_positions, v_take_places, v_take_pools, v_take_positions, v_take_micros
-        from positions;
+        if p_positions is null then
+            -- Each pool's running total before each draw: what it has used now, less what this and the later places of the batch drew.
+            with takes as (
+                select s.place, p_organization_ids[s.place] as org, c.leg_pool_ids[s.leg] as pool_id, credits.total(s.micros) as micros
+                from unnest(p_split_places, p_split_legs, p_split_micros) s(place, leg, micros)
+                join credits.chains c on c.organization_id = p_organization_ids[s.place] and c.chain_id = p_chains[s.place]
+                where p_actions[s.place] = 5 and c.leg_pool_ids[s.leg] <> c.leg_pool_ids[p_legs[s.place]]
+                group by 1, 2, 3
+            ), w as materialized (
+                select u.place, u.org, u.charged, u.action in (3, 5) and u.outcome = -1 and u.flags & 2 = 0 as draws, c.leg_pool_ids[u.leg] as pool_id,
+                    c.user_id, c.api_key_id, c.team_id, c.department_id, c.department_name
+                from (select unnest(p_organization_ids) as org, unnest(p_actions) as action, unnest(p_flags) as flags, unnest(p_chains) as chain_id,
+                        unnest(p_legs) as leg, unnest(p_outcomes) as outcome, unnest(p_charged) as charged, generate_subscripts(p_actions, 1) as place) u
+                left join credits.chains c on c.organization_id = u.org and c.chain_id = u.chain_id
+            ), drawn as (
+                select place, org, case when draws then pool_id end as pool_id, charged as micros, true as is_first from w
+                union all
+                select place, org, pool_id, micros, false from takes
+                union all  -- what further pools took is not drawn from the first
+                select t.place, t.org, c.leg_pool_ids[p_legs[t.place]], -t.micros, null
+                from takes t join credits.chains c on c.organization_id = t.org and c.chain_id = p_chains[t.place]
+            ), sums as (
+                select place, org, pool_id, credits.total(micros) as micros, bool_or(is_first) as is_first from drawn group by place, org, pool_id
+            ), positions as (
+                select d.place, d.pool_id, d.micros, d.is_first,
+                    b.used_amount - credits.total(d.micros) over (partition by d.org, d.pool_id order by d.place desc) as position
+                from sums d left join credits.balances b on b.organization_id = d.org and b.balance_id = d.pool_id and b.period_start = '-infinity'
+            ), by_place as (
+                select array_agg(pool_id order by place) filter (where is_first) as pools, array_agg(position order by place) filter (where is_first) as positions,
+                    array_agg(place) filter (where not is_first) as take_places, array_agg(pool_id) filter (where not is_first) as take_pools,
+                    array_agg(position) filter (where not is_first) as take_positions, array_agg(micros) filter (where not is_first) as take_micros
+                from positions
+            ), owners as (
+                select array_agg(user_id) as users, array_agg(api_key_id) as keys, array_agg(team_id) as teams, array_agg(department_id) as departments,
+                    array_agg(department_name) as names
+                from w
+            )
+            select by_place.pools, by_place.positions, by_place.take_places, by_place.take_pools, by_place.take_positions, by_place.take_micros,
+                owners.users, owners.keys, owners.teams, owners.departments, owners.names
+            into p_pools, p_positions, v_take_places, v_take_pools, v_take_positions, v_take_micros,
+                p_user_ids, p_api_key_ids, p_teams, p_departments, p_department_names
+            from by_place, owners;
 
-        insert into ledger.attribution_takes (organization_id, request_id, booked_at, pool_id, position_micros, charged_micros)
-        select p_organization_ids[t.place], p_request_ids[t.place], p_now, t.pool_id, t.position, t.micros
-        from unnest(v_take_places, v_take_pools, v_take_positions, v_take_micros) t(place, pool_id, position, micros);
+            if v_take_places is not null then
+                insert into ledger.attribution_takes (organization_id, request_id, booked_at, pool_id, position_micros, charged_micros)
+                select p_organization_ids[t.place], p_request_ids[t.place], p_now, t.pool_id, t.position, t.micros
+                from unnest(v_take_places, v_take_pools, v_take_positions, v_take_micros) t(place, pool_id, position, micros);
+            end if;
+        end if;
 
         insert into ledger.attribution (organization_id, request_id, booked_at, used_at, kind, user_id, api_key_id, provider_key_id, provider, model,
             team_id, department_id, department_name, conversation_id, chain_id, price_version_id, pool_id, position_micros, charged_micros, hold_micros,
             provider_cost_nano_usd, customer_cost_nano_usd, flags, input_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens,
             output_tokens, reasoning_tokens, audio_input_tokens, audio_output_tokens, image_input_tokens, image_output_tokens, images, web_searches,
             audio_milliseconds, characters, requests)
-        select w.org, w.request_id, p_now, coalesce(w.used_at, p_now), 0, nullif(c.user_id, v_zero), nullif(c.api_key_id, v_zero), w.provider_key_id,
-            w.provider, w.model, c.team_id, c.department_id, c.department_name, w.conversation_id, w.chain_id, w.price_version_id, w.pool_id, w.position,
+        select w.org, w.request_id, p_now, coalesce(w.used_at, p_now), 0, nullif(w.user_id, v_zero), nullif(w.api_key_id, v_zero), w.provider_key_id,
+            w.provider, w.model, w.team_id, w.department_id, w.department_name, w.conversation_id, w.chain_id, w.price_version_id, w.pool_id, w.position,
             w.charged, w.held, case when w.flags & 2 = 2 then 0 else w.cost end, case when w.flags & 2 = 2 then w.cost else 0 end, w.flags & ~49,
-            p_usages[u.at + 1], p_usages[u.at + 2], p_usages[u.at + 3], p_usages[u.at + 4], p_usages[u.at + 5], p_usages[u.at + 6], p_usages[u.at + 7],
-            p_usages[u.at + 8], p_usages[u.at + 9], p_usages[u.at + 10], p_usages[u.at + 11], p_usages[u.at + 12], p_usages[u.at + 13],
-            p_usages[u.at + 14], p_usages[u.at + 15]
-        from unnest(p_organization_ids, p_actions, p_request_ids, p_costs, p_flags, p_providers, p_models, p_price_version_ids, p_provider_key_ids,
-            p_conversation_ids, p_used_at, p_chains, p_outcomes, p_held, p_charged, v_pools, v_positions) with ordinality
-            w(org, action, request_id, cost, flags, provider, model, price_version_id, provider_key_id, conversation_id, used_at,
-              chain_id, outcome, held, charged, pool_id, position, place)
-        join chains c on c.organization_id = w.org and c.chain_id = w.chain_id
-        cross join lateral (select ((w.place - 1) * 15)::int as at) u
+            p_usages[w.at + 1], p_usages[w.at + 2], p_usages[w.at + 3], p_usages[w.at + 4], p_usages[w.at + 5], p_usages[w.at + 6], p_usages[w.at + 7],
+            p_usages[w.at + 8], p_usages[w.at + 9], p_usages[w.at + 10], p_usages[w.at + 11], p_usages[w.at + 12], p_usages[w.at + 13],
+            p_usages[w.at + 14], p_usages[w.at + 15]
+        from (
+            select unnest(p_organization_ids) as org, unnest(p_actions) as action, unnest(p_request_ids) as request_id, unnest(p_user_ids) as user_id,
+                unnest(p_api_key_ids) as api_key_id, unnest(p_costs) as cost, unnest(p_flags) as flags, unnest(p_providers) as provider,
+                unnest(p_models) as model, unnest(p_price_version_ids) as price_version_id, unnest(p_provider_key_ids) as provider_key_id,
+                unnest(p_conversation_ids) as conversation_id, unnest(p_used_at) as used_at, unnest(p_chains) as chain_id,
+                unnest(p_outcomes) as outcome, unnest(p_held) as held, unnest(p_charged) as charged, unnest(p_teams) as team_id,
+                unnest(p_departments) as department_id, unnest(p_department_names) as department_name, unnest(p_pools) as pool_id,
+                unnest(p_positions) as position, generate_series(0, 15 * cardinality(p_actions) - 15, 15) as at
+        ) w
         where w.action in (3, 5) and w.outcome = -1;
 
-        insert into estimates (organization_id, request_id, chain_id, leg_micros, tokens, cost_nano_usd, flags, booked_at)
+    end if;
+
+    if 3 = any (p_actions) then
+        insert into credits.estimates (organization_id, request_id, chain_id, leg_micros, tokens, cost_nano_usd, flags, booked_at)
         select w.org, w.request_id, w.chain_id,
             array(select case when n = w.leg then w.charged else 0 end
-                  from chains c, generate_series(1, cardinality(c.leg_filters)) n
+                  from credits.chains c, generate_series(1, cardinality(c.leg_filters)) n
                   where c.organization_id = w.org and c.chain_id = w.chain_id order by n),
             w.tokens, w.cost, w.flags & ~49, p_now
         from unnest(p_organization_ids, p_actions, p_request_ids, p_tokens, p_costs, p_flags, p_chains, p_legs, p_outcomes, p_charged)
             w(org, action, request_id, tokens, cost, flags, chain_id, leg, outcome, charged)
-        where w.action = 3 and w.outcome = -1 and w.flags & 64 = 64;
+        where w.action = 3 and w.outcome = -1 and w.flags & 64 = 64
+        on conflict on constraint estimates_pkey do update set chain_id = excluded.chain_id, leg_micros = excluded.leg_micros,
+            tokens = excluded.tokens, cost_nano_usd = excluded.cost_nano_usd, flags = excluded.flags, booked_at = excluded.booked_at;
     end if;
 
     if 1 = any (p_outcomes) or 4 = any (p_actions) then
-        insert into unbilled_requests (organization_id, request_id, happened_at, outcome, user_id, api_key_id, provider, model, conversation_id,
+        insert into credits.unbilled_requests (organization_id, request_id, happened_at, outcome, user_id, api_key_id, provider, model, conversation_id,
             wanted_micros, binding_id, detail)
         select w.org, w.request_id, p_now,
             case when w.action <> 4 then 'refused' when w.flags & 64 = 64 then 'expired' else 'released' end,
@@ -1392,10 +1568,10 @@ begin
 
     if array_remove(p_keys, null) <> '{}' then
         -- A released request had no outcome: its key may be used again.
-        delete from commands k using unnest(p_organization_ids, p_keys, p_actions, p_request_ids, p_outcomes) w(org, key, action, request_id, outcome)
+        delete from credits.commands k using unnest(p_organization_ids, p_keys, p_actions, p_request_ids, p_outcomes) w(org, key, action, request_id, outcome)
         where k.organization_id = w.org and k.idempotency_key = w.key
           and (k.kept_until <= p_now or (w.action = 4 and w.outcome in (-1, 9) and k.request_id = w.request_id));
-        insert into commands (organization_id, idempotency_key, body_hash, request_id, outcome, answered_at, kept_until)
+        insert into credits.commands (organization_id, idempotency_key, body_hash, request_id, outcome, answered_at, kept_until)
         select w.org, w.key, w.body_hash, w.request_id,
             jsonb_build_object('outcome', greatest(w.outcome, 0), 'request_id', w.request_id, 'detail', w.detail, 'binding_id', w.binding_id,
                 'held_micros', case w.action when 1 then w.amount else 0 end, 'charged_micros', case when w.action in (3, 5) then w.charged else 0 end),
@@ -1432,7 +1608,8 @@ create or replace function credits.move_batch(
     p_used_at timestamptz[], p_keys text[], p_body_hashes bytea[], p_at timestamptz default null
 ) returns setof credits.verdict
 language plpgsql volatile security definer
-set search_path = credits, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_material = off set jit = off
+set search_path = credits, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_hashjoin = off
+set enable_mergejoin = off set enable_material = off set jit = off
 as $$
 #variable_conflict use_column
 declare
@@ -1454,9 +1631,14 @@ declare
     v_demands boolean;
     v_bent boolean;
     v_lingering boolean := false;
-    v_all boolean;
-    v_room_places integer[] := '{}';
-    v_rooms bigint[] := '{}';
+    v_version bigint;          -- limits_version of the first organization
+    v_is_plain boolean := false;
+    v_pools uuid[];
+    v_positions bigint[];
+    v_rooms bigint[];
+    v_teams uuid[];
+    v_departments uuid[];
+    v_department_names text[];
     v_tight_orgs uuid[];
     v_tight_ids uuid[];
     v_tight_starts timestamptz[];
@@ -1480,26 +1662,11 @@ begin
         return;
     end if;
     -- (1) gates, in organization order: whoever moves credits does this first, so nothing can deadlock
-    select array_agg(g.organization_id) filter (where g.next_event_at <> 'infinity') into v_due
-    from (select organization_id, next_event_at from gates where organization_id = any (p_organization_ids)
+    select array_agg(g.organization_id) filter (where g.next_event_at <> 'infinity'),
+        max(g.limits_version) filter (where g.organization_id = p_organization_ids[1])
+    into v_due, v_version
+    from (select organization_id, next_event_at, limits_version from gates where organization_id = any (p_organization_ids)
           order by organization_id for no key update) g;
-    if (select count(distinct r) from unnest(p_request_ids) r) < v_n - cardinality(array_positions(p_request_ids, null)) then
-        -- What happens to a request twice happens in order: settles and releases first, as ever, then as they arrived; each looks whether
-        -- an earlier one has booked it.
-        for v_row in select place::int from unnest(p_actions) with ordinality u(action, place) order by action not in (3, 4), place loop
-            return query
-            select v_row.place, v.outcome, v.request_id, v.held_micros, v.charged_micros, v.available_micros, v.binding_id, v.detail
-            from credits.move_batch(p_route, p_organization_ids[v_row.place:v_row.place], p_actions[v_row.place:v_row.place],
-                p_request_ids[v_row.place:v_row.place], p_user_ids[v_row.place:v_row.place], p_api_key_ids[v_row.place:v_row.place],
-                p_amounts[v_row.place:v_row.place], p_tokens[v_row.place:v_row.place], p_costs[v_row.place:v_row.place],
-                p_usages[v_row.place * 15 - 14:v_row.place * 15], p_marks[v_row.place:v_row.place], p_leases[v_row.place:v_row.place],
-                array[p_flags[v_row.place] | 32], p_providers[v_row.place:v_row.place], p_models[v_row.place:v_row.place],
-                p_price_version_ids[v_row.place:v_row.place], p_provider_key_ids[v_row.place:v_row.place],
-                p_conversation_ids[v_row.place:v_row.place], p_used_at[v_row.place:v_row.place], p_keys[v_row.place:v_row.place],
-                p_body_hashes[v_row.place:v_row.place], p_at) v;
-        end loop;
-        return;
-    end if;
     -- (2) the one instant of this batch
     v_now := credits.now_under_gate(p_at);
     -- (3) time events that are due
@@ -1508,251 +1675,269 @@ begin
             perform credits.fold_due_pools(v_row.organization_id, v_now);
             v_lingering := v_lingering or (select next_event_at = '-infinity' from gates where organization_id = v_row.organization_id);
         end loop;
+        select max(limits_version) into v_version from gates where organization_id = p_organization_ids[1];
     end if;
 
-    -- Resolve: which chain and leg each request goes by; chains that are missing or stale are built, then once more.
-    for v_try in 1..2 loop
-        select array_agg(r.chain_id order by r.place), array_agg(r.leg order by r.place), array_agg(r.outcome order by r.place),
-               array_agg(r.detail order by r.place), array_agg(r.held order by r.place),
-               array_agg(r.place order by r.place) filter (where r.is_slow), bool_or(r.is_stale),
-               bool_or(r.action in (3, 4)), bool_or(r.action in (1, 2, 5)), bool_or(r.is_bent)
-        into v_chains, v_legs, v_outcomes, v_details, v_held, v_slow, v_stale, v_settles, v_demands, v_bent
-        from (
-            select w.place::int, w.action,
-                case when h.chain_id is not null then h.chain_id else c.chain_id end as chain_id,
-                case when h.chain_id is not null then h.leg
-                     when cardinality(c.leg_filters) = 1 and c.leg_filters[1] is null then 1::smallint
-                     else credits.first_leg(c.leg_filters, w.model) end as leg,
-                case when v.is_valid is not true then 6
-                     when g.organization_id is null or (w.action = 5 and h.chain_id is not null) then 6
-                     when w.action = 1 and h.chain_id is not null then 3
-                     when w.action in (2, 4) and h.chain_id is null then 4
-                     when w.action in (3, 4) and w.flags & 64 = 64 and (h.chain_id is null or h.lease_expires_at > v_now) then 4
-                     when w.action in (1, 5) and c.refusal is not null and not (c.refusal = 'no_pool' and w.flags & 2 = 2) then 6
-                     else -1 end::smallint as outcome,
-                case when v.is_valid is not true or (w.action = 5 and h.chain_id is not null) then 'request_invalid'
-                     when g.organization_id is null then 'organization_unknown'
-                     when w.action in (1, 5) and h.chain_id is null and not (c.refusal = 'no_pool' and w.flags & 2 = 2) then c.refusal end as detail,
-                coalesce(h.amount_micros, 0) as held,
-                v.is_valid and g.organization_id is not null and (w.flags & 64 = 0 or h.lease_expires_at <= v_now) and (
-                    (w.action = 3 and (h.chain_id is null or h.leg_micros is not null or (w.amount > h.amount_micros
-                        and (select cardinality(hc.leg_filters) > 1 from chains hc where hc.organization_id = h.organization_id and hc.chain_id = h.chain_id))))
-                    or (w.action = 4 and h.leg_micros is not null)) as is_slow,
-                w.action in (1, 5) and h.chain_id is null and g.organization_id is not null
-                    and (c.chain_id is null or c.limits_version <> g.limits_version or c.valid_until <= v_now) as is_stale,
-                (h.chain_id is not null and w.action <> 1 and (h.model is distinct from w.model or (h.flags & 2) <> (w.flags & 2)))
-                    or (w.flags & 2 = 2 and w.amount > 0) as is_bent
-            from unnest(p_organization_ids, p_actions, p_request_ids, p_user_ids, p_api_key_ids, p_amounts, p_tokens, p_costs, p_marks, p_leases,
-                    p_flags, p_models, p_keys, p_body_hashes)
-                with ordinality as w(org, action, request_id, user_id, api_key_id, amount, tokens, cost, mark, lease, flags, model, key, body_hash, place)
-            cross join lateral (select w.request_id is not null and w.action between 1 and 5 and w.flags >= 0
-                and w.amount between 0 and v_most and w.tokens between 0 and v_most and w.cost between 0 and v_most and w.mark between 0 and v_most
-                and (w.action > 2 or w.lease > 0)
-                and (w.key is null or (w.body_hash is not null and length(w.key) between 1 and 255)) as is_valid) v
-            left join gates g on g.organization_id = w.org
-            left join holds h on h.organization_id = w.org and h.request_id = w.request_id
-            left join chains c on w.action in (1, 5) and c.organization_id = w.org and c.user_id = coalesce(w.user_id, v_zero)
-                and c.api_key_id = coalesce(w.api_key_id, v_zero) and c.replaced_at is null
-        ) r;
-        exit when not v_stale;
-        assert v_try = 1, 'a chain was stale right after it was built';
-        for v_row in
-            select distinct w.org, coalesce(w.user_id, v_zero) as user_id, coalesce(w.api_key_id, v_zero) as api_key_id
-            from unnest(p_organization_ids, p_actions, p_user_ids, p_api_key_ids) w(org, action, user_id, api_key_id)
-            join gates g on g.organization_id = w.org
-            left join chains c on c.organization_id = w.org and c.user_id = coalesce(w.user_id, v_zero)
-                and c.api_key_id = coalesce(w.api_key_id, v_zero) and c.replaced_at is null
-            where w.action in (1, 5) and (c.chain_id is null or c.limits_version <> g.limits_version or c.valid_until <= v_now)
-            order by 1, 2, 3
-        loop
-            perform credits.build_chain(v_row.org, v_row.user_id, v_row.api_key_id, v_now);
-        end loop;
-    end loop;
-    if v_bent then
-        -- A request goes on as it was held: on its model, and at no charge where the customer's own key pays.
-        select array_agg(case when t.is_own then 0 else w.amount end order by w.place),
-            array_agg((w.flags & ~2) | case when t.is_own then 2 else 0 end order by w.place),
-            array_agg(case when h.chain_id is null or w.action = 1 then w.model else h.model end order by w.place)
-        into p_amounts, p_flags, p_models
-        from unnest(p_organization_ids, p_actions, p_request_ids, p_amounts, p_flags, p_models) with ordinality
-            w(org, action, request_id, amount, flags, model, place)
-        left join holds h on h.organization_id = w.org and h.request_id = w.request_id
-        cross join lateral (select case when h.chain_id is null or w.action = 1 then w.flags else h.flags end & 2 = 2 as is_own) t;
-        v_charged := p_amounts;
+    -- (6) Most batches only hold and deduct, by chains that are current: one statement finds those and moves the demands.
+    if p_actions <@ array[1, 5]::smallint[] and array_remove(p_keys, null) = '{}'
+       and 0 <= all (p_amounts) and v_most >= all (p_amounts) and 0 <= all (p_tokens) and v_most >= all (p_tokens)
+       and 0 <= all (p_costs) and v_most >= all (p_costs) and 0 <= all (p_marks) and v_most >= all (p_marks)
+       and 0 <= all (p_flags) and (0 < all (p_leases) or not 1 = any (p_actions)) then
+        select t.is_plain, t.chains, t.legs, t.teams, t.departments, t.department_names, t.pools, t.positions, t.rooms,
+            t.tight_orgs, t.tight_ids, t.tight_starts
+        into v_is_plain, v_chains, v_legs, v_teams, v_departments, v_department_names, v_pools, v_positions, v_rooms,
+            v_tight_orgs, v_tight_ids, v_tight_starts
+        from credits.take(p_organization_ids, p_actions, p_request_ids, p_user_ids, p_api_key_ids, p_amounts, p_tokens, p_flags, p_models,
+            null, null, null, v_version, v_now) t;
     end if;
 
-    -- (5) known keys answer with their stored result; a twin in this very batch gets its elder's
-    if array_remove(p_keys, null) <> '{}' then
-        for v_row in
-            select w.place, k.outcome, k.body_hash = w.body_hash as same,
-                   first_value(w.place) over twins as elder, first_value(w.body_hash) over twins = w.body_hash as same_as_elder
-            from unnest(p_organization_ids, p_keys, p_body_hashes, p_actions) with ordinality w(org, key, body_hash, action, place)
-            left join commands k on k.organization_id = w.org and k.idempotency_key = w.key and k.kept_until > v_now
-            where w.key is not null and w.action <> 4 and v_details[w.place] is distinct from 'request_invalid'
-            window twins as (partition by w.org, w.key order by w.place)
-            order by w.place
-        loop
-            if v_row.outcome is not null then
-                v_outcomes[v_row.place] := case when not v_row.same then 5 when (v_row.outcome ->> 'outcome')::int in (1, 6) then 7 else 3 end;
-                v_details[v_row.place] := v_row.outcome ->> 'detail';
-                v_bindings[v_row.place] := (v_row.outcome ->> 'binding_id')::uuid;
-                v_held[v_row.place] := coalesce((v_row.outcome ->> 'held_micros')::bigint, 0);
-                v_charged[v_row.place] := coalesce((v_row.outcome ->> 'charged_micros')::bigint, 0);
-                p_request_ids[v_row.place] := (v_row.outcome ->> 'request_id')::uuid;
-            elsif v_row.elder <> v_row.place then
-                v_outcomes[v_row.place] := case when v_row.same_as_elder then 8 else 5 end;  -- 8: copied from the elder at the end
-                v_legs[v_row.place] := v_row.elder;
-            end if;
-        end loop;
-        v_slow := array(select s from unnest(v_slow) s where v_outcomes[s] = -1);
-    end if;
-    -- A deduction or hold repeated after an unknown answer may have been booked the first time.
-    if exists (select 1 from unnest(p_actions, p_flags) r(action, flags) where r.action in (1, 5) and r.flags & 32 = 32) then
-        for v_row in
-            select w.place, a.charged from unnest(p_organization_ids, p_request_ids, p_actions, p_flags) with ordinality w(org, request_id, action, flags, place)
-            cross join lateral (select sum(charged_micros)::bigint as charged, count(*) as rows from ledger.attribution
-                                where organization_id = w.org and request_id = w.request_id) a
-            where w.action in (1, 5) and w.flags & 32 = 32 and a.rows > 0
-              and (v_outcomes[w.place] = -1 or (v_outcomes[w.place] = 6 and v_details[w.place] <> 'request_invalid'))
-        loop
-            v_outcomes[v_row.place] := 3;
-            v_details[v_row.place] := null;
-            v_charged[v_row.place] := v_row.charged;
-        end loop;
-    end if;
-
-    -- (4) settles and releases
-    if v_settles then
-        if v_slow is not null then
+    if v_is_plain then
+        v_outcomes := array_fill(-1::smallint, array[v_n]);
+        v_details := array_fill(null::text, array[v_n]);
+        v_held := array_fill(0::bigint, array[v_n]);
+    else
+        if (select count(distinct r) from unnest(p_request_ids) r) < v_n - cardinality(array_positions(p_request_ids, null)) then
+            -- What happens to a request twice happens in order: settles and releases first, as ever, then as they arrived; each looks whether
+            -- an earlier one has booked it.
+            for v_row in select place::int from unnest(p_actions) with ordinality u(action, place) order by action not in (3, 4), place loop
+                return query
+                select v_row.place, v.outcome, v.request_id, v.held_micros, v.charged_micros, v.available_micros, v.binding_id, v.detail
+                from credits.move_batch(p_route, p_organization_ids[v_row.place:v_row.place], p_actions[v_row.place:v_row.place],
+                    p_request_ids[v_row.place:v_row.place], p_user_ids[v_row.place:v_row.place], p_api_key_ids[v_row.place:v_row.place],
+                    p_amounts[v_row.place:v_row.place], p_tokens[v_row.place:v_row.place], p_costs[v_row.place:v_row.place],
+                    p_usages[v_row.place * 15 - 14:v_row.place * 15], p_marks[v_row.place:v_row.place], p_leases[v_row.place:v_row.place],
+                    array[p_flags[v_row.place] | 32], p_providers[v_row.place:v_row.place], p_models[v_row.place:v_row.place],
+                    p_price_version_ids[v_row.place:v_row.place], p_provider_key_ids[v_row.place:v_row.place],
+                    p_conversation_ids[v_row.place:v_row.place], p_used_at[v_row.place:v_row.place], p_keys[v_row.place:v_row.place],
+                    p_body_hashes[v_row.place:v_row.place], p_at) v;
+            end loop;
+            return;
+        end if;
+        -- Resolve: which chain and leg each request goes by; chains that are missing or stale are built, then once more.
+        for v_try in 1..2 loop
+            select array_agg(r.chain_id order by r.place), array_agg(r.leg order by r.place), array_agg(r.outcome order by r.place),
+                   array_agg(r.detail order by r.place), array_agg(r.held order by r.place),
+                   array_agg(r.place order by r.place) filter (where r.is_slow), bool_or(r.is_stale),
+                   bool_or(r.action in (3, 4)), bool_or(r.action in (1, 2, 5)), bool_or(r.is_bent)
+            into v_chains, v_legs, v_outcomes, v_details, v_held, v_slow, v_stale, v_settles, v_demands, v_bent
+            from (
+                select w.place::int, w.action,
+                    case when h.chain_id is not null then h.chain_id else c.chain_id end as chain_id,
+                    case when h.chain_id is not null then h.leg
+                         when cardinality(c.leg_filters) = 1 and c.leg_filters[1] is null then 1::smallint
+                         else credits.first_leg(c.leg_filters, w.model) end as leg,
+                    case when v.is_valid is not true then 6
+                         when g.organization_id is null or (w.action = 5 and h.chain_id is not null) then 6
+                         when w.action = 1 and h.chain_id is not null then 3
+                         when w.action in (2, 4) and h.chain_id is null then 4
+                         when w.action in (3, 4) and w.flags & 64 = 64 and (h.chain_id is null or h.lease_expires_at > v_now) then 4
+                         when w.action in (1, 5) and c.refusal is not null and not (c.refusal = 'no_pool' and w.flags & 2 = 2) then 6
+                         else -1 end::smallint as outcome,
+                    case when v.is_valid is not true or (w.action = 5 and h.chain_id is not null) then 'request_invalid'
+                         when g.organization_id is null then 'organization_unknown'
+                         when w.action in (1, 5) and h.chain_id is null and not (c.refusal = 'no_pool' and w.flags & 2 = 2) then c.refusal end as detail,
+                    coalesce(h.amount_micros, 0) as held,
+                    v.is_valid and g.organization_id is not null and (w.flags & 64 = 0 or h.lease_expires_at <= v_now) and (
+                        (w.action = 3 and (h.chain_id is null or h.leg_micros is not null or (w.amount > h.amount_micros
+                            and (select cardinality(hc.leg_filters) > 1 from chains hc where hc.organization_id = h.organization_id and hc.chain_id = h.chain_id))))
+                        or (w.action = 4 and h.leg_micros is not null)) as is_slow,
+                    w.action in (1, 5) and h.chain_id is null and g.organization_id is not null
+                        and (c.chain_id is null or c.limits_version <> g.limits_version or c.valid_until <= v_now) as is_stale,
+                    (h.chain_id is not null and w.action <> 1 and (h.model is distinct from w.model or (h.flags & 2) <> (w.flags & 2)))
+                        or (w.flags & 2 = 2 and w.amount > 0) as is_bent
+                from unnest(p_organization_ids, p_actions, p_request_ids, p_user_ids, p_api_key_ids, p_amounts, p_tokens, p_costs, p_marks, p_leases,
+                        p_flags, p_models, p_keys, p_body_hashes)
+                    with ordinality as w(org, action, request_id, user_id, api_key_id, amount, tokens, cost, mark, lease, flags, model, key, body_hash, place)
+                cross join lateral (select w.request_id is not null and w.action between 1 and 5 and w.flags >= 0
+                    and w.amount between 0 and v_most and w.tokens between 0 and v_most and w.cost between 0 and v_most and w.mark between 0 and v_most
+                    and (w.action > 2 or w.lease > 0)
+                    and (w.key is null or (w.body_hash is not null and length(w.key) between 1 and 255)) as is_valid) v
+                left join gates g on g.organization_id = w.org
+                left join holds h on h.organization_id = w.org and h.request_id = w.request_id
+                left join chains c on w.action in (1, 5) and c.organization_id = w.org and c.user_id = coalesce(w.user_id, v_zero)
+                    and c.api_key_id = coalesce(w.api_key_id, v_zero) and c.replaced_at is null
+            ) r;
+            exit when not v_stale;
+            assert v_try = 1, 'a chain was stale right after it was built';
             for v_row in
-                select s.place from unnest(v_slow) s(place) order by 1
+                select distinct w.org, coalesce(w.user_id, v_zero) as user_id, coalesce(w.api_key_id, v_zero) as api_key_id
+                from unnest(p_organization_ids, p_actions, p_user_ids, p_api_key_ids) w(org, action, user_id, api_key_id)
+                join gates g on g.organization_id = w.org
+                left join chains c on c.organization_id = w.org and c.user_id = coalesce(w.user_id, v_zero)
+                    and c.api_key_id = coalesce(w.api_key_id, v_zero) and c.replaced_at is null
+                where w.action in (1, 5) and (c.chain_id is null or c.limits_version <> g.limits_version or c.valid_until <= v_now)
+                order by 1, 2, 3
             loop
-                select * into v_booked from credits.book_split(
-                    p_organization_ids[v_row.place], p_request_ids[v_row.place], p_actions[v_row.place] = 4,
-                    coalesce(p_user_ids[v_row.place], v_zero), coalesce(p_api_key_ids[v_row.place], v_zero), p_amounts[v_row.place],
-                    p_tokens[v_row.place], p_flags[v_row.place],
-                    credits.attribution_of(p_usages[(v_row.place - 1) * 15 + 1 : v_row.place * 15], p_costs[v_row.place], p_flags[v_row.place],
-                        p_providers[v_row.place], p_models[v_row.place], p_price_version_ids[v_row.place], p_provider_key_ids[v_row.place],
-                        p_conversation_ids[v_row.place], p_used_at[v_row.place]),
-                    v_now);
-                v_outcomes[v_row.place] := case when v_booked.outcome = 0 then 9 else v_booked.outcome end;  -- 9: accepted, booked already
-                v_charged[v_row.place] := v_booked.charged_micros;
-                v_held[v_row.place] := v_booked.held_micros;
-                if v_booked.outcome = 6 then
-                    v_details[v_row.place] := 'no_pool';
+                perform credits.build_chain(v_row.org, v_row.user_id, v_row.api_key_id, v_now);
+            end loop;
+        end loop;
+        if v_bent then
+            -- A request goes on as it was held: on its model, and at no charge where the customer's own key pays.
+            select array_agg(case when t.is_own then 0 else w.amount end order by w.place),
+                array_agg((w.flags & ~2) | case when t.is_own then 2 else 0 end order by w.place),
+                array_agg(case when h.chain_id is null or w.action = 1 then w.model else h.model end order by w.place)
+            into p_amounts, p_flags, p_models
+            from unnest(p_organization_ids, p_actions, p_request_ids, p_amounts, p_flags, p_models) with ordinality
+                w(org, action, request_id, amount, flags, model, place)
+            left join holds h on h.organization_id = w.org and h.request_id = w.request_id
+            cross join lateral (select case when h.chain_id is null or w.action = 1 then w.flags else h.flags end & 2 = 2 as is_own) t;
+            v_charged := p_amounts;
+        end if;
+
+        -- (5) known keys answer with their stored result; a twin in this very batch gets its elder's
+        if array_remove(p_keys, null) <> '{}' then
+            for v_row in
+                select w.place, k.outcome, k.body_hash = w.body_hash as same,
+                       first_value(w.place) over twins as elder, first_value(w.body_hash) over twins = w.body_hash as same_as_elder
+                from unnest(p_organization_ids, p_keys, p_body_hashes, p_actions) with ordinality w(org, key, body_hash, action, place)
+                left join commands k on k.organization_id = w.org and k.idempotency_key = w.key and k.kept_until > v_now
+                where w.key is not null and w.action <> 4 and v_details[w.place] is distinct from 'request_invalid'
+                window twins as (partition by w.org, w.key order by w.place)
+                order by w.place
+            loop
+                if v_row.outcome is not null then
+                    v_outcomes[v_row.place] := case when not v_row.same then 5 when (v_row.outcome ->> 'outcome')::int in (1, 6) then 7 else 3 end;
+                    v_details[v_row.place] := v_row.outcome ->> 'detail';
+                    v_bindings[v_row.place] := (v_row.outcome ->> 'binding_id')::uuid;
+                    v_held[v_row.place] := coalesce((v_row.outcome ->> 'held_micros')::bigint, 0);
+                    v_charged[v_row.place] := coalesce((v_row.outcome ->> 'charged_micros')::bigint, 0);
+                    p_request_ids[v_row.place] := (v_row.outcome ->> 'request_id')::uuid;
+                elsif v_row.elder <> v_row.place then
+                    v_outcomes[v_row.place] := case when v_row.same_as_elder then 8 else 5 end;  -- 8: copied from the elder at the end
+                    v_legs[v_row.place] := v_row.elder;
                 end if;
             end loop;
+            v_slow := array(select s from unnest(v_slow) s where v_outcomes[s] = -1);
         end if;
-        with gone as (
-            delete from holds h
-            using unnest(p_organization_ids, p_request_ids, p_actions, p_amounts, p_tokens, v_outcomes, p_flags) with ordinality
-                w(org, request_id, action, amount, tokens, outcome, flags, place)
-            where w.action in (3, 4) and w.outcome = -1 and h.organization_id = w.org and h.request_id = w.request_id
-            returning w.place::int, h.organization_id as org, h.chain_id, h.leg, h.model, h.flags | w.flags as flags, h.amount_micros, h.tokens as held_tokens,
-                case w.action when 3 then w.amount else 0 end as charged, case w.action when 3 then w.tokens else 0 end as tokens,
-                case w.action when 3 then 1 else 0 end as calls
-        ), deltas as materialized (
-            select g.org, e.id, e.start,
-                sum(case e.metric when 0 then g.charged when 1 then g.calls else g.tokens end)::bigint as used,
-                sum(case e.metric when 0 then g.amount_micros when 1 then 1 else g.held_tokens end)::bigint as held
-            from gone g join chains c on c.organization_id = g.org and c.chain_id = g.chain_id
-            cross join lateral unnest(c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters) e(id, start, metric, leg, filter)
-            where (e.leg = 0 or e.leg = g.leg) and (e.filter is null or g.model like e.filter) and not (e.metric = 0 and g.flags & 2 = 2)
-            group by 1, 2, 3
-        ), moved as (
-            update balances b set used_amount = used_amount + d.used, held_amount = held_amount - d.held,
-                excess_amount = greatest(0, used_amount + d.used + held_amount - d.held - limit_amount)
-            from deltas d where b.organization_id = d.org and b.balance_id = d.id and b.period_start = d.start
-            returning b.organization_id as org, b.balance_id as id, b.kind = 'allocation'
-                and (b.excess_amount > 0 or b.used_amount - d.used + b.held_amount + d.held > b.limit_amount) as is_over
-        )
-        select array_agg(org), array_agg(id) into v_over_orgs, v_over_ids from moved where is_over;
-        if v_over_ids is not null then
-            perform credits.reopen_parts(v_over_orgs, v_over_ids);
+        -- A deduction or hold repeated after an unknown answer may have been booked the first time.
+        if exists (select 1 from unnest(p_actions, p_flags) r(action, flags) where r.action in (1, 5) and r.flags & 32 = 32) then
+            for v_row in
+                select w.place, a.charged from unnest(p_organization_ids, p_request_ids, p_actions, p_flags) with ordinality w(org, request_id, action, flags, place)
+                cross join lateral (select sum(charged_micros)::bigint as charged, count(*) as rows from ledger.attribution
+                                    where organization_id = w.org and request_id = w.request_id) a
+                where w.action in (1, 5) and w.flags & 32 = 32 and a.rows > 0
+                  and (v_outcomes[w.place] = -1 or (v_outcomes[w.place] = 6 and v_details[w.place] <> 'request_invalid'))
+            loop
+                v_outcomes[v_row.place] := 3;
+                v_details[v_row.place] := null;
+                v_charged[v_row.place] := v_row.charged;
+            end loop;
         end if;
-        if v_lingering then
-            -- What a released hold kept of an expired grant must be gone before anybody else is authorized.
-            for v_row in select distinct o from unnest(p_organization_ids) o order by 1 loop
-                perform credits.fold_due_pools(v_row.o, v_now);
+
+        -- (4) settles and releases
+        if v_settles then
+            if v_slow is not null then
+                for v_row in
+                    select s.place from unnest(v_slow) s(place) order by 1
+                loop
+                    select * into v_booked from credits.book_split(
+                        p_organization_ids[v_row.place], p_request_ids[v_row.place], p_actions[v_row.place] = 4,
+                        coalesce(p_user_ids[v_row.place], v_zero), coalesce(p_api_key_ids[v_row.place], v_zero), p_amounts[v_row.place],
+                        p_tokens[v_row.place], p_flags[v_row.place],
+                        credits.attribution_of(p_usages[(v_row.place - 1) * 15 + 1 : v_row.place * 15], p_costs[v_row.place], p_flags[v_row.place],
+                            p_providers[v_row.place], p_models[v_row.place], p_price_version_ids[v_row.place], p_provider_key_ids[v_row.place],
+                            p_conversation_ids[v_row.place], p_used_at[v_row.place]),
+                        v_now);
+                    v_outcomes[v_row.place] := case when v_booked.outcome = 0 then 9 else v_booked.outcome end;  -- 9: accepted, booked already
+                    v_charged[v_row.place] := v_booked.charged_micros;
+                    v_held[v_row.place] := v_booked.held_micros;
+                    if v_booked.outcome = 6 then
+                        v_details[v_row.place] := 'no_pool';
+                    end if;
+                end loop;
+            end if;
+            with gone as (
+                delete from holds h
+                using unnest(p_organization_ids, p_request_ids, p_actions, p_amounts, p_tokens, v_outcomes, p_flags) with ordinality
+                    w(org, request_id, action, amount, tokens, outcome, flags, place)
+                where w.action in (3, 4) and w.outcome = -1 and h.organization_id = w.org and h.request_id = w.request_id
+                returning w.place::int, h.organization_id as org, h.chain_id, h.leg, h.model, h.flags | w.flags as flags, h.amount_micros, h.tokens as held_tokens,
+                    case w.action when 3 then w.amount else 0 end as charged, case w.action when 3 then w.tokens else 0 end as tokens,
+                    case w.action when 3 then 1 else 0 end as calls
+            ), deltas as materialized (
+                select g.org, e.id, e.start,
+                    sum(case e.metric when 0 then g.charged when 1 then g.calls else g.tokens end)::bigint as used,
+                    sum(case e.metric when 0 then g.amount_micros when 1 then 1 else g.held_tokens end)::bigint as held
+                from gone g join chains c on c.organization_id = g.org and c.chain_id = g.chain_id
+                cross join lateral unnest(c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters) e(id, start, metric, leg, filter)
+                where (e.leg = 0 or e.leg = g.leg) and (e.filter is null or g.model like e.filter) and not (e.metric = 0 and g.flags & 2 = 2)
+                group by 1, 2, 3
+            ), moved as (
+                update balances b set used_amount = used_amount + d.used, held_amount = held_amount - d.held,
+                    excess_amount = greatest(0, used_amount + d.used + held_amount - d.held - limit_amount)
+                from deltas d where b.organization_id = d.org and b.balance_id = d.id and b.period_start = d.start
+                returning b.organization_id as org, b.balance_id as id, b.kind = 'allocation'
+                    and (b.excess_amount > 0 or b.used_amount - d.used + b.held_amount + d.held > b.limit_amount) as is_over
+            )
+            select array_agg(org), array_agg(id) into v_over_orgs, v_over_ids from moved where is_over;
+            if v_over_ids is not null then
+                perform credits.reopen_parts(v_over_orgs, v_over_ids);
+            end if;
+            if v_lingering then
+                -- What a released hold kept of an expired grant must be gone before anybody else is authorized.
+                for v_row in select distinct o from unnest(p_organization_ids) o order by 1 loop
+                    perform credits.fold_due_pools(v_row.o, v_now);
+                end loop;
+            end if;
+        end if;
+
+        -- (6) one guarded update of all summed demands: what does not come back is tight
+        v_positions := null;
+        v_rooms := null;
+        if v_demands then
+            select t.rooms, t.tight_orgs, t.tight_ids, t.tight_starts into v_rooms, v_tight_orgs, v_tight_ids, v_tight_starts
+            from credits.take(p_organization_ids, p_actions, p_request_ids, p_user_ids, p_api_key_ids, p_amounts, p_tokens, p_flags, p_models,
+                v_chains, v_legs, v_outcomes, v_version, v_now) t;
+            -- No leg may pay for the model: nothing was asked of any pool.
+            for v_row in select place from unnest(p_actions, v_outcomes, v_legs, p_flags) with ordinality u(action, outcome, leg, flags, place)
+                         where action in (1, 5) and outcome = -1 and leg = 0 and flags & 2 = 0 loop
+                v_details[v_row.place] := 'no_pool_for_model';
             end loop;
         end if;
     end if;
 
-    -- (6) one guarded update of all summed demands: what does not come back is tight
-    if v_demands then
-        with w as materialized (
-            select w.* from unnest(p_organization_ids, p_actions, p_amounts, p_tokens, p_flags, p_models, v_chains, v_legs, v_outcomes) with ordinality
-                as w(org, action, amount, tokens, flags, model, chain_id, leg, outcome, place)
-            where w.action in (1, 2, 5) and w.outcome = -1 and not (w.action = 2 and w.amount = 0 and w.tokens = 0)
-        ), demand as materialized (
-            select w.place, w.org, w.action, e.id, e.start, e.metric = 0 and cardinality(c.leg_filters) = 1 as shows_room,
-                case e.metric when 0 then w.amount when 1 then case w.action when 2 then 0 else 1 end else w.tokens end as amount
-            from w join chains c on c.organization_id = w.org and c.chain_id = w.chain_id
-            cross join lateral unnest(c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters) e(id, start, metric, leg, filter)
-            where (e.leg = 0 or e.leg = w.leg) and (e.filter is null or w.model like e.filter) and not (e.metric = 0 and w.flags & 2 = 2)
-              and (w.action <> 2 or case e.metric when 0 then w.amount when 1 then 0 else w.tokens end > 0)  -- an extension asks what it needs
-        ), sums as materialized (
-            select org, id, start, coalesce(sum(amount) filter (where action <> 5), 0)::bigint as held,
-                coalesce(sum(amount) filter (where action = 5), 0)::bigint as used,
-                array_agg(place::int) filter (where shows_room) as places
-            from demand group by 1, 2, 3
-        ), moved as (
-            update balances b set held_amount = held_amount + s.held, used_amount = used_amount + s.used,
-                excess_amount = case when b.stops then 0 else greatest(0, used_amount + s.used + held_amount + s.held - limit_amount) end
-            from sums s
-            where b.organization_id = s.org and b.balance_id = s.id and b.period_start = s.start
-              and (not b.stops or (b.excess_amount = 0 and b.used_amount + b.held_amount + s.held + s.used <= b.limit_amount))
-            returning b.organization_id as org, b.balance_id as id, b.period_start as start, s.places,
-                case when b.stops then b.limit_amount - b.used_amount - b.held_amount end as room
-        ), rooms as (
-            select p.place, min(m.room) as room from moved m cross join lateral unnest(m.places) p(place) group by p.place
-        ), tight as (
-            -- NOT IN is a hashed look-up; a join of the two would compare every row with every other
-            select array_agg(s.org) as orgs, array_agg(s.id) as ids, array_agg(s.start) as starts
-            from sums s where (s.org, s.id, s.start) not in (select org, id, start from moved)
-        )
-        select t.orgs is null, t.orgs, t.ids, t.starts, r.places, r.rooms
-        into v_all, v_tight_orgs, v_tight_ids, v_tight_starts, v_room_places, v_rooms
-        from tight t, (select array_agg(place) as places, array_agg(room) as rooms from rooms) r;
-
-        -- No leg may pay for the model: nothing was asked of any pool.
-        for v_row in select place from unnest(p_actions, v_outcomes, v_legs, p_flags) with ordinality u(action, outcome, leg, flags, place)
-                     where action in (1, 5) and outcome = -1 and leg = 0 and flags & 2 = 0 loop
-            v_details[v_row.place] := 'no_pool_for_model';
-        end loop;
-
-        -- (7) only the requests that touch a tight balance are decided one by one
-        if not v_all or 'no_pool_for_model' = any (v_details) then
-            select t.outcomes, t.details, t.bindings, t.legs, t.split_places, t.split_legs, t.split_micros
-            into v_outcomes, v_details, v_bindings, v_legs, v_split_places, v_split_legs, v_split_micros
-            from credits.decide_tight(p_organization_ids, p_actions, p_amounts, p_tokens, p_flags, p_models, v_chains, v_legs, v_outcomes,
-                v_details, v_bindings, coalesce(v_tight_orgs, '{}'), coalesce(v_tight_ids, '{}'), coalesce(v_tight_starts, '{}'), v_now) t;
-            v_room_places := '{}';  -- measured before the refusals were taken back
-            v_rooms := '{}';
-        end if;
+    -- (7) only the requests that touch a tight balance are decided one by one
+    if v_tight_ids is not null or 'no_pool_for_model' = any (v_details) then
+        select t.outcomes, t.details, t.bindings, t.legs, t.split_places, t.split_legs, t.split_micros
+        into v_outcomes, v_details, v_bindings, v_legs, v_split_places, v_split_legs, v_split_micros
+        from credits.decide_tight(p_organization_ids, p_actions, p_amounts, p_tokens, p_flags, p_models, v_chains, v_legs, v_outcomes,
+            v_details, v_bindings, coalesce(v_tight_orgs, '{}'), coalesce(v_tight_ids, '{}'), coalesce(v_tight_starts, '{}'), v_now) t;
+        v_positions := null;  -- measured before the refusals were taken back
+        v_rooms := null;
     end if;
 
     -- (8) what was decided, in one insert each
     perform credits.post_batch(p_organization_ids, p_actions, p_request_ids, p_amounts, p_tokens, p_costs, p_usages, p_marks, p_leases, p_flags,
         p_providers, p_models, p_price_version_ids, p_provider_key_ids, p_conversation_ids, p_used_at, p_keys, p_body_hashes,
         v_chains, v_legs, v_outcomes, v_details, v_bindings, v_held, v_charged, p_user_ids, p_api_key_ids,
-        v_split_places, v_split_legs, v_split_micros, v_now);
+        v_split_places, v_split_legs, v_split_micros, v_teams, v_departments, v_department_names, v_pools, v_positions, v_now);
 
+    if 8 = any (v_outcomes) then
+        for v_row in select place::int, elder from unnest(v_outcomes, v_legs) with ordinality u(outcome, elder, place) where outcome = 8 order by place loop
+            v_held[v_row.place] := v_held[v_row.elder] + case when v_outcomes[v_row.elder] = -1 then p_amounts[v_row.elder] else 0 end;
+            v_outcomes[v_row.place] := case when v_outcomes[v_row.elder] in (-1, 9) then 3 when v_outcomes[v_row.elder] in (1, 6) then 7
+                else v_outcomes[v_row.elder] end;
+            p_request_ids[v_row.place] := p_request_ids[v_row.elder];
+            v_charged[v_row.place] := v_charged[v_row.elder];
+            v_chains[v_row.place] := v_chains[v_row.elder];
+            v_bindings[v_row.place] := v_bindings[v_row.elder];
+            v_details[v_row.place] := v_details[v_row.elder];
+        end loop;
+    end if;
+    if v_rooms is null or array_position(v_rooms, null) is not null then
+        v_rooms := array(select coalesce(u.room, u.other)
+            from unnest(v_rooms, credits.rooms_of(p_organization_ids, v_chains, p_models)) with ordinality u(room, other, place) order by place);
+    end if;
     return query
-    select w.place::int,
-        case when w.outcome = 8 and e.outcome in (-1, 9) then 3 when w.outcome = 8 and e.outcome in (1, 6) then 7
-             when e.outcome in (-1, 9) then 0 else e.outcome end::smallint,
-        e.request_id,
-        case when w.action in (1, 2) and e.outcome in (-1, 3) then e.held + case when w.action = 2 or e.held = 0 then case when e.outcome = 3 then 0 else e.amount end else 0 end else 0 end,
-        case when w.action in (3, 5) and e.outcome in (-1, 9, 3) then e.charged else 0 end,
-        case when e.chain_id is not null then coalesce(r.room, credits.available_of(w.org, e.chain_id, w.model)) end,
-        e.binding_id, e.detail
-    from unnest(p_organization_ids, p_actions, p_models, v_outcomes, v_legs) with ordinality w(org, action, model, outcome, leg, place)
-    cross join lateral (select case when w.outcome = 8 then w.leg::int else w.place::int end as at) a
-    cross join lateral (select v_outcomes[a.at] as outcome, p_request_ids[a.at] as request_id, v_held[a.at] as held, p_amounts[a.at] as amount,
-        v_charged[a.at] as charged, v_chains[a.at] as chain_id, v_bindings[a.at] as binding_id, v_details[a.at] as detail) e
-    left join unnest(v_room_places, v_rooms) r(place, room) on r.place = w.place
-    order by w.place;
+    select w.place, case when w.outcome in (-1, 9) then 0 else w.outcome end::smallint, w.request_id,
+        case when w.action in (1, 2) and w.outcome = -1 then w.held + w.amount when w.action in (1, 2) and w.outcome = 3 then w.held else 0 end,
+        case when w.action in (3, 5) and w.outcome in (-1, 9, 3) then w.charged else 0 end,
+        w.room, w.binding_id, w.detail
+    from (
+        select generate_series(1, v_n) as place, unnest(p_actions) as action, unnest(v_outcomes) as outcome, unnest(p_request_ids) as request_id,
+            unnest(v_held) as held, unnest(p_amounts) as amount, unnest(v_charged) as charged, unnest(v_rooms) as room,
+            unnest(v_bindings) as binding_id, unnest(v_details) as detail
+    ) w;
 end $$;
 comment on function credits.move_batch is 'Decides a batch of settles, releases, authorizes, extends and deductions; one verdict a request';
 

@@ -410,6 +410,7 @@ create table credits.chains (
     entry_metrics smallint[] not null,
     entry_legs smallint[] not null,
     entry_filters text[] not null,
+    is_plain boolean not null,
     built_at timestamptz not null,
     replaced_at timestamptz,
     constraint chains_pkey primary key (organization_id, chain_id)
@@ -432,9 +433,13 @@ comment on column credits.chains.entry_starts is 'Their period_start';
 comment on column credits.chains.entry_metrics is '0 credits, 1 calls, 2 tokens';
 comment on column credits.chains.entry_legs is '0: checked always; n: only when leg n pays';
 comment on column credits.chains.entry_filters is 'LIKE pattern of the models the entry counts; null: every one';
+comment on column credits.chains.is_plain is 'One leg for every model, and every balance counts every model in credits: entries need no second look';
 comment on column credits.chains.built_at is 'When it was built';
 comment on column credits.chains.replaced_at is 'When a newer one took its place';
 create unique index chains_current on credits.chains (organization_id, user_id, api_key_id) where replaced_at is null;
+-- One organization may have very many chains and most have few: told that all rows are one organization's, the planner looks a chain up
+-- by the whole key and never by the organization alone.
+alter table credits.chains alter column organization_id set (n_distinct = 1);
 call tenancy.protect('credits.chains', 'select', 'select, insert, update');
 
 create table credits.holds (
@@ -502,7 +507,7 @@ comment on column credits.estimates.tokens is 'Tokens counted on token limits';
 comment on column credits.estimates.cost_nano_usd is 'Provider cost that the estimate stands for';
 comment on column credits.estimates.flags is 'Bits as in attribution';
 comment on column credits.estimates.booked_at is 'When it was charged';
-call tenancy.protect('credits.estimates', 'select', 'select, insert, delete');
+call tenancy.protect('credits.estimates', 'select', 'select, insert, update, delete');
 
 create table credits.commands (
     organization_id uuid not null,
