@@ -119,7 +119,7 @@ def problem_page(request: Request, problem: Problem) -> Response:
         title,
         *texts,
         status=problem.status,
-        links=[("To my organization", "/")] if problem.status in (403, 404) else [],
+        links=[("To my organization", "/")] if problem.status == 404 else [],
         reference=f"Request {request_id}" if problem.status >= 500 and request_id else None,
     )
     answer.headers.update(problem.headers)
