@@ -26,7 +26,7 @@ def free_port() -> int:
 
 def get(url: str) -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
+        with urllib.request.urlopen(url, timeout=60) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -34,7 +34,7 @@ def get(url: str) -> tuple[int, str]:
         return 0, ""
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 40) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -78,7 +78,7 @@ def test_it_comes_up_and_ends_on_a_signal(start: Start, data_dir: Path, number: 
     assert get(f"{url}/healthz")[0] == 200
     assert get(f"{url}/nowhere")[0] == 404
     child.send_signal(number)
-    _, err = child.communicate(timeout=30)
+    _, err = child.communicate(timeout=90)
     assert "Traceback" not in err
     assert EmbeddedServer(data_dir).pid is None
 
@@ -94,7 +94,7 @@ def test_several_processes_share_the_port_the_database_and_the_metrics(start: St
     assert sum(float(line.split()[-1]) for line in counted) == 40  # of both processes, whichever answered
     assert server.pid is not None
     child.terminate()
-    child.communicate(timeout=40)
+    child.communicate(timeout=90)
     assert server.pid is None
 
 
@@ -109,5 +109,5 @@ def test_killed_it_comes_back_on_the_same_data(start: Start, data_dir: Path) -> 
     assert EmbeddedServer(data_dir).pid == pid
     assert get(f"{url}/readyz")[0] == 200
     child.terminate()
-    child.communicate(timeout=30)
+    child.communicate(timeout=90)
     assert EmbeddedServer(data_dir).pid is None

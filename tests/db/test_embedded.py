@@ -40,7 +40,7 @@ def write_row(server: EmbeddedServer) -> None:
         conn.execute("insert into kept values (1)")
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 20) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
