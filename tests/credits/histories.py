@@ -166,9 +166,11 @@ class Stage:
             events += [g.expires for g in organization.grants.values() if g.state == "active"]
             events += [h.expires for h in organization.holds.values()]
             events += [c.valid_until for c in organization.chains.values()]
-        self.now = min(each for each in events if each > self.now)
-        if how == 10:
-            self.now -= timedelta(microseconds=1)  # just before it
+        event = min(each for each in events if each > self.now)
+        before = self.now
+        self.now = event - timedelta(microseconds=1) if how == 10 else event  # just before it, or at it
+        if self.now == before:
+            self.now = event
 
     # ------------------------------------------------------------------ commands
 

@@ -821,14 +821,9 @@ class Organization:
 
     def _resolve(self, moves: list[Move], now: datetime) -> list[Answer]:
         """Which chain each goes by, and what is decided without looking at any balance."""
-        asking = [m for m in moves if m.action in (AUTHORIZE, DEDUCT)]
-        pairs = {(m.user or NOBODY, m.key or NOBODY) for m in asking}
-        if any(
-            m.request not in self.holds and self.is_stale(self.chains.get((m.user or NOBODY, m.key or NOBODY)), now)
-            for m in asking
-        ):
-            for pair in pairs:
-                self.chain_of(*pair, now)
+        for move in moves:
+            if move.action in (AUTHORIZE, DEDUCT) and move.request not in self.holds:
+                self.chain_of(move.user or NOBODY, move.key or NOBODY, now)
         return [self._first_look(move, now) for move in moves]
 
     def _first_look(self, move: Move, now: datetime) -> Answer:

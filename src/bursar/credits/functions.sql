@@ -1761,11 +1761,13 @@ begin
             assert v_try = 1, 'a chain was stale right after it was built';
             for v_row in
                 select distinct w.org, coalesce(w.user_id, v_zero) as user_id, coalesce(w.api_key_id, v_zero) as api_key_id
-                from unnest(p_organization_ids, p_actions, p_user_ids, p_api_key_ids) w(org, action, user_id, api_key_id)
+                from unnest(p_organization_ids, p_actions, p_request_ids, p_user_ids, p_api_key_ids) w(org, action, request_id, user_id, api_key_id)
                 join gates g on g.organization_id = w.org
+                left join holds h on h.organization_id = w.org and h.request_id = w.request_id
                 left join chains c on c.organization_id = w.org and c.user_id = coalesce(w.user_id, v_zero)
                     and c.api_key_id = coalesce(w.api_key_id, v_zero) and c.replaced_at is null
-                where w.action in (1, 5) and (c.chain_id is null or c.limits_version <> g.limits_version or c.valid_until <= v_now)
+                where w.action in (1, 5) and h.request_id is null
+                  and (c.chain_id is null or c.limits_version <> g.limits_version or c.valid_until <= v_now)
                 order by 1, 2, 3
             loop
                 perform credits.build_chain(v_row.org, v_row.user_id, v_row.api_key_id, v_now);
