@@ -40,6 +40,7 @@ for noun, commands in NOUNS.items():
 app.command("serve")(serve.serve)
 app.command("why")(questions.why)
 app.command("explain")(questions.explain)
+app.command("verify")(questions.verify)
 
 
 def _print_version(wanted: bool) -> None:

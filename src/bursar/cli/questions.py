@@ -1,4 +1,4 @@
-"""`bursar why` and `bursar explain`: may this be spent, and where did this charge go."""
+"""`bursar why`, `bursar explain`, `bursar verify`: may this be spent, where did this go, do the books agree."""
 
 from typing import Annotated, Any
 from uuid import UUID
@@ -12,6 +12,8 @@ from bursar.cli.output import Column, JsonOption, print_fields, print_json, prin
 from bursar.cli.scope import OrgOption, key_of, member_of, within
 from bursar.credits import explain as explaining
 from bursar.credits import why as asking
+from bursar.credits.verify import Finding
+from bursar.credits.verify import verify as verify_books
 from bursar.identity.organizations import Organization
 
 
@@ -118,6 +120,25 @@ def _print_story(story: dict[str, Any]) -> None:
         typer.echo(f"  passed {limit['name']}: {limit['available']['amount']} left now")
     if story["not_charged"]:
         typer.echo(f"  {story['not_charged']['outcome']}: {story['not_charged']['reason'] or ''}")
+
+
+def verify(
+    as_json: JsonOption = False,
+) -> int:
+    """Recompute every balance from the ledger and report each difference. Exit code 1 when there is one.
+
+    Examples: `bursar verify`, `bursar verify --json`
+    """
+
+    async def work(database: db.Database) -> list[Finding]:
+        async with database.platform() as conn:
+            return await verify_books(conn)
+
+    found = with_database(work)
+    columns = [Column(key, key.replace("_", " ").capitalize()) for key in ("invariant", "organization_id", "subject")]
+    columns += [Column("expected", "Expected", right=True), Column("found", "Found", right=True)]
+    print_rows(found, columns, as_json=as_json, empty="The books agree.")
+    return Exit.FAILED if found else Exit.DONE
 
 
 def _request_id(text: str) -> UUID:

@@ -19,13 +19,18 @@ class Queries:
         except KeyError:
             raise AttributeError(f"{self._package}/queries.sql has no '-- name: {name}'") from None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all statements, in the order of the file."""
+        return tuple(self._statements)
+
     def __dir__(self) -> list[str]:
         return sorted(self._statements)
 
 
-def load_queries(package: str) -> Queries:
-    """Read queries.sql beside a package: blocks headed `-- name: pool_balance`, parameters as %(name)s."""
-    return Queries(package, parse_queries(files(package).joinpath("queries.sql").read_text(encoding="utf-8")))
+def load_queries(package: str, file: str = "queries.sql") -> Queries:
+    """Read a file of SQL beside a package: blocks headed `-- name: pool_balance`, parameters as %(name)s."""
+    return Queries(package, parse_queries(files(package).joinpath(file).read_text(encoding="utf-8")))
 
 
 def parse_queries(text: str) -> dict[str, str]:
