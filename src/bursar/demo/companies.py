@@ -97,8 +97,10 @@ def _acme(as_of: datetime) -> Company:
     rest = calendar.span(Rest())
     rest_days = 0 if rest is None else len(list(calendar.days(rest)))
     last_month = 223_000 + 11_000 * rest_days
-    early = {back: 236_000 * 72 ** (back - 2) // 100 ** (back - 1) * 100 for back in range(MONTHS, DENSE_MONTHS, -1)}
-    bought = {6: 60_000, 5: 90_000, 4: 120_000, 3: 170_000, 2: 240_000, 1: last_month, 0: 280_000}
+    early = {
+        back: 236_000 * 6 ** (back - 2) // (100 * 10 ** (back - 2)) * 100 for back in range(MONTHS, DENSE_MONTHS, -1)
+    }
+    bought = {6: 30_000, 5: 50_000, 4: 85_000, 3: 140_000, 2: 240_000, 1: last_month, 0: 280_000}
     by_key = {"OpenAI Prod": 60, "Anthropic Prod": 32, "Staging": 8}
 
     def use(when: Month | Elapsed | Rest, credits: int, requests: int, people: Mapping[str, int]) -> Use:
@@ -363,11 +365,11 @@ def _meridian(as_of: datetime) -> Company:
         ),
         grants=_plan(100_000, "Plan Enterprise"),
         caps=(
-            Cap(at=Month(1), scope=Scope.DEPARTMENT, target="Marketing", credits=40_000),
-            Cap(at=Month(1), scope=Scope.ORGANIZATION, target=None, credits=95_000, action=LimitAction.WARNS),
+            Cap(at=Month(1), scope=Scope.DEPARTMENT, target="Marketing", credits=20_000),
+            Cap(at=Month(1), scope=Scope.ORGANIZATION, target=None, credits=60_000, action=LimitAction.WARNS),
         ),
         uses=(
-            *_monthly(as_of, "Europe/Paris", 78_000, 2_400, EVERYTHING),
+            *_monthly(as_of, "Europe/Paris", 46_000, 2_000, EVERYTHING),
             Use(
                 when=Month(0),
                 credits=3,
@@ -579,7 +581,7 @@ def _long_tail(as_of: datetime) -> Iterator[Company]:
         slug = name.lower().replace(" ", "-")
         rng = random.Random(slug)
         domain = f"{slug}.example"
-        staff = _staff(rng, domain, {"Team": (1 + rng.randrange(4), ())})
+        staff = _staff(rng, domain, {"Team": (1 + rng.randrange(2), ())})
         boss = Person(name=next(people.names(rng)), email=f"owner@{domain}", roles=ADMIN, weight=20)
         joined = 20 + rng.randrange(370)
         total = int(40 * rng.paretovariate(0.8)) + 20

@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 from bursar import db
 from bursar.audit.events import OPERATOR, Actor
 from bursar.clock import uuid7_at
 from bursar.credits.pools import open_credits
+from bursar.demo.rhythm import Calendar
 from bursar.demo.stories import Company, Move, Person
 from bursar.identity.addresses import Address
 from bursar.identity.api_keys import create_api_key, revoke_api_key
@@ -47,7 +49,8 @@ class Site:
 
 async def found(database: db.Database, company: Company, as_of: datetime) -> Site:
     """The organization, with its mark-up from the beginning; for an individual, the person and their home."""
-    joined = as_of - timedelta(days=company.joined, minutes=10)
+    began = Calendar(as_of, ZoneInfo(company.zone)).day_start(company.joined)
+    joined = began if company.joined else as_of - timedelta(minutes=10)
     if company.kind == "individual":
         user = await _user(database, company, company.people[0])
         return Site(company, user.home_organization_id, joined, users={company.admin: user})

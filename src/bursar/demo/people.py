@@ -22,9 +22,12 @@ _FAMILY: Final = (  # noqa: SIM905 - a list of words
 
 def names(rng: random.Random) -> Iterator[str]:
     """Full names, none twice."""
-    pairs = [f"{given} {family}" for given in _GIVEN for family in _FAMILY]
-    rng.shuffle(pairs)
-    yield from pairs
+    seen: set[str] = set()
+    while True:
+        name = f"{rng.choice(_GIVEN)} {rng.choice(_FAMILY)}"
+        if name not in seen:
+            seen.add(name)
+            yield name
 
 
 def email(name: str, domain: str) -> str:

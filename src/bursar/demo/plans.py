@@ -17,6 +17,9 @@ from bursar.money import MICROS_PER_CREDIT, Micros, credits
 
 DENSE_DAYS = 92
 MOST_IN_A_BATCH = 1_000
+LEAST_REQUESTS = 3
+"""Who asks at all asks so often."""
+
 PAUSE = timedelta(minutes=25)
 """After so long a silence people begin another conversation."""
 
@@ -157,7 +160,7 @@ def _calls(
 
 def _cells(company: Company, use: Use, rng: random.Random) -> Iterator[_Cell]:
     """Who used how much through which key; exactly the story's sums."""
-    people = use.people or _by_weight(company, use.credits, rng)
+    people = use.people or _by_weight(company, use, rng)
     assert sum(people.values()) == use.credits, (
         f"{company.slug}: people come to {sum(people.values())} of {use.credits}"
     )
@@ -172,10 +175,11 @@ def _cells(company: Company, use: Use, rng: random.Random) -> Iterator[_Cell]:
                 yield _Cell(person, key, amount)
 
 
-def _by_weight(company: Company, amount: int, rng: random.Random) -> Mapping[str, int]:
-    """By the weights of its people, which differ from time to time."""
+def _by_weight(company: Company, use: Use, rng: random.Random) -> Mapping[str, int]:
+    """By the weights of its people, which differ from time to time; of few requests not everybody has one."""
     weights = {each.email: each.weight * rng.randrange(40, 160) for each in company.people if each.weight}
-    return dict(zip(weights, shares(amount, list(weights.values())), strict=True))
+    busiest = sorted(weights, key=lambda email: -weights[email])[: max(1, use.requests // LEAST_REQUESTS)]
+    return dict(zip(busiest, shares(use.credits, [weights[email] for email in busiest]), strict=True))
 
 
 def _talks(rng: random.Random, cell: _Cell, requests: Sequence[Request], *, whole: bool) -> Iterator[Call]:

@@ -25,7 +25,7 @@ CACHE_BLOCK: Final = 128
 SMALLEST_REST: Final = 300_000
 LARGEST_REST: Final = 4_000_000
 _MOST_BLOCKS: Final = 64
-_SAMPLES: Final = 60
+_SAMPLES: Final = 32
 _SMALLEST: Final = 0.05
 _LARGEST: Final = 20.0
 

@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
+from functools import cached_property
 from itertools import accumulate
 from zoneinfo import ZoneInfo
 
@@ -57,14 +58,14 @@ class Days:
 When = Month | Elapsed | Rest | Days
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Calendar:
     """A zone's days and months as of one instant, which is aware. Nothing lies after it."""
 
     as_of: datetime
     zone: ZoneInfo
 
-    @property
+    @cached_property
     def today(self) -> date:
         return self.as_of.astimezone(self.zone).date()
 
