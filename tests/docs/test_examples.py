@@ -1,0 +1,140 @@
+"""Every example of the documentation is run, or stands in NOT_RUN with the reason why not."""
+
+import asyncio
+import contextlib
+import io
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import psycopg
+import pytest
+import typer.main
+from tests.docs.pages import PAGES, Block, Command, anchors_of, blocks_of, commands_of, links_of
+from tests.docs.shell import WRITTEN_URL, Shell, is_as_written
+
+from bursar import cli
+from bursar.settings import Settings
+
+NOT_RUN: Final = {
+    "make": "sets up the virtual environment, or runs for as long as nobody stops it",
+    "python3 -m venv": "sets up a virtual environment",
+    ".venv/bin/pip": "installs packages",
+    ".venv/bin/pytest": "runs the tests, of which this is one",
+    ".venv/bin/bursar": "the same as bursar, in its virtual environment",
+    "bursar serve": "runs until it is stopped; tests/cli/test_serve.py starts it",
+    "bursar demo": "runs until it is stopped",
+    "DATABASE_URL=": "another database than the test's",
+    "psql": "a program that need not be there",
+    "openssl": "a program that need not be there",
+    "python -m": "a program of its own; its tests are beside it",
+    "git": "changes the working tree",
+}
+"""Commands that are not run, by how they begin, and why. Those of bursar are read all the same."""
+
+NO_PROGRAMS: Final = {"text"}
+"""Languages of blocks that show something and are not for running."""
+
+WITH_EXAMPLES: Final = [page for page in PAGES if any(block.language == "console" for block in blocks_of(page))]
+_PRINTED: Final = re.compile(r"^\s*print\(.*\)  # (?P<written>.*)$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.stem)
+async def test_the_examples_of_a_page_do_what_it_says(page: Path, shell: Shell, page_settings: Settings) -> None:
+    for block in blocks_of(page):
+        place = f"{page.name}, line {block.line}"
+        match block.language:
+            case "console":
+                for command in commands_of(block):
+                    await _run(command, shell, page.name)
+            case "python":
+                printed = await asyncio.to_thread(_run_python, block, shell)
+                written = [match["written"] for match in _PRINTED.finditer(block.text)]
+                assert is_as_written(printed, "\n".join(written)), f"{place}, prints:\n{printed}"
+            case "sql":
+                _run_sql(block, str(page_settings.database_url), place)
+            case "csv" | "json" if block.info:
+                (shell.folder / block.info).write_text(block.text, encoding="utf-8")
+            case "json":
+                json.loads(block.text)
+            case other:
+                assert other in NO_PROGRAMS, f"{place}: a block of “{other}”"
+
+
+async def _run(command: Command, shell: Shell, page: str) -> None:
+    """Run a command. A page that does not show what one prints says that it succeeds."""
+    reason = next((reason for start, reason in NOT_RUN.items() if command.text.startswith(start)), None)
+    if reason is not None:
+        return
+    printed = await shell.run(command.text)
+    place = f"{page}, line {command.line}"
+    if command.prints:
+        assert is_as_written(printed, command.prints), f"{place}, prints:\n{printed}"
+    else:
+        assert shell.variables["?"] == "0", f"{place}, fails:\n{printed}"
+
+
+def _run_python(block: Block, shell: Shell) -> str:
+    """What a program prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(block.text.replace(WRITTEN_URL, shell.base_url), f"line {block.line}", "exec"), {})
+    return out.getvalue()
+
+
+def _run_sql(block: Block, dsn: str, place: str) -> None:
+    """Run a query; of one that is marked `none` no row may come back."""
+    with psycopg.connect(dsn) as conn:
+        rows = conn.execute(block.text).fetchall()  # type: ignore[arg-type]
+    assert not (rows and block.info == "none"), f"{place}: {rows}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_that_are_not_run_can_be_read(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for block in blocks_of(page):
+        for command in commands_of(block) if block.language == "console" else ():
+            if command.text.startswith((".venv/bin/bursar", "bursar", "DATABASE_URL=")) and "$" not in command.text:
+                _read(shlex.split(command.text, comments=True))
+
+
+def test_the_examples_in_the_help_of_commands_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in _commands(typer.main.get_command(cli.app)):
+        examples = re.findall(r"`((?:DATABASE_URL=\S+ )?bursar [^`]*)`", command.help or "")
+        assert examples, f"{command.name} has no example"
+        for example in examples:
+            _read(shlex.split(example))
+
+
+def _commands(command: Any) -> Iterator[Any]:
+    if not hasattr(command, "commands"):
+        yield command
+    for each in getattr(command, "commands", {}).values():
+        yield from _commands(each)
+
+
+def _read(words: list[str]) -> None:
+    """Read a command's arguments and options as it would itself, and do nothing."""
+    place = next(place for place, word in enumerate(words) if word.endswith("bursar"))
+    rest = words[place + 1 :]
+    rest = rest[: rest.index("<")] if "<" in rest else rest
+    for word in rest:
+        if re.fullmatch(r"[\w-]+\.(key|csv|json)", word):
+            Path(word).touch()  # the file that the example names
+    command: Any = typer.main.get_command(cli.app)
+    while rest and hasattr(command, "commands"):
+        command = command.commands[rest.pop(0)]
+    with contextlib.suppress(typer.Exit):
+        command.make_context(command.name, rest)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *(PAGES[1].parent / "decisions").glob("*.md")], ids=lambda page: page.stem)
+def test_links_lead_to_pages_and_headings(page: Path) -> None:
+    for target, anchor in links_of(page):
+        found = (page.parent / target).resolve()
+        assert found.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors_of(found), f"{page.name}: {target}#{anchor}"
