@@ -194,6 +194,7 @@ async def snapshot(database: db.Database, organization_id: UUID) -> AsyncIterato
             await db.execute(conn, QUERIES.fold_due_pools, organization_id=organization_id)
     async with database.tenant(organization_id) as conn:
         await db.execute(conn, QUERIES.snapshot)
+        await db.execute(conn, QUERIES.plan_for_sums)
         yield conn
 
 
@@ -287,7 +288,7 @@ class _Parts:
 
 
 async def _usage_parts(conn: db.Connection, organization_id: UUID, periods: Periods, segments: Segments) -> _Parts:
-    days = [number for day in periods.days for number in segments.of(day)]
+    month, before = set(segments.of(periods.month)), set(segments.of(periods.before))
     rows = await db.fetch_all(
         conn,
         _Part,
@@ -296,9 +297,7 @@ async def _usage_parts(conn: db.Connection, organization_id: UUID, periods: Peri
         edges=segments.edges,
         starts_at=segments.edges[0],
         ends_at=segments.edges[-1],
-        month=segments.of(periods.month),
-        before=segments.of(periods.before),
-        days=days,
+        periods=[1 if each in month else 2 if each in before else 0 for each in range(1, len(segments.edges))],
         roles_with_access=_ROLES_WITH_ACCESS,
     )
     return _Parts(rows)
@@ -335,9 +334,11 @@ def _active_users(parts: _Parts, with_access: int) -> ActiveUsers:
 
 
 def _trend(parts: _Parts, periods: Periods, segments: Segments) -> Trend:
+    shown = {number for day in periods.days for number in segments.of(day)}
     by_model: dict[tuple[str | None, str | None], dict[int, int]] = {}
     for row in parts.of.get("model_of_segment", ()):
-        by_model.setdefault((row.name, row.detail), {})[row.segment] = row.charged_micros
+        if row.segment in shown:
+            by_model.setdefault((row.name, row.detail), {})[row.segment] = row.charged_micros
     series, columns = _series(by_model)
     days = tuple(_day(day, segments.of(day), parts.by_segment, columns, periods.now) for day in periods.days)
     total = _Total.of(parts.by_segment, segments.of(periods.range))
