@@ -1,152 +1,295 @@
--- One query per invariant of the books: each returns the rows where it does not hold, so that an empty answer means that all is well.
+-- Each block returns one row for every offence against its invariant: organization_id, subject, expected, found (texts).
+-- The comment under the name is the invariant, in words. No row: it holds.
 
--- name: used_is_attributed
--- A pool has used what attribution says it was charged: its own part of each row, and its takes.
-with own as (
-    select a.organization_id, a.pool_id, a.charged_micros - coalesce(sum(t.charged_micros), 0)::bigint as micros
-    from ledger.attribution a
-    left join ledger.attribution_takes t on t.organization_id = a.organization_id and t.request_id = a.request_id and t.booked_at = a.booked_at
-    where a.pool_id is not null
-    group by a.organization_id, a.pool_id, a.request_id, a.booked_at, a.charged_micros
-    union all
-    select organization_id, pool_id, charged_micros from ledger.attribution_takes
-), charged as (select organization_id, pool_id, sum(micros)::bigint as micros from own group by 1, 2)
-select b.organization_id, b.balance_id as subject, coalesce(c.micros, 0) as expected, b.used_amount as found
-from credits.balances b
-left join charged c on c.organization_id = b.organization_id and c.pool_id = b.balance_id
-where b.kind = 'pool' and b.used_amount <> coalesce(c.micros, 0)
+-- name: balances_add_up
+-- A balance is never over its limit but by its excess, and nothing in it is negative.
+select organization_id, kind || ' ' || balance_id || ' from ' || period_start as subject,
+    greatest(0, used_amount + held_amount - limit_amount)::text as expected, excess_amount::text as found
+from credits.balances
+where excess_amount <> greatest(0, used_amount + held_amount - limit_amount) or least(limit_amount, used_amount, held_amount, excess_amount) < 0
+
+-- name: periods_do_not_overlap
+-- The periods of one balance follow each other without overlap.
+select organization_id, kind || ' ' || balance_id as subject, 'from ' || last_end || ' on' as expected, period_start::text as found
+from (
+    select *, lag(period_end) over (partition by organization_id, balance_id order by period_start) as last_end from credits.balances
+) b
+where period_start < last_end
+
+-- name: pool_limit_is_the_ledger
+-- A pool's limit is what the ledger brought into it less what the ledger took out.
+select p.organization_id, 'pool ' || p.pool_id as subject, coalesce(e.amount, 0)::text as expected, b.limit_amount::text as found
+from credits.pools p
+join credits.balances b on b.organization_id = p.organization_id and b.balance_id = p.pool_id
+left join (
+    select organization_id, pool_id, sum(amount) as amount
+    from (
+        select organization_id, to_id as pool_id, amount from ledger.entries where to_kind = 'pool' and unit = 'credit'
+        union all
+        select organization_id, from_id, -amount from ledger.entries where from_kind = 'pool' and unit = 'credit'
+    ) moves
+    group by 1, 2
+) e on e.organization_id = p.organization_id and e.pool_id = p.pool_id
+where b.limit_amount <> coalesce(e.amount, 0)
+
+-- name: pool_use_is_the_attribution
+-- What a pool has used is the sum of what attribution and its takes drew from it.
+select p.organization_id, 'pool ' || p.pool_id as subject, coalesce(d.drawn, 0)::text as expected, b.used_amount::text as found
+from credits.pools p
+join credits.balances b on b.organization_id = p.organization_id and b.balance_id = p.pool_id
+left join (
+    select organization_id, pool_id, sum(micros) as drawn
+    from (
+        select organization_id, pool_id, charged_micros as micros from ledger.attribution where pool_id is not null
+        union all
+        select organization_id, pool_id, charged_micros from ledger.attribution_takes
+        union all  -- what further pools paid was not drawn from the first
+        select t.organization_id, a.pool_id, -t.charged_micros
+        from ledger.attribution_takes t
+        join ledger.attribution a on a.organization_id = t.organization_id and a.request_id = t.request_id and a.booked_at = t.booked_at
+    ) draws
+    group by 1, 2
+) d on d.organization_id = p.organization_id and d.pool_id = p.pool_id
+where b.used_amount <> coalesce(d.drawn, 0)
 
 -- name: positions_tile
--- The rows of a pool follow one another without gap or overlap from 0 to what it has used.
-with drawn as (
-    select a.organization_id, a.pool_id, a.booked_at, a.position_micros, a.charged_micros - coalesce(sum(t.charged_micros), 0)::bigint as micros, a.kind
+-- The draws on a pool, each from its position as long as its charge, lead from 0 to what the pool has used without gap or overlap.
+with draws as (
+    select a.organization_id, a.pool_id, a.position_micros as start, a.charged_micros - coalesce(t.taken, 0) as micros
     from ledger.attribution a
-    left join ledger.attribution_takes t on t.organization_id = a.organization_id and t.request_id = a.request_id and t.booked_at = a.booked_at
+    left join (
+        select organization_id, request_id, booked_at, sum(charged_micros) as taken from ledger.attribution_takes group by 1, 2, 3
+    ) t on t.organization_id = a.organization_id and t.request_id = a.request_id and t.booked_at = a.booked_at
     where a.pool_id is not null
-    group by a.organization_id, a.pool_id, a.request_id, a.booked_at, a.position_micros, a.charged_micros, a.kind
     union all
-    select organization_id, pool_id, booked_at, position_micros, charged_micros, 0 from ledger.attribution_takes
-), corrected as (select distinct organization_id, pool_id from drawn where kind = 1),
-ordered as (
-    -- A correction may step back, so that such a pool is read in the order of booking; every other by position alone.
-    select d.organization_id, d.pool_id, d.position_micros, d.micros,
-        lag(d.position_micros + d.micros, 1, 0::bigint) over (
-            partition by d.organization_id, d.pool_id
-            order by case when c.pool_id is not null then d.booked_at end, d.position_micros, abs(d.micros)) as expected
-    from drawn d left join corrected c on c.organization_id = d.organization_id and c.pool_id = d.pool_id
+    select organization_id, pool_id, position_micros, charged_micros from ledger.attribution_takes
+), ends as (
+    select organization_id, pool_id, start as point, 1 as n from draws where micros <> 0
+    union all
+    select organization_id, pool_id, start + micros, -1 from draws where micros <> 0
+    union all
+    select p.organization_id, p.pool_id, 0, -1 from credits.pools p
+    union all
+    select p.organization_id, p.pool_id, b.used_amount, 1
+    from credits.pools p join credits.balances b on b.organization_id = p.organization_id and b.balance_id = p.pool_id
 )
-select organization_id, pool_id as subject, expected, position_micros as found from ordered where position_micros <> expected
+select organization_id, 'pool ' || pool_id || ' at ' || point as subject, 'as many draws begin as end' as expected, sum(n) || ' more begin' as found
+from ends group by organization_id, pool_id, point having sum(n) <> 0
 
--- name: held_is_the_sum_of_holds
--- What is held on a balance is what the open holds that took from it hold.
-with entries as (
+-- name: positions_follow_time
+-- Draws on a pool without corrections lie in the order in which they were booked.
+with draws as (
+    select organization_id, pool_id, booked_at, position_micros from ledger.attribution where pool_id is not null
+    union all
+    select organization_id, pool_id, booked_at, position_micros from ledger.attribution_takes
+), ordered as (
+    select *, max(position_micros) over (partition by organization_id, pool_id order by booked_at
+        range between unbounded preceding and interval '1 microsecond' preceding) as earlier
+    from draws
+)
+select o.organization_id, 'pool ' || o.pool_id || ' booked at ' || o.booked_at as subject, 'not before ' || o.earlier as expected,
+    o.position_micros::text as found
+from ordered o
+where o.position_micros < o.earlier and not exists (
+    select from ledger.attribution a where a.organization_id = o.organization_id and a.kind = 1
+    and (a.pool_id = o.pool_id or exists (select from ledger.attribution_takes t where t.organization_id = a.organization_id
+         and t.request_id = a.request_id and t.booked_at = a.booked_at and t.pool_id = o.pool_id)))
+
+-- name: takes_belong_to_a_request
+-- A take belongs to an attribution row of another first pool.
+select t.organization_id, 'request ' || t.request_id || ' booked at ' || t.booked_at as subject, 'a row of another pool' as expected,
+    coalesce('pool ' || a.pool_id, 'none') as found
+from ledger.attribution_takes t
+left join ledger.attribution a on a.organization_id = t.organization_id and a.request_id = t.request_id and a.booked_at = t.booked_at
+where a.pool_id is null or a.pool_id = t.pool_id
+
+-- name: holds_fit_their_chain
+-- What a hold holds leg by leg adds up to what it holds, on legs that its chain has.
+select h.organization_id, 'hold ' || h.request_id as subject, h.amount_micros::text as expected,
+    coalesce((select sum(m) from unnest(h.leg_micros) m)::text, 'leg ' || h.leg) as found
+from credits.holds h
+left join credits.chains c on c.organization_id = h.organization_id and c.chain_id = h.chain_id
+where c.chain_id is null
+   or (h.leg_micros is null and h.amount_micros > 0 and h.leg not between 1 and cardinality(c.leg_pool_ids))
+   or (h.leg_micros is not null and (cardinality(h.leg_micros) <> cardinality(c.leg_pool_ids) or 0 > any (h.leg_micros)
+                                     or h.amount_micros <> (select sum(m) from unnest(h.leg_micros) m)))
+
+-- name: held_is_the_open_holds
+-- What is held on a balance is the sum of the open holds that took from it.
+with held as (
     select h.organization_id, e.id, e.start,
-        case e.metric
-            when 0 then case when e.leg = 0 or h.leg_micros is null then h.amount_micros else h.leg_micros[e.leg] end
-            when 1 then 1 else h.tokens end as held
+        sum(case e.metric when 1 then 1 when 2 then h.tokens
+            else case when e.leg = 0 then h.amount_micros when h.leg_micros is not null then h.leg_micros[e.leg]
+                      when e.leg = h.leg then h.amount_micros else 0 end end) as amount
     from credits.holds h
     join credits.chains c on c.organization_id = h.organization_id and c.chain_id = h.chain_id
     cross join lateral unnest(c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters) e(id, start, metric, leg, filter)
-    where (e.leg = 0 or e.leg = h.leg or h.leg_micros is not null) and (e.filter is null or h.model like e.filter)
-      and not (e.metric = 0 and h.flags & 2 = 2)
-), sums as (select organization_id, id, start, sum(held)::bigint as held from entries group by 1, 2, 3)
-select b.organization_id, b.balance_id as subject, coalesce(s.held, 0) as expected, b.held_amount as found
-from credits.balances b
-left join sums s on s.organization_id = b.organization_id and s.id = b.balance_id and s.start = b.period_start
-where b.held_amount <> coalesce(s.held, 0)
-
--- name: limit_is_booked
--- A pool's limit is what the ledger moved into it less what it moved out.
-with moved as (
-    select organization_id, to_id as pool_id, amount from ledger.entries where to_kind = 'pool'
-    union all select organization_id, from_id, -amount from ledger.entries where from_kind = 'pool'
-), sums as (select organization_id, pool_id, sum(amount)::bigint as amount from moved group by 1, 2)
-select b.organization_id, b.balance_id as subject, coalesce(s.amount, 0) as expected, b.limit_amount as found
-from credits.balances b
-left join sums s on s.organization_id = b.organization_id and s.pool_id = b.balance_id
-where b.kind = 'pool' and b.limit_amount <> coalesce(s.amount, 0)
-
--- name: grants_add_up
--- What was granted is burnt, expired, voided or left.
-with out_of as (
-    select organization_id, grant_id, amount from ledger.entries where kind in ('expiry', 'void')
-    union all select organization_id, grant_id, end_micros - start_micros from credits.burns
-), sums as (select organization_id, grant_id, sum(amount)::bigint as amount from out_of group by 1, 2)
-select g.organization_id, g.grant_id as subject, g.amount_micros as expected, s.left_micros + coalesce(o.amount, 0) as found
-from credits.grants g
-join credits.grant_states s on s.organization_id = g.organization_id and s.grant_id = g.grant_id
-left join sums o on o.organization_id = g.organization_id and o.grant_id = g.grant_id
-where g.amount_micros <> s.left_micros + coalesce(o.amount, 0)
-  -- One voided before it took effect was never booked.
-  and not (s.state = 'ended' and o.amount is null and s.left_micros = 0
-           and not exists (select 1 from ledger.entries e where e.organization_id = g.organization_id and e.grant_id = g.grant_id and e.kind = 'grant'))
-
--- name: burns_tile
--- The stretches that grants paid follow one another from 0 to where the pool is poured.
-with ordered as (
-    select organization_id, pool_id, start_micros, end_micros,
-        lag(end_micros, 1, 0::bigint) over (partition by organization_id, pool_id order by start_micros) as expected
-    from credits.burns
+    where (e.filter is null or h.model like e.filter) and not (e.metric = 0 and h.flags & 2 = 2)
+    group by 1, 2, 3
 )
-select organization_id, pool_id as subject, expected, start_micros as found from ordered where start_micros <> expected
-union all
-select p.organization_id, p.pool_id, coalesce(max(b.end_micros), 0), p.poured_micros
-from credits.pools p
-left join credits.burns b on b.organization_id = p.organization_id and b.pool_id = p.pool_id
-group by p.organization_id, p.pool_id, p.poured_micros
-having coalesce(max(b.end_micros), 0) <> p.poured_micros
+select b.organization_id, b.kind || ' ' || b.balance_id || ' from ' || b.period_start as subject, coalesce(h.amount, 0)::text as expected,
+    b.held_amount::text as found
+from credits.balances b
+left join held h on h.organization_id = b.organization_id and h.id = b.balance_id and h.start = b.period_start
+where b.held_amount <> coalesce(h.amount, 0)
 
--- name: left_is_what_the_limit_has_beyond_the_pour
--- What active grants have left is the pool's limit less what is poured.
-select b.organization_id, b.balance_id as subject, b.limit_amount - p.poured_micros as expected, coalesce(sum(s.left_micros), 0)::bigint as found
-from credits.pools p
-join credits.balances b on b.organization_id = p.organization_id and b.balance_id = p.pool_id
-left join credits.grant_states s on s.organization_id = p.organization_id and s.pool_id = p.pool_id and s.state in ('active', 'lingering')
-group by b.organization_id, b.balance_id, b.limit_amount, p.poured_micros
-having b.limit_amount - p.poured_micros <> coalesce(sum(s.left_micros), 0)
-
--- name: excess_is_exact
--- Excess is what was used and held beyond the limit.
-select organization_id, balance_id as subject, greatest(0, used_amount + held_amount - limit_amount) as expected, excess_amount as found
-from credits.balances where excess_amount <> greatest(0, used_amount + held_amount - limit_amount)
-
--- name: parts_make_the_pool
--- What a shared pool has used and holds is what its open part and its reserved shares have.
-select p.organization_id, p.pool_id as subject, b.used_amount + b.held_amount as expected,
-    (o.used_amount + o.held_amount + coalesce(sum(r.used_amount + r.held_amount), 0))::bigint as found
-from credits.pools p
-join credits.balances b on b.organization_id = p.organization_id and b.balance_id = p.pool_id
-join credits.balances o on o.organization_id = p.organization_id and o.balance_id = p.open_part_id
-left join credits.allocations a on a.organization_id = p.organization_id and a.pool_id = p.pool_id and a.kind = 'reserved'
-left join credits.balances r on r.organization_id = a.organization_id and r.balance_id = a.allocation_id
-group by p.organization_id, p.pool_id, b.used_amount, b.held_amount, o.used_amount, o.held_amount
-having b.used_amount + b.held_amount <> o.used_amount + o.held_amount + coalesce(sum(r.used_amount + r.held_amount), 0)
-
--- name: open_part_is_what_nobody_reserves
--- The open part's limit is the pool's less what reserved shares claim.
-select p.organization_id, p.open_part_id as subject,
-    greatest(0, b.limit_amount - coalesce(sum(greatest(r.limit_amount, r.used_amount + r.held_amount)), 0))::bigint as expected, o.limit_amount as found
-from credits.pools p
-join credits.balances b on b.organization_id = p.organization_id and b.balance_id = p.pool_id
-join credits.balances o on o.organization_id = p.organization_id and o.balance_id = p.open_part_id
-left join credits.allocations a on a.organization_id = p.organization_id and a.pool_id = p.pool_id and a.kind = 'reserved'
-left join credits.balances r on r.organization_id = a.organization_id and r.balance_id = a.allocation_id
-group by p.organization_id, p.open_part_id, b.limit_amount, o.limit_amount
-having o.limit_amount <> greatest(0, b.limit_amount - coalesce(sum(greatest(r.limit_amount, r.used_amount + r.held_amount)), 0))
-
--- name: limits_count_what_was_charged
--- A limit on credits or calls has used what the requests that passed it were charged, and how many they were.
-with counted as (
-    select a.organization_id, e.id, e.start, case e.metric when 0 then a.charged_micros else (a.kind = 0)::int end as amount
+-- name: limit_use_is_the_attribution
+-- What a limit on credits or calls has used is the sum of the attribution rows that passed it.
+with used as (
+    select a.organization_id, e.id, e.start, sum(case e.metric when 0 then a.charged_micros else (a.kind = 0)::int end) as amount
     from ledger.attribution a
     join credits.chains c on c.organization_id = a.organization_id and c.chain_id = a.chain_id
     cross join lateral unnest(c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters) e(id, start, metric, leg, filter)
-    where e.leg = 0 and e.metric in (0, 1) and (e.filter is null or a.model like e.filter)
-), sums as (select organization_id, id, start, sum(amount)::bigint as amount from counted group by 1, 2, 3)
-select b.organization_id, b.balance_id as subject, coalesce(s.amount, 0) as expected, b.used_amount as found
+    where e.leg = 0 and e.metric in (0, 1) and (e.filter is null or a.model like e.filter) and not (e.metric = 0 and a.flags & 2 = 2)
+    group by 1, 2, 3
+)
+select b.organization_id, 'limit ' || b.balance_id || ' from ' || b.period_start as subject, coalesce(u.amount, 0)::text as expected,
+    b.used_amount::text as found
 from credits.balances b
-left join credits.limits l on l.organization_id = b.organization_id and l.limit_id = b.balance_id
-left join credits.allocations a on a.organization_id = b.organization_id and a.allocation_id = b.balance_id
-left join sums s on s.organization_id = b.organization_id and s.id = b.balance_id and s.start = b.period_start
-where ((b.kind = 'limit' and l.metric <> 'tokens') or (b.kind = 'allocation' and a.kind = 'capped'))
-  and b.used_amount <> coalesce(s.amount, 0)
+join credits.limits l on l.organization_id = b.organization_id and l.limit_id = b.balance_id and l.metric <> 'tokens'
+left join used u on u.organization_id = b.organization_id and u.id = b.balance_id and u.start = b.period_start
+where b.used_amount <> coalesce(u.amount, 0)
+
+-- name: cap_use_is_the_attribution
+-- What a capped share has used is what its pool paid for the requests that passed it.
+with draws as (
+    select a.organization_id, a.chain_id, a.pool_id, a.charged_micros - coalesce((
+        select sum(t.charged_micros) from ledger.attribution_takes t
+        where t.organization_id = a.organization_id and t.request_id = a.request_id and t.booked_at = a.booked_at), 0) as micros
+    from ledger.attribution a where a.pool_id is not null
+    union all
+    select t.organization_id, a.chain_id, t.pool_id, t.charged_micros
+    from ledger.attribution_takes t
+    join ledger.attribution a on a.organization_id = t.organization_id and a.request_id = t.request_id and a.booked_at = t.booked_at
+), used as (
+    select d.organization_id, e.id, e.start, sum(d.micros) as amount
+    from draws d
+    join credits.chains c on c.organization_id = d.organization_id and c.chain_id = d.chain_id
+    cross join lateral unnest(c.entry_ids, c.entry_starts, c.entry_legs) e(id, start, leg)
+    where e.leg > 0 and c.leg_pool_ids[e.leg] = d.pool_id
+    group by 1, 2, 3
+)
+select b.organization_id, 'allocation ' || b.balance_id || ' from ' || b.period_start as subject, coalesce(u.amount, 0)::text as expected,
+    b.used_amount::text as found
+from credits.balances b
+join credits.allocations a on a.organization_id = b.organization_id and a.allocation_id = b.balance_id and a.kind = 'capped'
+left join used u on u.organization_id = b.organization_id and u.id = b.balance_id and u.start = b.period_start
+where b.used_amount <> coalesce(u.amount, 0)
+
+-- name: parts_add_up_to_their_pool
+-- A shared pool has used and holds what its open part and its reserved shares have used and hold together.
+select p.organization_id, 'pool ' || p.pool_id as subject, b.used_amount || ' used, ' || b.held_amount || ' held' as expected,
+    s.used || ' used, ' || s.held || ' held' as found
+from credits.pools p
+join credits.balances b on b.organization_id = p.organization_id and b.balance_id = p.pool_id
+cross join lateral (
+    select sum(part.used_amount) as used, sum(part.held_amount) as held
+    from credits.balances part
+    where part.organization_id = p.organization_id and (part.balance_id = p.open_part_id or part.balance_id in (
+        select a.allocation_id from credits.allocations a
+        where a.organization_id = p.organization_id and a.pool_id = p.pool_id and a.kind = 'reserved'))
+) s
+where p.open_part_id is not null and (b.used_amount <> s.used or b.held_amount <> s.held)
+
+-- name: open_part_is_what_nobody_claims
+-- The limit of a pool's open part is the pool's limit less what reserved shares claim: their limit, or what they have where that is more.
+select p.organization_id, 'open part of pool ' || p.pool_id as subject, greatest(0, b.limit_amount - s.claimed)::text as expected,
+    o.limit_amount::text as found
+from credits.pools p
+join credits.balances b on b.organization_id = p.organization_id and b.balance_id = p.pool_id
+join credits.balances o on o.organization_id = p.organization_id and o.balance_id = p.open_part_id
+cross join lateral (
+    select coalesce(sum(greatest(share.limit_amount, share.used_amount + share.held_amount)), 0) as claimed
+    from credits.allocations a
+    join credits.balances share on share.organization_id = a.organization_id and share.balance_id = a.allocation_id
+    where a.organization_id = p.organization_id and a.pool_id = p.pool_id and a.kind = 'reserved'
+) s
+where o.limit_amount <> greatest(0, b.limit_amount - s.claimed)
+
+-- name: shares_have_their_size
+-- A reserved share's limit is its size; an ended one has none.
+select a.organization_id, 'allocation ' || a.allocation_id as subject, case when a.ended_at is null then a.amount_micros else 0 end::text as expected,
+    b.limit_amount::text as found
+from credits.allocations a
+join credits.balances b on b.organization_id = a.organization_id and b.balance_id = a.allocation_id
+where a.kind = 'reserved' and b.limit_amount <> case when a.ended_at is null then a.amount_micros else 0 end
+
+-- name: grants_add_up
+-- A grant is what it has left, what was burnt of it, what expired and what was voided; the ledger brought in all of it or nothing yet.
+select g.organization_id, 'grant ' || g.grant_id || ' (' || s.state || ')' as subject, g.amount_micros::text as expected,
+    s.left_micros || ' left, ' || coalesce(b.burnt, 0) || ' burnt, ' || coalesce(e.gone, 0) || ' gone, ' || coalesce(e.booked, 0) || ' booked' as found
+from credits.grants g
+join credits.grant_states s on s.organization_id = g.organization_id and s.grant_id = g.grant_id
+left join (
+    select organization_id, grant_id, sum(end_micros - start_micros) as burnt from credits.burns group by 1, 2
+) b on b.organization_id = g.organization_id and b.grant_id = g.grant_id
+left join (
+    select organization_id, grant_id, sum(amount) filter (where kind = 'grant') as booked,
+        sum(amount) filter (where kind in ('expiry', 'void')) as gone
+    from ledger.entries group by 1, 2
+) e on e.organization_id = g.organization_id and e.grant_id = g.grant_id
+where case when e.booked is null
+    then coalesce(b.burnt, 0) <> 0 or coalesce(e.gone, 0) <> 0 or s.left_micros <> case s.state when 'ended' then 0 else g.amount_micros end
+         or s.state not in ('scheduled', 'ended')
+    else e.booked <> g.amount_micros or g.amount_micros <> s.left_micros + coalesce(b.burnt, 0) + coalesce(e.gone, 0) or s.state = 'scheduled' end
+   or (s.state in ('active', 'lingering')) <> (s.left_micros > 0 and e.booked is not null)
+
+-- name: burns_tile
+-- The stretches that grants paid lead from 0 to what was poured without gap or overlap, and no further than what was used.
+with ends as (
+    select organization_id, pool_id, start_micros as point, 1 as n from credits.burns
+    union all
+    select organization_id, pool_id, end_micros, -1 from credits.burns
+    union all
+    select organization_id, pool_id, 0, -1 from credits.pools
+    union all
+    select organization_id, pool_id, poured_micros, 1 from credits.pools
+)
+select organization_id, 'pool ' || pool_id || ' at ' || point as subject, 'as many stretches begin as end' as expected, sum(n) || ' more begin' as found
+from ends group by organization_id, pool_id, point having sum(n) <> 0
+union all
+select p.organization_id, 'pool ' || p.pool_id, 'poured at most ' || b.used_amount, p.poured_micros::text
+from credits.pools p join credits.balances b on b.organization_id = p.organization_id and b.balance_id = p.pool_id
+where p.poured_micros > b.used_amount
+
+-- name: events_are_awaited
+-- A pool wakes at its grants' next start or end, at once while a grant lingers; the gate wakes with the first of its pools.
+select p.organization_id, 'pool ' || p.pool_id as subject, coalesce(s.at, 'infinity')::text as expected, p.next_event_at::text as found
+from credits.pools p
+left join (
+    select s.organization_id, s.pool_id,
+        min(case s.state when 'scheduled' then g.effective_at when 'active' then g.expires_at when 'lingering' then '-infinity' end) as at
+    from credits.grant_states s join credits.grants g on g.organization_id = s.organization_id and g.grant_id = s.grant_id
+    where s.state <> 'ended' group by 1, 2
+) s on s.organization_id = p.organization_id and s.pool_id = p.pool_id
+where p.next_event_at > coalesce(s.at, 'infinity')
+union all
+select g.organization_id, 'gate', coalesce(p.at, 'infinity')::text, g.next_event_at::text
+from credits.gates g
+left join (select organization_id, min(next_event_at) as at from credits.pools group by 1) p on p.organization_id = g.organization_id
+where g.next_event_at > coalesce(p.at, 'infinity')
+
+-- name: one_current_chain
+-- A user and key have at most one current chain, of no later version than the organization's limits.
+select c.organization_id, 'user ' || c.user_id || ' key ' || c.api_key_id as subject, 'one, at version ' || max(g.limits_version) || ' or before' as expected,
+    count(*) || ', at version ' || max(c.limits_version) as found
+from credits.chains c join credits.gates g on g.organization_id = c.organization_id
+where c.replaced_at is null
+group by c.organization_id, c.user_id, c.api_key_id
+having count(*) > 1 or max(c.limits_version) > max(g.limits_version)
+
+-- name: estimates_were_charged
+-- What expiry charged by estimate is in an attribution row that says so.
+select e.organization_id, 'request ' || e.request_id as subject, (select coalesce(sum(m), 0) from unnest(e.leg_micros) m)::text as expected,
+    coalesce(a.charged_micros::text, 'none') as found
+from credits.estimates e
+left join ledger.attribution a on a.organization_id = e.organization_id and a.request_id = e.request_id and a.booked_at = e.booked_at
+    and a.kind = 0 and a.flags & 64 = 64
+where a.charged_micros is distinct from (select coalesce(sum(m), 0) from unnest(e.leg_micros) m)
+
+-- name: acknowledged_charges_are_booked
+-- A charge that a stored result acknowledges is in the attribution.
+select k.organization_id, 'idempotency key ' || k.idempotency_key as subject, k.outcome ->> 'charged_micros' as expected, 'nothing' as found
+from credits.commands k
+where (k.outcome ->> 'outcome')::int in (0, 9) and (k.outcome ->> 'charged_micros')::bigint > 0
+  and not exists (select from ledger.attribution a where a.organization_id = k.organization_id and a.request_id = k.request_id)
