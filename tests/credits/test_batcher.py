@@ -78,10 +78,11 @@ async def test_no_charge_is_lost_or_doubled_when_connections_are_cut_under_load(
         work = asyncio.gather(*(charge(batcher) for _ in range(16)))
         cuts = 0
         while not work.done():
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.02)
             cut = await admin.execute(
                 "select pg_terminate_backend(pid) from pg_stat_activity"
-                " where application_name = 'bursar lane' and pid <> pg_backend_pid() and state = 'active' limit 1"
+                # One in the middle of a call where there is one, else any: lanes reconnect either way.
+                " where application_name = 'bursar lane' and datname = current_database() order by state limit 1"
             )
             cuts += cut.rowcount
         await work

@@ -2,13 +2,13 @@
 
 import psycopg
 import pytest
+from tests.conftest import Org
+from tests.credits.test_batcher import fund, move
 
 from bursar import db
 from bursar.credits.batcher import Batcher
 from bursar.credits.moves import Action
 from bursar.credits.verify import INVARIANTS, Difference, Finding, verify
-from tests.conftest import Org
-from tests.credits.test_batcher import fund, move
 
 # What is broken by hand, and the invariant that must notice. The organization has one grant, one charge, one open hold.
 FAULTS = {

@@ -6,15 +6,19 @@ from time import monotonic
 from typing import Any, Final
 from uuid import UUID
 
+import structlog
+
 from bursar import db
 from bursar.gateway.calls import Call
 from bursar.gateway.provider_keys import KeyFinder, UsableKey
 from bursar.gateway.routes import Format, ModelNotFound, Route, RouteTable, load_routes
+from bursar.gateway.sealing import SealBroken
 from bursar.gateway.upstream import Target
 from bursar.gateway.wire import WireRequest
 from bursar.identity.principals import Principal
 from bursar.pricing.book import ModelNotPriced, PriceBook
 
+log = structlog.get_logger(__name__)
 REFRESH_SECONDS: Final = 5.0
 MOST_RESOLVED: Final = 10_000
 
@@ -82,7 +86,14 @@ class Desk:
         return [{"id": model, "object": "model", "created": 0, "owned_by": found[model]} for model in sorted(found)]
 
     async def _can_call(self, organization_id: UUID, auth: str, provider: str) -> bool:
-        return auth == "none" or await self._keys.find(organization_id, provider) is not None
+        if auth == "none":
+            return True
+        try:
+            return await self._keys.find(organization_id, provider) is not None
+        except SealBroken as broken:
+            # A key that cannot be opened serves nobody; the list of what the others serve goes on.
+            log.error("provider key cannot be opened", provider=provider, error=str(broken))
+            return False
 
     async def _key(self, organization_id: UUID, route: Route) -> UsableKey | None:
         if route.provider.auth == "none":
