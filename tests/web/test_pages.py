@@ -8,16 +8,18 @@ from html.parser import HTMLParser
 
 import pytest
 
+from bursar import db
 from bursar.audit.events import OPERATOR
 from bursar.clock import uuid7
 from bursar.credits.moves import Action, Flag, Move
 from bursar.identity.addresses import Address
 from bursar.identity.api_keys import create_api_key
 from bursar.identity.memberships import add_membership, get_membership
+from bursar.identity.organizations import set_organization_status
 from bursar.identity.roles import Role, Scope
 from bursar.identity.sessions import create_sign_in_link
 from bursar.identity.users import get_user
-from bursar.money import Micros
+from bursar.money import Micros, credits
 from bursar.web.assets import assets
 from bursar.web.rendering import POLICY, local_path
 
@@ -294,3 +296,37 @@ async def test_the_ribbon_says_that_it_is_a_demo(app, client) -> None:
 async def test_a_query_that_is_not_known_is_refused(client, busy, query: str) -> None:
     signed_in(client, busy.cookie)
     assert (await client.get(f"{busy.path}?{query}")).status_code == 422
+
+
+async def test_an_overage_is_said_in_words_and_numbers(client, busy, simulate) -> None:
+    async with busy.org.tenant() as conn:
+        request_id = await db.fetch_value(conn, "select request_id from credits.holds")
+    settled = Move(
+        action=Action.SETTLE,
+        organization_id=busy.org.organization_id,
+        request_id=request_id,
+        amount_micros=credits(1_000_000),
+    )
+    assert (await simulate([settled]))[0].accepted
+    signed_in(client, busy.cookie)
+    text = (await client.get(busy.path)).text
+    overage = (await client.get(busy.api)).json()["pools"][0]["overage"]["amount"]
+    assert float(overage) > 0
+    assert f'<data value="{overage}">' in text
+    assert "<strong>Overage.</strong>" in text
+
+
+async def test_a_frozen_organization_says_so(client, org, cookie_of) -> None:
+    signed_in(client, await cookie_of(org.admin))
+    async with org.tenant() as conn:
+        await set_organization_status(conn, organization_id=org.organization_id, status="frozen", by=OPERATOR)
+    assert "<strong>Frozen.</strong>" in (await client.get(f"/o/{org.slug}")).text
+
+
+async def test_a_persons_own_organization_shows_their_own_credits(client, org, cookie_of, database) -> None:
+    async with database.untenanted() as conn:
+        user = await get_user(conn, user_id=org.admin)
+    signed_in(client, await cookie_of(org.admin))
+    answer = await client.get(f"/o/org_{user.home_organization_id.hex}")
+    assert answer.status_code == 200
+    assert "Your credits" in answer.text

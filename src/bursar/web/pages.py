@@ -5,6 +5,7 @@ from typing import Annotated, Final, Literal
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import RedirectResponse
+from markupsafe import Markup
 
 from bursar.identity import api as identity_api
 from bursar.identity import guards
@@ -162,8 +163,8 @@ def _sign_in_page(request: Request, status: int) -> Response:
     return message(
         request,
         "Please sign in",
-        "You sign in with a link that works once. Whoever administers your organization makes it for you.",
-        "If you have one, open it in this browser.",
+        "You sign in with a link that works once. If you have one, open it in this browser.",
+        Markup("Whoever runs this installation makes one with <code>bursar users link you@company.example</code>."),
         status=status,
     )
 
