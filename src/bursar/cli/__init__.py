@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bursar import __version__
-from bursar.cli import credits, db, departments, keys, orgs, prices, providers, questions, serve, teams, users
+from bursar.cli import credits, db, demo, departments, keys, orgs, prices, providers, questions, serve, teams, users
 from bursar.cli.exits import Exit, exit_code_of, explain
 from bursar.logs import configure_logs
 from bursar.settings import Settings
@@ -37,6 +37,7 @@ app = typer.Typer(
 )
 for noun, commands in NOUNS.items():
     app.add_typer(commands, name=noun)
+app.command("demo")(demo.demo)
 app.command("serve")(serve.serve)
 app.command("why")(questions.why)
 app.command("explain")(questions.explain)

@@ -236,9 +236,8 @@ def _lumen_loop() -> Company:
 def _quill() -> Company:
     """120,000 credits came, 118,080 are used; a promotion expired untouched; a key and a person ran into their ends."""
     rng = random.Random("quill-co")
-    staff = _staff(
-        rng, "quill.example", {"Editorial": (12, ("Features", "News")), "Studio": (7, ("Layout",)), "Office": (3, ())}
-    )
+    parts = {"Editorial": (12, ("Features", "News")), "Studio": (7, ("Layout",)), "Office": (3, ())}
+    staff = _staff(rng, "quill.example", parts, keys={"Editorial": "Desk tools", "Studio": "Layout plug-in"})
     omar = Person(name="Omar Danso", email="omar@quill.example", department="Editorial", team="Features")
     nadia = Person(name="Nadia Falk", email="nadia@quill.example", roles=ADMIN, department="Office")
     bot, owner = "Newsletter bot", staff[0].email
@@ -251,7 +250,7 @@ def _quill() -> Company:
         member=omar.email,
         zone="America/New_York",
         departments={"Editorial": ("Features", "News"), "Studio": ("Layout",), "Office": ()},
-        keys=(Key(name=bot), Key(name="Desk tools")),
+        keys=(Key(name=bot), Key(name="Desk tools"), Key(name="Layout plug-in")),
         grants=(
             Grant(at=Days(395), credits=40_000),
             Grant(at=Days(170), credits=40_000),
@@ -340,12 +339,15 @@ def _meridian(as_of: datetime) -> Company:
         "Sales": (24, ("North", "South")),
         "Support": (19, ("First line",)),
     }
-    keys = {"Engineering": "Build agents", "Marketing": "Campaign writer", "Sales": None, "Support": "Help desk"}
+    keys = {
+        "Engineering": "Build agents",
+        "Marketing": "Campaign writer",
+        "Sales": "Offer assistant",
+        "Support": "Help desk",
+    }
     staff = _staff(rng, "meridian.example", parts, keys=keys)
     dana = Person(name="Dana Okoye", email="dana@meridian.example", roles=ADMIN, department="Engineering", weight=400)
-    mover = Person(
-        name="Mina Farkas", email="mina@meridian.example", department="Marketing", team="Brand", weight=5_000
-    )
+    mover = Person(name="Mina Farkas", email="mina@meridian.example", department="Marketing", team="Brand", weight=300)
     calendar = Calendar(as_of, ZoneInfo("Europe/Paris"))
     return Company(
         slug="meridian-group",
@@ -359,7 +361,8 @@ def _meridian(as_of: datetime) -> Company:
         departments={name: teams for name, (_, teams) in parts.items()},
         keys=(
             Key(name="Build agents", department="Engineering"),
-            Key(name="Campaign writer", department="Marketing"),
+            Key(name="Campaign writer"),
+            Key(name="Offer assistant"),
             Key(name="Help desk", department="Support"),
             Key(name="Legacy pipeline", is_deleted=True),
         ),
@@ -394,7 +397,8 @@ def _clients_of_priya(as_of: datetime) -> Iterator[Company]:
     )
     for place, (slug, name, domain, zone, size, plan, requests, share) in enumerate(told):
         rng = random.Random(slug)
-        staff = _staff(rng, domain, {"Operations": (size - 6, ("Planning",)), "Office": (6, ())})
+        keys = {"Operations": "Planning assistant", "Office": "Back office"}
+        staff = _staff(rng, domain, {"Operations": (size - 6, ("Planning",)), "Office": (6, ())}, keys=keys)
         priya = Person(name="Priya Raman", email="priya@raman.example", department="Office")
         boss = Person(name=("Marta Costa", "Lars Engel", "Anand Ghosh")[place], email=f"it@{domain}", roles=ADMIN)
         yield Company(
@@ -412,7 +416,7 @@ def _clients_of_priya(as_of: datetime) -> Iterator[Company]:
             zone=zone,
             currency=("EUR", "EUR", "INR")[place],
             departments={"Operations": ("Planning",), "Office": ()},
-            keys=(Key(name="Back office", department="Office"),),
+            keys=(Key(name="Planning assistant"), Key(name="Back office")),
             grants=_plan(plan, "Monthly credits"),
             shares=(Share(at=Days(75), person=priya.email, credits=share),),
             uses=(
@@ -431,7 +435,9 @@ def _clients_of_priya(as_of: datetime) -> Iterator[Company]:
 def _kestrel() -> Iterator[Company]:
     """Balances of one's own: twenty-two people by sign-on, nine by code; and two people without any company."""
     rng = random.Random("kestrel-studios")
-    staff = _staff(rng, "kestrel.example", {"Animation": (14, ("Rigs",)), "Sound": (7, ())})
+    staff = _staff(
+        rng, "kestrel.example", {"Animation": (14, ("Rigs",)), "Sound": (7, ())}, keys={"Animation": "Rig tools"}
+    )
     leads = (Person(name="Tessa Vogel", email="tessa@kestrel.example", roles=ADMIN, department="Sound"), *staff)
     guests = tuple(
         Person(name=name, email=people.email(name, "guests.example"))
@@ -450,6 +456,7 @@ def _kestrel() -> Iterator[Company]:
         is_shared=False,
         zone="America/Los_Angeles",
         departments={"Animation": ("Rigs",), "Sound": ()},
+        keys=(Key(name="Rig tools"),),
         grants=(
             *(Grant(at=Days(395), credits=1_000, pool_of=each.email) for each in leads),
             *(Grant(at=Days(120), credits=2_000, pool_of=each.email) for each in leads),
@@ -494,7 +501,7 @@ def _thirds(address: str, total: int, *, is_guest: bool) -> Iterator[tuple[Days,
 def _harbour(as_of: datetime) -> Iterator[Company]:
     """One group: London, where everyone has a balance of their own, and a shared one for all other offices."""
     rng = random.Random("harbour-media")
-    london = _staff(rng, "harbourmedia.example", {"News": (8, ()), "Film": (6, ())})
+    london = _staff(rng, "harbourmedia.example", {"News": (8, ()), "Film": (6, ())}, keys={"News": "Newsroom"})
     boss = Person(name="Imogen Barlow", email="imogen@harbourmedia.example", roles=ADMIN)
     parts = {each.email: 1_500 * rng.randrange(10, 95) // 100 for each in london}
     yield Company(
@@ -508,13 +515,15 @@ def _harbour(as_of: datetime) -> Iterator[Company]:
         zone="Europe/London",
         currency="GBP",
         departments={"News": (), "Film": ()},
+        keys=(Key(name="Newsroom"),),
         grants=tuple(Grant(at=Days(200), credits=1_500, source=PLAN, pool_of=each.email) for each in (boss, *london)),
         uses=tuple(
             Use(when=Days(195), credits=credits, requests=credits // 12, mix=TALK, people={address: credits})
             for address, credits in parts.items()
         ),
     )
-    others = _staff(rng, "offices.harbourmedia.example", {"Lagos": (9, ()), "Lisbon": (8, ()), "Toronto": (11, ())})
+    offices = {"Lagos": (9, ()), "Lisbon": (8, ()), "Toronto": (11, ())}
+    others = _staff(rng, "offices.harbourmedia.example", offices, keys={"Lagos": "Newsroom", "Toronto": "Archive"})
     yield Company(
         slug="harbour-media-offices",
         name="Harbour Media Other Offices",
@@ -527,7 +536,7 @@ def _harbour(as_of: datetime) -> Iterator[Company]:
         currency="GBP",
         joined=399,
         departments={"Lagos": (), "Lisbon": (), "Toronto": ()},
-        keys=(Key(name="Newsroom"),),
+        keys=(Key(name="Newsroom"), Key(name="Archive")),
         grants=_plan(6_000, "Monthly credits"),
         uses=_monthly(as_of, "Europe/London", 4_200, 480, TALK),
     )
@@ -536,11 +545,10 @@ def _harbour(as_of: datetime) -> Iterator[Company]:
 def _fernwood() -> Company:
     """Two hundred people; thirty-one have not asked for anything in the last sixty days."""
     rng = random.Random("fernwood-school")
-    staff = _staff(
-        rng, "fernwood.example", {"Teachers": (62, ("Science", "Arts")), "Students": (128, ()), "Office": (9, ())}
-    )
+    parts = {"Teachers": (62, ("Science", "Arts")), "Students": (128, ()), "Office": (9, ())}
+    staff = _staff(rng, "fernwood.example", parts, keys={"Teachers": "Lesson planner", "Students": "Classroom"})
     boss = Person(name="Helen Grant", email="helen@fernwood.example", roles=ADMIN, department="Office")
-    active = [each.email for each in staff[31:] if each.weight]
+    active = [each.email for each in (boss, *staff[31:])]
     lately = dict(zip(active, shares(5_200, [1 + rng.randrange(60) for _ in active]), strict=True))
     return Company(
         slug="fernwood-school",
@@ -551,6 +559,7 @@ def _fernwood() -> Company:
         member=staff[40].email,
         zone="America/Chicago",
         departments={"Teachers": ("Science", "Arts"), "Students": (), "Office": ()},
+        keys=(Key(name="Lesson planner"), Key(name="Classroom")),
         grants=(Grant(at=Days(380), credits=30_000),),
         uses=(
             Use(when=Days(375, 200), credits=3_000, requests=300, mix=TALK),
@@ -581,7 +590,7 @@ def _long_tail(as_of: datetime) -> Iterator[Company]:
         slug = name.lower().replace(" ", "-")
         rng = random.Random(slug)
         domain = f"{slug}.example"
-        staff = _staff(rng, domain, {"Team": (1 + rng.randrange(2), ())})
+        staff = _staff(rng, domain, {"Team": (1 + rng.randrange(2), ())}, keys={"Team": "Main"})
         boss = Person(name=next(people.names(rng)), email=f"owner@{domain}", roles=ADMIN, weight=20)
         joined = 20 + rng.randrange(370)
         total = int(40 * rng.paretovariate(0.8)) + 20
@@ -596,6 +605,7 @@ def _long_tail(as_of: datetime) -> Iterator[Company]:
             member=staff[0].email,
             joined=joined,
             zone=_ZONES[place % len(_ZONES)],
+            keys=(Key(name="Main"),),
             markup_ppm=900_000 if is_loss else None,
             shows_margin=is_loss,
             grants=(Grant(at=Days(joined), credits=total + total // (1 + rng.randrange(9)) + 10),),
@@ -637,7 +647,7 @@ def _staff(
                     department=None if department == "Team" else department,
                     team=teams[place % len(teams)] if teams else None,
                     weight=0 if place % 9 == 8 else int(10 * min(40.0, rng.paretovariate(1.1))),
-                    key=(keys or {}).get(department) if place % 3 else None,
+                    key=(keys or {}).get(department) if place % 6 else None,
                 )
             )
     return tuple(found)

@@ -112,7 +112,9 @@ def plan(company: Company, as_of: datetime, quotes: Quotes, closing: Closing) ->
     others: list[Other] = [Dated(calendar.start(each.at), each) for each in dated]
     others += [*strays, *(each for refusals in company.refusals for each in _refused(company, refusals, calendar))]
     others.sort(key=lambda step: step.at)
-    return list(_in_order(calls, others, calendar))
+    # The long tail's few requests are booked together: one by one they would take longer than all the others.
+    dense = calendar.as_of if company.is_small else calendar.day_start(DENSE_DAYS)
+    return list(_in_order(calls, others, calendar, dense))
 
 
 def models_of(companies: Iterable[Company], closing: Closing) -> set[Model]:
@@ -220,20 +222,19 @@ def _refused(company: Company, refusals: Refusals, calendar: Calendar) -> Iterat
     yield from (Refused(next(times), refusals) for _ in range(refusals.count))
 
 
-def _in_order(calls: Sequence[Call], others: Sequence[Other], calendar: Calendar) -> Iterator[Step]:
+def _in_order(calls: Sequence[Call], others: Sequence[Other], calendar: Calendar, dense: datetime) -> Iterator[Step]:
     """Calls in batches between what else happens, which comes before the calls of its instant."""
     done = 0
     for step in others:
         until = bisect_left(calls, step.at, lo=done, key=lambda call: call.at)
-        yield from _batches(calls[done:until], calendar)
+        yield from _batches(calls[done:until], calendar, dense)
         done = until
         yield step
-    yield from _batches(calls[done:], calendar)
+    yield from _batches(calls[done:], calendar, dense)
 
 
-def _batches(calls: Sequence[Call], calendar: Calendar) -> Iterator[Batch]:
-    """One for each local day, further back for each quarter of a month."""
-    dense = calendar.day_start(DENSE_DAYS)
+def _batches(calls: Sequence[Call], calendar: Calendar, dense: datetime) -> Iterator[Batch]:
+    """One for each local day since `dense`, before that for each quarter of a month."""
 
     def stretch(call: Call) -> tuple[int, int, int]:
         day = call.at.astimezone(calendar.zone)
