@@ -21,6 +21,7 @@ class PoolKind(StrEnum):
     SHARED = "shared"
     PERSONAL = "personal"
     INDIVIDUAL = "individual"
+    RESIDUAL = "residual"
 
 
 class NoPool(Problem):
