@@ -247,7 +247,7 @@ def _quill() -> Company:
         story="98.4 % is used and credits run out about tomorrow: 37 requests were refused, see why",
         people=(nadia, omar, *staff),
         admin=nadia.email,
-        member=omar.email,
+        member=staff[0].email,
         zone="America/New_York",
         departments={"Editorial": ("Features", "News"), "Studio": ("Layout",), "Office": ()},
         keys=(Key(name=bot), Key(name="Desk tools"), Key(name="Layout plug-in")),
