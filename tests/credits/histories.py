@@ -12,13 +12,13 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
+from tests.credits import reference as ref
 
 from bursar.clock import uuid7
 from bursar.credits.moves import MOVE_BATCH, Action, Flag, as_arguments, as_verdicts
 from bursar.credits.moves import Move as RealMove
 from bursar.db import arrays
 from bursar.money import Micros
-from tests.credits import reference as ref
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 Step = tuple[Any, ...]
@@ -230,7 +230,18 @@ class Stage:
         self._command(
             cast,
             "select credits.add_grant(%s, %s, %s, 'purchase', %s, %s::smallint, %s, 0, %s, %s, 'why', null, %s, %s) is null",
-            [cast.organization, grant_id, pool_id, amount, priority, is_free, effective, expires, idempotency_key, self.now],
+            [
+                cast.organization,
+                grant_id,
+                pool_id,
+                amount,
+                priority,
+                is_free,
+                effective,
+                expires,
+                idempotency_key,
+                self.now,
+            ],
             lambda o: o.add_grant(
                 grant_id, pool_id, amount, priority, is_free, effective, expires, idempotency_key, self.now
             ),
@@ -332,7 +343,10 @@ class Stage:
             sql, arguments = "update identity.memberships set status = %s where user_id = %s", [status, user]
         elif what % 6 in (2, 3):
             model.members[user].team = cast.teams[what % 2]
-            sql, arguments = "update identity.memberships set team_id = %s where user_id = %s", [cast.teams[what % 2], user]
+            sql, arguments = (
+                "update identity.memberships set team_id = %s where user_id = %s",
+                [cast.teams[what % 2], user],
+            )
         elif what % 6 == 4:
             model.zone = ZONES[who % len(ZONES)]
             sql = "update identity.organizations set zone = %s where organization_id = %s"
@@ -380,7 +394,9 @@ class Stage:
             )  # fmt: skip
             if found != verdict:
                 batch = "\n  ".join(str(each) for each in asked)
-                raise Disagreement(f"place {row[0]}: {move}\nfound    {found}\nexpected {verdict}\nof the batch\n  {batch}")
+                raise Disagreement(
+                    f"place {row[0]}: {move}\nfound    {found}\nexpected {verdict}\nof the batch\n  {batch}"
+                )
 
     def _as_move(self, numbers: Sequence[int]) -> ref.Move:
         kind, org, who, which, size, mark, flags, model, key, other = numbers
@@ -481,7 +497,8 @@ class Stage:
             prepare=True,
         )
         return {
-            (row[0], row[1] or ref.EARLIEST): (row[2], row[3], row[4] or ref.LATEST, *row[5:]) for row in rows.fetchall()
+            (row[0], row[1] or ref.EARLIEST): (row[2], row[3], row[4] or ref.LATEST, *row[5:])
+            for row in rows.fetchall()
         }
 
     def _holds(self, cast: Cast) -> dict[Any, Any]:

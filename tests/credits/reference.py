@@ -585,9 +585,7 @@ class Organization:
         if kind == "reserved" and grows > max(0, self.balance(pool.open_part).room) and not oversubscribe:
             raise Refused("BR430")
         if old is None:
-            self.allocations[allocation_id] = Allocation(
-                allocation_id, pool_id, user, kind, period, amount, when_empty
-            )
+            self.allocations[allocation_id] = Allocation(allocation_id, pool_id, user, kind, period, amount, when_empty)
             if kind == "reserved":
                 self.balances[allocation_id, EARLIEST] = Balance("allocation", amount)
         else:
@@ -665,7 +663,9 @@ class Organization:
         ways: list[tuple[Leg, bool]] = []
         until = LATEST
         for pool in pools:
-            mine = (a for a in self.allocations.values() if (a.pool_id, a.user, a.is_ended) == (pool.pool_id, user, False))
+            mine = (
+                a for a in self.allocations.values() if (a.pool_id, a.user, a.is_ended) == (pool.pool_id, user, False)
+            )
             share = next(mine, None)
             parts: list[UUID | None] = [pool.open_part]
             caps: list[Entry] = []
@@ -829,15 +829,13 @@ class Organization:
     def _first_look(self, move: Move, now: datetime) -> Answer:
         hold = self.holds.get(move.request) if move.request else None
         answer = Answer(request=move.request, held=hold.amount if hold else 0, chain=hold.chain if hold else None)
-        if not _is_valid(move):
-            answer.outcome, answer.detail = NOT_ALLOWED, "request_invalid"
-        elif move.action == DEDUCT and hold:
+        if not _is_valid(move) or (move.action == DEDUCT and hold):
             answer.outcome, answer.detail = NOT_ALLOWED, "request_invalid"
         elif move.action == AUTHORIZE and hold:
             answer.outcome = KNOWN
-        elif move.action in (EXTEND, RELEASE) and hold is None:
-            answer.outcome = NO_HOLD
-        elif move.action in (SETTLE, RELEASE) and move.flags & BY_EXPIRY and (hold is None or hold.expires > now):
+        elif (move.action in (EXTEND, RELEASE) and hold is None) or (
+            move.action in (SETTLE, RELEASE) and move.flags & BY_EXPIRY and (hold is None or hold.expires > now)
+        ):
             answer.outcome = NO_HOLD
         if hold is None and move.action in (AUTHORIZE, DEDUCT):
             answer.chain = self.chains.get((move.user or NOBODY, move.key or NOBODY))
@@ -1017,7 +1015,8 @@ class Organization:
         tight = {
             balance
             for balance, asked in sums.items()
-            if self.balances[balance].is_blocked or (self.balances[balance].stops and self.balances[balance].room < asked)
+            if self.balances[balance].is_blocked
+            or (self.balances[balance].stops and self.balances[balance].room < asked)
         }
         suspects = []
         for n, leg, entries in open_ones:

@@ -9,9 +9,9 @@ from typing import Any
 
 import psycopg
 import pytest
+from tests.credits.histories import Disagreement, Stage, Step, random_steps, shrunk
 
 from bursar import db
-from tests.credits.histories import Disagreement, Stage, Step, random_steps, shrunk
 
 SHARDS = 4
 HISTORIES, STEPS = (int(each) for each in os.environ.get("BURSAR_TEST_HISTORIES", "200x40").split("x"))

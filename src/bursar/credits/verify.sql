@@ -293,3 +293,13 @@ select k.organization_id, 'idempotency key ' || k.idempotency_key as subject, k.
 from credits.commands k
 where (k.outcome ->> 'outcome')::int in (0, 9) and (k.outcome ->> 'charged_micros')::bigint > 0
   and not exists (select from ledger.attribution a where a.organization_id = k.organization_id and a.request_id = k.request_id)
+
+-- name: left_is_the_limit_beyond_the_pour
+-- What a pool's grants have left is its limit less what was poured over them.
+select p.organization_id, 'pool ' || p.pool_id as subject, (b.limit_amount - p.poured_micros)::text as expected, coalesce(s.micros, 0)::text as found
+from credits.pools p
+join credits.balances b on b.organization_id = p.organization_id and b.balance_id = p.pool_id
+left join (
+    select organization_id, pool_id, sum(left_micros) as micros from credits.grant_states where state in ('active', 'lingering') group by 1, 2
+) s on s.organization_id = p.organization_id and s.pool_id = p.pool_id
+where b.limit_amount - p.poured_micros <> coalesce(s.micros, 0)

@@ -1,0 +1,299 @@
+"""One organization on one connection, at instants of the test's choosing: what a rule of the treasury needs to be shown.
+
+The connection is an admin's; each call is made as the role it is meant for (`set session authorization`), so that a
+scene can also be played in a transaction that has taken a guard out.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import psycopg
+
+from bursar.clock import uuid7
+from bursar.credits.moves import MOVE_BATCH, Action, Flag, Move, Outcome, Verdict, as_arguments, as_verdicts
+from bursar.db import arrays
+from bursar.money import Micros
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+NOON = datetime(2026, 6, 10, 12, 0, tzinfo=UTC)  # a Wednesday
+
+
+@dataclass
+class Balance:
+    """A balance's row."""
+
+    limit: int
+    used: int
+    held: int
+    excess: int
+
+
+@dataclass
+class Scene:
+    """An organization of kind company in UTC, with a gate; `now` moves only when told."""
+
+    conn: Connection
+    zone: str = "UTC"
+    now: datetime = NOON
+    organization: UUID = field(default_factory=uuid7)
+
+    def __post_init__(self) -> None:
+        arrays.register(self.conn)
+        self.admin(
+            "insert into identity.organizations (organization_id, slug, name, kind, zone, currency, is_shared_token_pool, created_at) "
+            "values (%s, %s, 'Scene', 'company', %s, 'USD', true, %s)",
+            self.organization,
+            f"s{self.organization.hex}",
+            self.zone,
+            self.now,
+        )
+        self.call("select credits.open_organization(%s)", self.organization)
+
+    # ------------------------------------------------------------------ roles and time
+
+    def admin(self, sql: str, *arguments: Any) -> list[tuple[Any, ...]]:
+        """Rows of a statement of the admin's."""
+        cursor = self.conn.execute(sql, arguments)
+        return cursor.fetchall() if cursor.description else []
+
+    @contextmanager
+    def acting_as(self, role: str, organization: UUID | None = None) -> Iterator[None]:
+        """Statements inside are another role's, for an organization where one is named."""
+        self.conn.execute(f"set session authorization {role}")
+        self.conn.execute("select set_config('app.organization_id', %s, false)", [str(organization or "")])
+        try:
+            yield
+        finally:
+            if self.conn.info.transaction_status != psycopg.pq.TransactionStatus.INERROR:
+                self.conn.execute("reset session authorization")
+
+    def call(self, sql: str, *arguments: Any, role: str = "bursar_simulator") -> Any:
+        """First value of a statement of the simulator's, who may date it."""
+        with self.acting_as(role):
+            row = self.conn.execute(sql, arguments).fetchone()
+        return row[0] if row else None
+
+    @contextmanager
+    def refusal(self, code: str) -> Iterator[None]:
+        """What is inside must be refused with this SQLSTATE, and then nothing has changed."""
+        refused: str | None = "nothing"
+        try:
+            with self.conn.transaction():
+                yield
+        except psycopg.Error as error:
+            refused = error.sqlstate
+            self.conn.execute("reset session authorization")
+        assert refused == code, f"refused with {refused}, not {code}"
+
+    def later(self, **duration: float) -> datetime:
+        """Let time pass: later(hours=3)."""
+        self.now += timedelta(**duration)
+        return self.now
+
+    # ------------------------------------------------------------------ people
+
+    def user(self, *, team: UUID | None = None) -> UUID:
+        """A new active member."""
+        user = uuid7()
+        self.admin(
+            "insert into identity.memberships (organization_id, user_id, email, display_name, roles, team_id, joined_at) "
+            "values (%s, %s, %s, 'Someone', '{member}', %s, %s)",
+            self.organization, user, f"{user.hex}@x.example", team, self.now,
+        )  # fmt: skip
+        return user
+
+    def team(self) -> UUID:
+        """A new team."""
+        team = uuid7()
+        self.admin(
+            "insert into identity.teams (organization_id, team_id, name, created_at) values (%s, %s, %s, %s)",
+            self.organization, team, team.hex, self.now,
+        )  # fmt: skip
+        return team
+
+    def key(
+        self, user: UUID | None = None, *, original: UUID | None = None, expires_at: datetime | None = None
+    ) -> UUID:
+        """A new key of a member or of a service; original: the key whose rotation it is."""
+        key = uuid7()
+        self.admin(
+            "insert into identity.api_keys (organization_id, api_key_id, original_api_key_id, user_id, name, public_id, last4, scopes, "
+            "expires_at, created_at) values (%s, %s, %s, %s, 'Key', %s, 'last', '{inference}', %s, %s)",
+            self.organization, key, original or key, user, key.hex, expires_at, self.now,
+        )  # fmt: skip
+        return key
+
+    def changed(self) -> None:
+        """Tell the treasury that somebody's standing changed, as identity does."""
+        self.call("select credits.limits_changed(%s)", self.organization)
+
+    # ------------------------------------------------------------------ commands
+
+    def pool(self, kind: str = "shared", *, owner: UUID | None = None, models: str | None = None) -> UUID:
+        """A pool."""
+        return self.call(  # type: ignore[no-any-return]
+            "select credits.open_pool(%s, %s, %s, %s, 'Pool', %s, %s)",
+            self.organization, uuid7(), kind, owner, models, self.now,
+        )  # fmt: skip
+
+    def open_part(self, pool: UUID) -> UUID:
+        """The balance of what no share claims."""
+        return self.admin("select open_part_id from credits.pools where pool_id = %s", pool)[0][0]  # type: ignore[no-any-return]
+
+    def grant(
+        self,
+        pool: UUID,
+        amount: int | None,
+        *,
+        starts: datetime | None = None,
+        expires: datetime | None = None,
+        priority: int = 100,
+        free: bool = False,
+        key: str | None = "",
+    ) -> UUID:
+        """Credits into a pool."""
+        return self.call(  # type: ignore[no-any-return]
+            "select credits.add_grant(%s, %s, %s, 'purchase', %s, %s::smallint, %s, 0, %s, %s, null, null, %s, %s)",
+            self.organization, uuid7(), pool, amount, priority, free, starts, expires, uuid7().hex if key == "" else key,
+            self.now,
+        )  # fmt: skip
+
+    def void(self, grant: UUID, *, key: str | None = None) -> int:
+        """Take back what a grant has left; how much that was."""
+        return self.call(  # type: ignore[no-any-return]
+            "select credits.void_grant(%s, %s, null, null, %s, %s)",
+            self.organization, grant, key or uuid7().hex, self.now,
+        )  # fmt: skip
+
+    def share(
+        self,
+        pool: UUID,
+        user: UUID,
+        amount: int | None,
+        *,
+        kind: str = "reserved",
+        period: str = "none",
+        when_empty: str = "stops",
+        oversubscribe: bool = False,
+    ) -> UUID:
+        """A user's share of a pool."""
+        return self.call(  # type: ignore[no-any-return]
+            "select credits.allocate(%s, %s, %s, %s, %s, %s, %s, %s, %s, null, %s, %s)",
+            self.organization, uuid7(), pool, user, kind, period, amount, when_empty, oversubscribe, uuid7().hex, self.now,
+        )  # fmt: skip
+
+    def end_share(self, share: UUID) -> None:
+        """End a share."""
+        self.call("select credits.end_allocation(%s, %s, %s)", self.organization, share, self.now)
+
+    def limit(
+        self,
+        amount: int | None,
+        *,
+        scope: str = "organization",
+        of: UUID | None = None,
+        metric: str = "credits",
+        period: str = "none",
+        models: str | None = None,
+        action: str = "stops",
+    ) -> UUID:
+        """A cap."""
+        return self.call(  # type: ignore[no-any-return]
+            "select credits.set_limit(%s, %s, %s, %s, %s, %s, %s, %s, %s, null, %s)",
+            self.organization, uuid7(), scope, of, metric, models, period, amount, action, self.now,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------ moves
+
+    def asked(self, action: Action, request: UUID | None = None, amount: int = 0, **rest: Any) -> Move:
+        """A move of this organization; lease 10 minutes, model m1."""
+        defaults: dict[str, Any] = {"model": "m1", "lease_seconds": 600}
+        return Move(action, self.organization, request or uuid7(), amount_micros=Micros(amount), **{**defaults, **rest})
+
+    def move(self, *moves: Move) -> list[Verdict]:
+        """Verdicts on one batch."""
+        with self.acting_as("bursar_simulator"):
+            cursor = self.conn.execute(MOVE_BATCH, as_arguments(moves, self.now), binary=True)
+            return as_verdicts(sorted(cursor.fetchall(), key=lambda row: row[0]))
+
+    def authorize(self, amount: int, user: UUID | None, request: UUID | None = None, **rest: Any) -> Verdict:
+        """Hold for a new request."""
+        return self.move(self.asked(Action.AUTHORIZE, request, amount, user_id=user, **rest))[0]
+
+    def hold(self, amount: int, user: UUID | None, **rest: Any) -> UUID:
+        """The request of a hold that must be granted."""
+        verdict = self.authorize(amount, user, **rest)
+        assert verdict.outcome is Outcome.ACCEPTED, verdict
+        return verdict.request_id
+
+    def extend(self, request: UUID, amount: int, **rest: Any) -> Verdict:
+        """Hold more."""
+        return self.move(self.asked(Action.EXTEND, request, amount, **rest))[0]
+
+    def settle(self, request: UUID, amount: int, user: UUID | None = None, **rest: Any) -> Verdict:
+        """Charge."""
+        return self.move(self.asked(Action.SETTLE, request, amount, user_id=user, **rest))[0]
+
+    def release(self, request: UUID, **rest: Any) -> Verdict:
+        """Give back."""
+        return self.move(self.asked(Action.RELEASE, request, **rest))[0]
+
+    def deduct(self, amount: int, user: UUID | None, request: UUID | None = None, **rest: Any) -> Verdict:
+        """Charge at once."""
+        return self.move(self.asked(Action.DEDUCT, request, amount, user_id=user, **rest))[0]
+
+    def expire(self) -> int:
+        """End the holds of this organization whose lease is over; how many there were."""
+        holds = self.admin(
+            "select count(*) from credits.holds where organization_id = %s and lease_expires_at <= %s",
+            self.organization, self.now,
+        )  # fmt: skip
+        self.call("select credits.expire_holds(null, %s)", self.now)
+        return int(holds[0][0])
+
+    # ------------------------------------------------------------------ looking
+
+    def balance(self, balance: UUID) -> Balance:
+        """The balance's row of the period around now."""
+        rows = self.admin(
+            "select limit_amount, used_amount, held_amount, excess_amount from credits.balances "
+            "where organization_id = %s and balance_id = %s and period_start <= %s and period_end > %s",
+            self.organization, balance, self.now, self.now,
+        )  # fmt: skip
+        return Balance(*rows[0])
+
+    def used(self, balance: UUID) -> tuple[int, int]:
+        """(used, held) of a balance."""
+        row = self.balance(balance)
+        return row.used, row.held
+
+    def charges(self, request: UUID) -> list[tuple[Any, ...]]:
+        """(kind, charged, pool, flags) of the attribution rows of a request, in the order of booking."""
+        return self.admin(
+            "select kind, charged_micros, pool_id, flags from ledger.attribution where organization_id = %s and request_id = %s order by booked_at",
+            self.organization, request,
+        )  # fmt: skip
+
+    def findings(self) -> list[tuple[Any, ...]]:
+        """Offences against any invariant by this organization."""
+        from bursar.credits.verify import CHECKS
+
+        return [
+            (name, *row)
+            for name, check in CHECKS.items()
+            for row in self.admin(f"select * from ({check}) offences where organization_id = %s", self.organization)
+        ]
+
+
+def with_flags(move: Move, flags: Flag) -> Move:
+    """The same move with other flags."""
+    return replace(move, flags=flags)
+
+
+def outcomes(verdicts: Sequence[Verdict]) -> list[Outcome]:
+    """Their outcomes, in order."""
+    return [verdict.outcome for verdict in verdicts]
