@@ -128,6 +128,9 @@ def answer(request: Request, problem: Problem) -> Response:
 async def _refusal(request: Request, error: Exception) -> Response:
     """Problems, and database errors that stand for one; any other database error is a bug."""
     problem = of_exception(error)
+    if problem is None and isinstance(error, psycopg.DataError) and "NUL" in str(error):
+        # The driver itself did not take a value: a text with a NUL character, which no text here has.
+        problem = InvalidRequest("A text has a character that no text here has")
     if problem is None:
         return await _fault(request, error)
     return answer(request, problem)

@@ -1,8 +1,9 @@
 """What lies around every request, as plain ASGI: its id, the limits of its body, its line in the log, its metrics.
 
-No Starlette middleware classes: those copy streams and hide disconnects.
+No Starlette middleware classes: those copy streams and hide disconnects. Limits of its head are the protocol's.
 """
 
+import asyncio
 import json
 import re
 import time
@@ -13,6 +14,7 @@ from typing import Any, Final
 
 import structlog
 from prometheus_client import Counter, Histogram
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from bursar.clock import uuid7
 from bursar.problems import MEDIA_TYPE, BodyTooLarge, InternalError, MalformedBody, Problem
@@ -24,6 +26,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LARGEST_BODY: Final = 1_000_000
+LARGEST_HEAD: Final = 65_536
+HEAD_SECONDS: Final = 30.0
 DEEPEST_JSON: Final = 32
 GATEWAY_PREFIX: Final = "/v1/"
 
@@ -176,3 +180,62 @@ def _account(scope: Scope, status: int, seconds: float) -> None:
     SECONDS.labels(route).observe(seconds)
     if route not in ("/healthz", "/readyz", "/metrics"):
         log.info("request", method=method, route=route, status=status, ms=round(seconds * 1000, 1))
+
+
+class Protocol(HttpToolsProtocol):
+    """HTTP as the server processes speak it: uvicorn's, with limits of the head, of which it has none.
+
+    A head larger than 64 KB is answered 431, one that does not come within 30 s is cut. Use it as uvicorn's `http`.
+    """
+
+    _head_size = 0
+    _is_in_head = True
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A head is expected from now on."""
+        super().connection_made(transport)
+        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._cut)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is expected any more."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of a head or a body."""
+        super().data_received(data)
+        if self._is_in_head and not self.transport.is_closing():
+            self._head_size += len(data)
+            if self._head_size > LARGEST_HEAD:
+                self._refuse_head()
+            elif self._head_timer is None:
+                self._head_timer = self.loop.call_later(HEAD_SECONDS, self._cut)
+
+    def on_message_begin(self) -> None:
+        """The first bytes of a head."""
+        super().on_message_begin()
+        self._is_in_head = True
+        self._head_size = 0
+
+    def on_headers_complete(self) -> None:
+        """The head is whole."""
+        self._is_in_head = False
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _refuse_head(self) -> None:
+        text = b"The head of the request is too large"
+        self.transport.write(
+            b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: text/plain; charset=utf-8\r\n"
+            b"content-length: %d\r\nconnection: close\r\n\r\n%b" % (len(text), text)
+        )
+        self.transport.close()
+
+    def _cut(self) -> None:
+        self.transport.close()

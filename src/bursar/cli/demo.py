@@ -40,8 +40,8 @@ START_SECONDS: Final = 60.0
 HEADLINES: Final = ("acme-corp", "quill-co", "meridian-group", "lumen-loop", "helix-foods", "blank-canvas")
 """The six whose links are printed; of Helix Foods it is the consultant's."""
 
-TRIED_AT: Final = "meridian-group"
-"""Whose key stands in the `curl` line: a pool with much in it, and no figure that has to stay as it is."""
+TRIED_AT: Final = "fernwood-school"
+"""Whose key stands in the `curl` line: credits that never end, and no figure that has to stay as it is."""
 
 _NOT_A_DEMOS: Final = ("DATABASE_URL", "BURSAR_MASTER_KEY")
 
@@ -211,6 +211,8 @@ class _Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                http="bursar.asgi:Protocol",
+                ws="none",
                 timeout_graceful_shutdown=GRACE_SECONDS,
                 timeout_keep_alive=75,
             )
@@ -288,7 +290,8 @@ class _Door:
 
 async def _tell(database: db.Database, made: Demo, base_url: str, *, as_json: bool) -> None:
     """Print how to get in: one JSON document about every company, or a page of text about a few."""
-    told = made.companies if as_json else [each for each in made.companies if each.slug in HEADLINES]
+    shown = (*HEADLINES, TRIED_AT)
+    told = made.companies if as_json else [each for each in made.companies if each.slug in shown]
     doors = [await _door(database, company, role, base_url) for company in told for role in ("admin", "member")]
     if as_json:
         print_json(_document(made, doors, base_url, database.settings.data_dir))

@@ -60,6 +60,8 @@ def _run_uvicorn(settings: Settings) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        http="bursar.asgi:Protocol",
+        ws="none",  # nothing here speaks it; uvicorn would leave a POST that asks for it without an answer
         timeout_graceful_shutdown=GRACE_SECONDS,
         timeout_keep_alive=75,
     )

@@ -23,6 +23,12 @@ from bursar.problems import Problem
 MOST_A_BATCH: Final = 128
 GIVE_UP_SECONDS: Final = 10.0
 RETRY_SECONDS: Final = 0.05
+LONGEST_RETRY_SECONDS: Final = 1.0
+CALL_SECONDS: Final = 10.0
+"""Longest time of one call: a database that stands still is left by then and asked again."""
+
+MUST_BE_BOOKED: Final = (Action.SETTLE, Action.RELEASE)
+"""Asked until it is booked, also after its caller was told that the books cannot be reached."""
 
 log = structlog.get_logger(__name__)
 BATCH_SIZES = Histogram("bursar_batch_size", "Moves decided in one call", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
@@ -59,6 +65,7 @@ class Lane:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     connection: psycopg.AsyncConnection[tuple[object, ...]] | None = None
     closing: bool = False
+    retry_seconds: float = RETRY_SECONDS
 
     def put(self, waiting: _Waiting) -> None:
         """Queue a move; it goes out with the next batch."""
@@ -109,9 +116,11 @@ class Lane:
         except (psycopg.OperationalError, OSError) as error:
             await self._lost(batch, error)
             return
-        except psycopg.Error as error:
+        except Exception as error:
+            # Whatever it is, such as a count that fits no column: it must not end the lane for everybody.
             await self._refused_whole(batch, error)
             return
+        self.retry_seconds = RETRY_SECONDS
         freed: set[UUID] = set()
         for waiting, verdict in zip(batch, verdicts, strict=True):
             if waiting.move.action in (Action.SETTLE, Action.RELEASE):
@@ -122,11 +131,13 @@ class Lane:
 
     async def _call(self, moves: Sequence[Move]) -> list[Verdict]:
         """One call of move_batch; committed when it returns."""
+        arguments = as_arguments(moves)
         connection = await self._connected()
         began = time.perf_counter()
         cursor = connection.cursor(binary=True)
-        await cursor.execute(MOVE_BATCH, as_arguments(moves), prepare=True)
-        rows = await cursor.fetchall()
+        async with asyncio.timeout(CALL_SECONDS):
+            await cursor.execute(MOVE_BATCH, arguments, prepare=True)
+            rows = await cursor.fetchall()
         BATCH_SECONDS.observe(time.perf_counter() - began)
         BATCH_SIZES.observe(len(moves))
         return as_verdicts(rows)
@@ -145,19 +156,30 @@ class Lane:
         A repeated settle or deduction finds what was booked, a repeated authorize finds its hold; a repeated extend
         may hold its addition twice, which settling frees.
         """
+        # A TimeoutError (of a call that took too long) is an OSError too.
         log.warning("lane lost its connection", error=str(error), moves=len(batch))
         if self.connection is not None:
             await self.connection.close()
             self.connection = None
         for waiting in reversed(batch):
-            if time.monotonic() >= waiting.give_up_at:
-                self._fail(waiting, Unavailable("the database does not answer", headers={"Retry-After": "2"}))
-            else:
-                waiting.move = waiting.move.repeated()
-                self.queue.appendleft(waiting)
-        await asyncio.sleep(RETRY_SECONDS)
+            waiting.move = waiting.move.repeated()
+            self.queue.appendleft(waiting)
+        self._give_up()
+        await asyncio.sleep(self.retry_seconds)
+        self.retry_seconds = min(2 * self.retry_seconds, LONGEST_RETRY_SECONDS)
 
-    async def _refused_whole(self, batch: list[_Waiting], error: psycopg.Error) -> None:
+    def _give_up(self) -> None:
+        """Answer whoever has waited long enough. What must be booked stays in the queue, unless the process ends."""
+        at = time.monotonic()
+        still: deque[_Waiting] = deque()
+        for waiting in self.queue:
+            if at >= waiting.give_up_at:
+                self._fail(waiting, _unavailable())
+            if at < waiting.give_up_at or (waiting.move.action in MUST_BE_BOOKED and not self.closing):
+                still.append(waiting)
+        self.queue = still
+
+    async def _refused_whole(self, batch: list[_Waiting], error: Exception) -> None:
         """One move made the call fail and nothing was booked: each is asked alone, so that only the culprit fails."""
         if len(batch) == 1:
             self._fail(batch[0], error)
@@ -226,7 +248,7 @@ class Batcher:
     async def move(self, move: Move) -> Verdict:
         """The verdict on one move, after its commit.
 
-        A settle or release goes out even when its caller is cancelled meanwhile.
+        A settle or release goes out even when its caller is cancelled meanwhile, and is asked until it is booked.
 
         Raises:
             Unavailable: the database did not answer for 10 s.
@@ -235,4 +257,13 @@ class Batcher:
         answer: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
         waiting = _Waiting(move, answer, time.monotonic() + GIVE_UP_SECONDS)
         self._lanes[move.organization_id.int % len(self._lanes)].put(waiting)
-        return await answer
+        try:
+            # A little longer than the lane itself gives it: only a call that is stuck takes this long.
+            async with asyncio.timeout(GIVE_UP_SECONDS + LONGEST_RETRY_SECONDS):
+                return await answer
+        except TimeoutError:
+            raise _unavailable() from None
+
+
+def _unavailable() -> Unavailable:
+    return Unavailable("The database does not answer", headers={"Retry-After": "2"})

@@ -282,7 +282,7 @@ def refusal(answer: Why, *, organization: str | None = None) -> Problem:
     detail = answer.binding.name if answer.binding else problem.title
     headers = {"x-should-retry": "false"}
     if answer.binding is not None:
-        headers["Bursar-Binding-Limit"] = answer.binding.name.encode("ascii", "replace").decode()
+        headers["Bursar-Binding-Limit"] = header_text(answer.binding.name)
         if answer.binding.resets_at:
             headers["Bursar-Resets-At"] = answer.binding.resets_at.isoformat()
     headers["Bursar-Available"] = format_credits(answer.available_micros)
@@ -292,3 +292,8 @@ def refusal(answer: Why, *, organization: str | None = None) -> Problem:
         why=answer.as_json(organization=organization),
         headers=headers,
     )
+
+
+def header_text(text: str) -> str:
+    """A name that people gave, as a header may hold it: what is not printable ASCII becomes a question mark."""
+    return "".join(character if " " <= character <= "~" else "?" for character in text[:200])

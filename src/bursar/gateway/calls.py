@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
@@ -32,6 +33,8 @@ LEASE_SECONDS: Final = 30
 PROGRESS_SECONDS: Final = 2.0
 EXTEND_AT_PERCENT: Final = 80
 TWIN_SECONDS: Final = 10.0
+DRAIN_SECONDS: Final = 10.0
+"""How long calls that were told to stop may take to end; what is held then is ended by its lease."""
 
 log = structlog.get_logger(__name__)
 
@@ -136,6 +139,8 @@ class Till:
         self._database = database
         self._batcher = batcher
         self._running: dict[UUID, Call] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._closing: set[asyncio.Task[Verdict]] = set()
 
     async def hold(self, call: Call) -> None:
@@ -160,12 +165,18 @@ class Till:
             idempotency_key=call.idempotency_key,
             body_hash=call.body_hash if call.idempotency_key else None,
         )
-        verdict = await self._settled_twin(move, await self._batcher.move(move))
-        if not verdict.outcome == Outcome.ACCEPTED:
+        try:
+            verdict = await self._settled_twin(move, await self._batcher.move(move))
+        except (asyncio.CancelledError, Unavailable):
+            # The client has gone, or no answer came: the hold may be placed all the same, and nobody would end it.
+            self._soon(self._batcher.move(self._release(call)))
+            raise
+        if not verdict.accepted:
             raise await self._refusal(call, verdict, call.charge(estimate))
         call.held_micros = verdict.held_micros
         call.available_micros = verdict.available_micros
         self._running[call.request_id] = call
+        self._idle.clear()
 
     def sent(self, call: Call) -> None:
         """The provider call goes out: from here an expired hold is charged. Not waited for; it is in the next batch."""
@@ -175,7 +186,7 @@ class Till:
 
     async def settle(self, call: Call, usage: Usage, *, estimated: bool) -> Verdict:
         """Charge what was used; committed when it returns, and done even when the caller is cancelled meanwhile."""
-        self._running.pop(call.request_id, None)
+        self._end(call)
         call.tell_tier()
         priced = call.price(usage)
         move = call.move(
@@ -192,10 +203,23 @@ class Till:
 
     async def release(self, call: Call) -> Verdict:
         """Free the hold and charge nothing: the provider did nothing."""
-        self._running.pop(call.request_id, None)
+        self._end(call)
+        return _booked(await asyncio.shield(self._soon(self._batcher.move(self._release(call)))))
+
+    def _release(self, call: Call) -> Move:
+        """The move that frees a hold and its idempotency key."""
         key = call.idempotency_key
-        move = call.move(Action.RELEASE, idempotency_key=key, body_hash=call.body_hash if key else None)
-        return _booked(await asyncio.shield(self._soon(self._batcher.move(move))))
+        return call.move(Action.RELEASE, idempotency_key=key, body_hash=call.body_hash if key else None)
+
+    def _end(self, call: Call) -> None:
+        """Renew its lease no more: it is on its way to be settled or released."""
+        self._running.pop(call.request_id, None)
+        if not self._running:
+            self._idle.set()
+
+    def is_running(self, call: Call) -> bool:
+        """Whether the call is held and neither settled nor released."""
+        return call.request_id in self._running
 
     async def run(self) -> None:
         """Every 2 s: renew the leases of what runs, mark progress, and hold more where a stream outgrows its hold."""
@@ -204,11 +228,24 @@ class Till:
             await asyncio.gather(*(self._progress(call) for call in list(self._running.values())))
 
     async def drain(self) -> None:
-        """Wait until every settle that went out is committed."""
+        """Wait until the calls that were told to stop have ended, and every settle that went out is committed."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_SECONDS):
+                await self._idle.wait()
         while self._closing:
             await asyncio.gather(*self._closing, return_exceptions=True)
 
     async def _progress(self, call: Call) -> None:
+        try:
+            await self._report(call)
+        except Unavailable:
+            log.warning("progress not recorded", request_id=str(call.request_id))
+        except Exception:
+            # What is wrong with one call must not end the renewal of all others' leases.
+            log.exception("progress not recorded", request_id=str(call.request_id))
+
+    async def _report(self, call: Call) -> None:
+        """Renew the lease, mark what was used so far, hold more where that outgrows the hold."""
         counted = call.meter.counted() if call.meter is not None else call.request.estimate
         so_far = call.price(counted, Rounding.UP)
         mark = call.charge(so_far)
@@ -223,11 +260,7 @@ class Till:
             lease_seconds=LEASE_SECONDS,
             flags=call.flags | Flag.SENT,
         )
-        try:
-            verdict = await self._batcher.move(move)
-        except Unavailable:
-            log.warning("progress not recorded", request_id=str(call.request_id))
-            return
+        verdict = await self._batcher.move(move)
         if verdict.outcome == Outcome.ACCEPTED:
             call.held_micros = Micros(call.held_micros + more)
         elif verdict.outcome == Outcome.REFUSED and mark > call.held_micros:
@@ -251,9 +284,12 @@ class Till:
             log.error("a settle, release or mark failed; its hold will expire", error=str(task.exception()))
 
     async def _settled_twin(self, move: Move, verdict: Verdict) -> Verdict:
-        """Where the key is known: wait for the twin, then say how it ended; a released one leaves the key free."""
+        """Where the key is known: wait for the twin, then say how it ended; a released one leaves the key free.
+
+        A request that is its own twin was placed before the connection broke: it is accepted.
+        """
         deadline = asyncio.get_running_loop().time() + TWIN_SECONDS
-        while verdict.outcome == Outcome.KNOWN:
+        while verdict.outcome == Outcome.KNOWN and verdict.request_id != move.request_id:
             if not await self._is_held(move.organization_id, verdict.request_id):
                 again = await self._batcher.move(move)
                 if again.outcome == Outcome.KNOWN and again.request_id == verdict.request_id:

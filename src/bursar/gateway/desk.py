@@ -11,12 +11,12 @@ import structlog
 from bursar import db
 from bursar.gateway.calls import Call
 from bursar.gateway.provider_keys import KeyFinder, UsableKey
-from bursar.gateway.routes import Format, ModelNotFound, Route, RouteTable, load_routes
+from bursar.gateway.routes import Format, ModelNotFound, Route, RouteTable, load_routes, not_found
 from bursar.gateway.sealing import SealBroken
 from bursar.gateway.upstream import Target
 from bursar.gateway.wire import WireRequest
 from bursar.identity.principals import Principal
-from bursar.pricing.book import ModelNotPriced, PriceBook
+from bursar.pricing.book import LONGEST_NAME, ModelNotPriced, PriceBook
 
 log = structlog.get_logger(__name__)
 REFRESH_SECONDS: Final = 5.0
@@ -101,6 +101,8 @@ class Desk:
         return await self._keys.key_for(organization_id, route.provider.name)
 
     async def _route(self, model: str, format: Format) -> Route:
+        if len(model) > LONGEST_NAME or not model.isprintable():  # nobody's, and not kept
+            raise not_found(model, format)
         table = await self._current()
         found = self._resolved.get((model, format))
         if found is None:

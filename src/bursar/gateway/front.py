@@ -1,20 +1,20 @@
 """The request path as an ASGI application under /v1: read, hold, call the provider, pass its bytes on, settle."""
 
 import asyncio
-from contextlib import suppress
-from typing import Final
+from collections.abc import Coroutine
+from typing import Any, Final, TypeVar
 from uuid import UUID
 
 import msgspec
 import structlog
 from prometheus_client import Counter, Histogram
 
-from bursar.asgi import Receive, Scope, Send, read_body
+from bursar.asgi import Message, Receive, Scope, Send, read_body
 from bursar.credits.moves import Verdict
 from bursar.gateway import anthropic_wire, openai_wire, sse
 from bursar.gateway.calls import Call, Till, body_hash
 from bursar.gateway.desk import Desk
-from bursar.gateway.routes import Format
+from bursar.gateway.routes import Format, ModelNotFound
 from bursar.gateway.upstream import Answer, Upstream, UpstreamBroken
 from bursar.gateway.wire import Wire
 from bursar.identity.principals import KeyCache, Principal
@@ -23,9 +23,13 @@ from bursar.money import Micros, format_credits
 from bursar.problems import FieldError, InternalError, Problem, WrongMethod, of_exception
 
 Headers = list[tuple[bytes, bytes]]
+Result = TypeVar("Result")
 
 MOST_BODY_BYTES: Final = 20 * 1024 * 1024
 LARGE_BODY_BYTES: Final = 512 * 1024
+MOST_SEND_SECONDS: Final = 120.0
+"""A client that has not taken a piece by then has gone: its hold and the provider's connection do not wait for it."""
+
 WIRES: Final[dict[str, Wire]] = {"/v1/chat/completions": openai_wire, "/v1/messages": anthropic_wire}
 FORMATS: Final[dict[str, Format]] = {"/v1/chat/completions": "openai", "/v1/messages": "anthropic"}
 CALLS = Counter("bursar_gateway_calls_total", "Calls of the gateway by status", ["path", "status"])
@@ -86,6 +90,8 @@ class Front:
             if problem is None:
                 log.exception("gateway fault", path=path)
             await exchange.refuse(problem or InternalError())
+        finally:
+            exchange.close()
         CALLS.labels(path if path in WIRES else "other", str(exchange.status)).inc()
 
     async def _serve(self, exchange: "Exchange", method: str) -> None:
@@ -93,7 +99,7 @@ class Front:
             await self._models(exchange, method)
             return
         if exchange.path not in WIRES:
-            raise NotMetered(f"{exchange.path} is not metered; {', '.join(WIRES)} and /v1/models are")
+            raise NotMetered(f"{exchange.path[:200]} is not metered; {', '.join(WIRES)} and /v1/models are")
         if method != "POST":
             raise WrongMethod(f"{exchange.path} takes POST", headers={"Allow": "POST"})
         principal = await self._principal(exchange)
@@ -106,31 +112,43 @@ class Front:
         call.idempotency_key = _idempotency_key(exchange.headers)
         call.request_id = UUID(exchange.request_id.removeprefix("req_"))
         with SECONDS.time():
-            await self._till.hold(call)
-        await self._answer(exchange, call)
+            await exchange.unless_gone(self._till.hold(call))
+        try:
+            await self._answer(exchange, call)
+        finally:
+            # Whatever happened ends the hold. What neither was charged nor is here came to nothing.
+            if self._till.is_running(call):
+                await self._till.release(call)
 
     async def _answer(self, exchange: "Exchange", call: Call) -> None:
-        """The hold is placed: whatever happens from here ends it."""
+        """The hold is placed: call the provider and see to what comes."""
+        if exchange.is_gone:
+            raise ClientGone
         call.meter = exchange.wire.UsageMeter(call.request)
         self._till.sent(call)
-        try:
-            answer = await self._upstream.call(
-                call.target,
-                exchange.wire.PATH,
-                exchange.wire.upstream_body(
-                    call.request, model=call.upstream_model, asks_for_usage=call.target.provider.asks_for_usage
-                ),
-                exchange.headers,
-            )
-        except BaseException:
-            await self._till.release(call)
-            raise
+        answer = await self._called(exchange, call)
         if answer.status >= 400:
             await self._pass_error(exchange, call, answer)
-        elif call.request.stream:
+        elif call.request.stream and not answer.is_json:
             await self._stream(exchange, call, answer)
         else:
             await self._plain(exchange, call, answer)
+
+    async def _called(self, exchange: "Exchange", call: Call) -> Answer:
+        """The provider's status and headers. A plain call is seen to its end, since it is paid for anyway; a stream
+        whose client goes before it begins is cut, and charged its input.
+        """
+        body = exchange.wire.upstream_body(
+            call.request, model=call.upstream_model, asks_for_usage=call.target.provider.asks_for_usage
+        )
+        calling = self._upstream.call(call.target, exchange.wire.PATH, body, exchange.headers)
+        if not call.request.stream:
+            return await calling
+        try:
+            return await exchange.unless_gone(calling)
+        except ClientGone:
+            await self._settle_stream(call)
+            raise
 
     async def _pass_error(self, exchange: "Exchange", call: Call, answer: Answer) -> None:
         """The provider refused or failed: it costs nothing, and its own words go on."""
@@ -138,7 +156,7 @@ class Front:
             body = await answer.read()
         finally:
             await answer.close()
-            await self._till.release(call)
+        await self._till.release(call)
         await exchange.send_whole(
             answer.status, [*answer.headers, *_charge_headers(Micros(0), call.available_micros)], body
         )
@@ -147,10 +165,7 @@ class Front:
         """The whole answer, then settle, then the client gets it: what it was charged is in the headers."""
         assert call.meter is not None
         try:
-            body = await answer.read()
-        except UpstreamBroken:
-            await self._till.release(call)  # the client gets nothing of a plain answer that broke off
-            raise
+            body = await answer.read()  # the client gets nothing of one that breaks off, and pays nothing
         finally:
             await answer.close()
         call.meter.read_body(body)
@@ -163,23 +178,16 @@ class Front:
 
     async def _stream(self, exchange: "Exchange", call: Call, answer: Answer) -> None:
         """Pass the pieces on until the provider ends or breaks, the client goes, or a limit stops it; then settle."""
-        pump = asyncio.create_task(self._pump(exchange, call, answer))
-        gone = asyncio.create_task(exchange.wait_until_gone())
+        failure: Problem | None = None
         try:
-            await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await exchange.unless_gone(self._pump(exchange, call, answer))
+        except Problem as problem:
+            failure = problem
         finally:
-            pump.cancel()
-            gone.cancel()
-            results = await asyncio.gather(pump, gone, return_exceptions=True)
             await answer.close()
             verdict = await self._settle_stream(call)
-        failure = results[0]
-        if isinstance(failure, asyncio.CancelledError | ClientGone):
-            raise ClientGone
-        if isinstance(failure, Problem):
+        if failure is not None:
             await exchange.send_piece(exchange.wire.stream_refusal(failure, request_id=exchange.request_id))
-        elif isinstance(failure, BaseException):
-            raise failure
         await exchange.end_stream(_charge_comment(verdict))
 
     async def _pump(self, exchange: "Exchange", call: Call, answer: Answer) -> None:
@@ -216,7 +224,7 @@ class Front:
         wanted = exchange.path.removeprefix("/v1/models").strip("/")
         listed = [model for model in models if not wanted or model["id"] == wanted]
         if wanted and not listed:
-            raise NotMetered(f"no model {wanted!r} can be called here")
+            raise ModelNotFound(f"No model {wanted[:200]!r} can be called here")
         document = listed[0] if wanted else {"object": "list", "data": listed, "has_more": False}
         await exchange.send_whole(200, [(b"content-type", b"application/json")], msgspec.json.encode(document))
 
@@ -232,7 +240,8 @@ class Exchange:
         self.status = 0
         self._scope = scope
         self._receive = receive
-        self._send = send
+        self._send_message = send
+        self._gone: asyncio.Task[None] | None = None
 
     async def body(self) -> bytes:
         """The whole body.
@@ -245,10 +254,38 @@ class Exchange:
             raise ClientGone
         return body
 
-    async def wait_until_gone(self) -> None:
-        """Returns when the client hangs up."""
+    async def unless_gone(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """What work gives; it is cancelled when the client hangs up first. Only after the body was read.
+
+        Raises:
+            ClientGone
+        """
+        if self._gone is None:
+            self._gone = asyncio.create_task(self._wait_until_gone())
+        task = asyncio.create_task(work)
+        try:
+            await asyncio.wait({task, self._gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+        if task.cancelled():
+            raise ClientGone
+        return task.result()
+
+    async def _wait_until_gone(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the client is known to have hung up."""
+        return self._gone is not None and self._gone.done()
+
+    def close(self) -> None:
+        """Nothing is waited for any more."""
+        if self._gone is not None:
+            self._gone.cancel()
 
     async def start(self, status: int, headers: Headers) -> None:
         """Status and headers of an answer."""
@@ -261,9 +298,20 @@ class Exchange:
             await self._send({"type": "http.response.body", "body": piece, "more_body": True})
 
     async def end_stream(self, comment: bytes) -> None:
-        """The last piece. A client that has stopped reading misses only the comment."""
-        with suppress(OSError):
-            await self._send({"type": "http.response.body", "body": comment, "more_body": False})
+        """The last piece."""
+        await self._send({"type": "http.response.body", "body": comment, "more_body": False})
+
+    async def _send(self, message: Message) -> None:
+        """Hand a message to the server, which waits while the client does not read.
+
+        Raises:
+            ClientGone: it has not read for MOST_SEND_SECONDS.
+        """
+        try:
+            async with asyncio.timeout(MOST_SEND_SECONDS):
+                await self._send_message(message)
+        except TimeoutError:
+            raise ClientGone from None
 
     async def send_whole(self, status: int, headers: Headers, body: bytes) -> None:
         """An answer in one piece."""

@@ -72,7 +72,7 @@ class RouteTable:
         if route is not None:
             provider = self.providers.get(route.provider)
             if not route.enabled or provider is None or not provider.speaks(format):
-                raise _not_found(model, format)
+                raise not_found(model, format)
             return Route(provider, route.upstream_model)
         prefix, _, rest = model.partition("/")
         provider = self.providers.get(prefix)
@@ -81,10 +81,11 @@ class RouteTable:
         for provider in self.providers.values():
             if provider.speaks(format) and knows(provider.name, model):
                 return Route(provider, model)
-        raise _not_found(model, format)
+        raise not_found(model, format)
 
 
-def _not_found(model: str, format: Format) -> ModelNotFound:
+def not_found(model: str, format: Format) -> ModelNotFound:
+    """The refusal of a name that nobody serves."""
     path = "/v1/chat/completions" if format == "openai" else "/v1/messages"
     return ModelNotFound(
         f"No provider serves {model[:200]!r} at {path}.",

@@ -50,6 +50,7 @@ class UpstreamBroken(Problem):
 
     status, code, title = 502, "provider_broke_off", "The provider's answer did not come"
 
+
 class ProviderUnreachable(UpstreamBroken):
     """No connection to the provider: the call was not made."""
 
@@ -114,6 +115,11 @@ class Answer:
         self._target = target
         self._limits = limits
         self._deadline = deadline
+
+    @property
+    def is_json(self) -> bool:
+        """Whether it is one JSON document, whatever was asked for."""
+        return dict(self.headers).get(b"content-type", b"").lower().startswith(b"application/json")
 
     async def read(self) -> bytes:
         """The whole body; of an error, without what identifies the platform's account.
@@ -215,6 +221,9 @@ class Upstream:
         if 300 <= response.status < 400:
             response.close()
             raise UpstreamBroken(f"{target.provider.name} answered with a redirect, which is not followed.")
+        if response.status >= 600:
+            response.close()
+            raise UpstreamBroken(f"{target.provider.name} answered with a status that HTTP does not have.")
         return Answer(response, target, self._limits, deadline)
 
     def _open_session(self) -> aiohttp.ClientSession:
@@ -243,8 +252,8 @@ def _forwarded(target: Target, path: str, client_headers: Mapping[bytes, str]) -
 
 
 def _returned(response: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:
-    """Headers for the client, names in lower case."""
-    raw = {name.lower(): value for name, value in reversed(response.raw_headers)}
+    """Headers for the client, names in lower case; without those that could not be passed on as they are."""
+    raw = {name.lower(): value for name, value in reversed(response.raw_headers) if not _CONTROLS.search(value)}
     headers: list[tuple[bytes, bytes]] = [(name, raw[name]) for name in RETURNED if name in raw]
     request_id = raw.get(b"x-request-id") or raw.get(b"request-id")
     if request_id is not None:
@@ -252,6 +261,7 @@ def _returned(response: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:
     return headers
 
 
+_CONTROLS: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _ACCOUNT: Final = re.compile(rb"\b(?:(?:org|user)-[A-Za-z0-9]{12,}|proj_[A-Za-z0-9]{12,}|sk-[A-Za-z0-9_*.-]{6,})")
 
 
