@@ -93,6 +93,7 @@ def floor_arguments(payers: Sequence[Payer], chains: dict[UUID, Chain]) -> list[
 def _instants(microseconds: Sequence[int]) -> arrays.TimestamptzArray:
     """timestamptz[] of the wire's own numbers, as Python has no -infinity: a bigint[] under another name."""
     data = arrays.int8s(microseconds).data
+    assert data is not None
     return arrays.TimestamptzArray(data[:8] + struct.pack(">i", postgres.types["timestamptz"].oid) + data[12:])
 
 

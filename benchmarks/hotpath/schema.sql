@@ -55,24 +55,28 @@ create function bench.write_floor(
     p_positions bigint[], p_amounts bigint[], p_costs bigint[], p_usages integer[], p_providers text[], p_models text[],
     p_balance_orgs uuid[], p_balance_ids uuid[], p_balance_starts timestamptz[], p_balance_sums bigint[]
 ) returns integer language plpgsql
-set plan_cache_mode = force_generic_plan set enable_seqscan = off set jit = off as $$
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off as $$
 declare
     v_now constant timestamptz := clock_timestamp();
 begin
     update credits.balances b set used_amount = used_amount + s.amount
-    from unnest(p_balance_orgs, p_balance_ids, p_balance_starts, p_balance_sums) s(org, id, start, amount)
+    from (
+        select unnest(p_balance_orgs) as org, unnest(p_balance_ids) as id, unnest(p_balance_starts) as start, unnest(p_balance_sums) as amount
+    ) s
     where b.organization_id = s.org and b.balance_id = s.id and b.period_start = s.start;
     insert into ledger.attribution (organization_id, request_id, booked_at, used_at, kind, user_id, api_key_id, provider, model, chain_id,
         pool_id, position_micros, charged_micros, hold_micros, provider_cost_nano_usd, customer_cost_nano_usd, flags, input_tokens,
         cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens, output_tokens, reasoning_tokens, audio_input_tokens,
         audio_output_tokens, image_input_tokens, image_output_tokens, images, web_searches, audio_milliseconds, characters, requests)
     select w.org, w.request_id, v_now, v_now, 0, w.user_id, w.api_key_id, w.provider, w.model, w.chain_id, w.pool_id, w.position, w.amount, 0,
-        w.cost, 0, 0, p_usages[u.at + 1], p_usages[u.at + 2], p_usages[u.at + 3], p_usages[u.at + 4], p_usages[u.at + 5], p_usages[u.at + 6],
-        p_usages[u.at + 7], p_usages[u.at + 8], p_usages[u.at + 9], p_usages[u.at + 10], p_usages[u.at + 11], p_usages[u.at + 12],
-        p_usages[u.at + 13], p_usages[u.at + 14], p_usages[u.at + 15]
-    from unnest(p_organization_ids, p_request_ids, p_user_ids, p_api_key_ids, p_chain_ids, p_pool_ids, p_positions, p_amounts, p_costs,
-        p_providers, p_models) with ordinality
-        w(org, request_id, user_id, api_key_id, chain_id, pool_id, position, amount, cost, provider, model, place)
-    cross join lateral (select ((w.place - 1) * 15)::int as at) u;
+        w.cost, 0, 0, p_usages[w.at + 1], p_usages[w.at + 2], p_usages[w.at + 3], p_usages[w.at + 4], p_usages[w.at + 5], p_usages[w.at + 6],
+        p_usages[w.at + 7], p_usages[w.at + 8], p_usages[w.at + 9], p_usages[w.at + 10], p_usages[w.at + 11], p_usages[w.at + 12],
+        p_usages[w.at + 13], p_usages[w.at + 14], p_usages[w.at + 15]
+    from (
+        select unnest(p_organization_ids) as org, unnest(p_request_ids) as request_id, unnest(p_user_ids) as user_id,
+            unnest(p_api_key_ids) as api_key_id, unnest(p_chain_ids) as chain_id, unnest(p_pool_ids) as pool_id, unnest(p_positions) as position,
+            unnest(p_amounts) as amount, unnest(p_costs) as cost, unnest(p_providers) as provider, unnest(p_models) as model,
+            generate_series(0, 15 * cardinality(p_amounts) - 15, 15) as at
+    ) w;
     return cardinality(p_request_ids);
 end $$;

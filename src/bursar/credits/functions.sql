@@ -1349,7 +1349,7 @@ begin
                 exit when v_left = 0 and v_legs_used > 0;
             end loop;
             if v_left > 0 or v_legs_used = 0 then
-                v_wait := v_wait and v_free_left <= 0;
+                v_wait := v_wait and v_free_left <= 0 and v_row.amount > 0;  -- nothing does not fit only where there is excess
                 v_bind := coalesce(v_bind, v_first_bind);
             end if;
         end if;
@@ -1585,7 +1585,8 @@ end $$;
 comment on function credits.post_batch is 'Writes what a batch decided: holds, attribution, requests that cost nothing, stored results';
 
 -- move_batch: decide everything that is waiting, in one call: settles and releases first, then authorizes, extends and deductions.
--- Parallel arrays, one place a request; null means none, in user and key ids the zero uuid does.
+-- Parallel arrays, one place a request; null means none, in user and key ids the zero uuid does. The arrays of prices, provider keys,
+-- conversations, instants, keys and hashes may be null as a whole.
 --   p_route          the organization that routes the call (Citus); on plain PostgreSQL the arrays may name many
 --   p_actions        1 authorize, 2 extend, 3 settle, 4 release, 5 deduct (authorize and settle in one)
 --   p_request_ids    UUIDv7; a batch that names one twice is decided one request at a time
@@ -1652,9 +1653,9 @@ declare
 begin
     if array[cardinality(p_organization_ids), cardinality(p_actions), cardinality(p_user_ids), cardinality(p_api_key_ids), cardinality(p_amounts),
              cardinality(p_tokens), cardinality(p_costs), cardinality(p_usages) / 15, cardinality(p_marks), cardinality(p_leases),
-             cardinality(p_flags), cardinality(p_providers), cardinality(p_models), cardinality(p_price_version_ids),
-             cardinality(p_provider_key_ids), cardinality(p_conversation_ids), cardinality(p_used_at), cardinality(p_keys),
-             cardinality(p_body_hashes)] <> array_fill(v_n, array[19])
+             cardinality(p_flags), cardinality(p_providers), cardinality(p_models), coalesce(cardinality(p_price_version_ids), v_n),
+             coalesce(cardinality(p_provider_key_ids), v_n), coalesce(cardinality(p_conversation_ids), v_n), coalesce(cardinality(p_used_at), v_n),
+             coalesce(cardinality(p_keys), v_n), coalesce(cardinality(p_body_hashes), v_n)] <> array_fill(v_n, array[19])
        or cardinality(p_usages) % 15 <> 0 or array_position(p_usages, null) is not null or 0 > any (p_usages) then
         raise exception 'the arrays of a batch need one place a request, and 15 counts of usage' using errcode = 'BR400';
     end if;
@@ -1668,7 +1669,7 @@ begin
     from (select organization_id, next_event_at, limits_version from gates where organization_id = any (p_organization_ids)
           order by organization_id for no key update) g;
     -- (2) the one instant of this batch
-    v_now := credits.now_under_gate(p_at);
+    v_now := case when p_at is null then clock_timestamp() else credits.now_under_gate(p_at) end;
     -- (3) time events that are due
     if v_due is not null then
         for v_row in select organization_id from gates where organization_id = any (v_due) and next_event_at <= v_now order by 1 loop
@@ -1679,7 +1680,7 @@ begin
     end if;
 
     -- (6) Most batches only hold and deduct, by chains that are current: one statement finds those and moves the demands.
-    if p_actions <@ array[1, 5]::smallint[] and array_remove(p_keys, null) = '{}'
+    if p_actions <@ array[1, 5]::smallint[] and coalesce(array_remove(p_keys, null), '{}') = '{}'
        and 0 <= all (p_amounts) and v_most >= all (p_amounts) and 0 <= all (p_tokens) and v_most >= all (p_tokens)
        and 0 <= all (p_costs) and v_most >= all (p_costs) and 0 <= all (p_marks) and v_most >= all (p_marks)
        and 0 <= all (p_flags) and (0 < all (p_leases) or not 1 = any (p_actions)) then

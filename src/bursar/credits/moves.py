@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import IntEnum, IntFlag
-from typing import Any, Final
+from itertools import chain
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from bursar.db import arrays
@@ -52,6 +53,9 @@ class Outcome(IntEnum):
     KNOWN_REFUSED = 7
 
 
+OUTCOMES: Final = tuple(Outcome)  # by number
+
+
 @dataclass(frozen=True, slots=True)
 class Move:
     """One request to move credits.
@@ -91,8 +95,7 @@ class Move:
         return replace(self, flags=self.flags & ~Flag.MAY_WAIT)
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What was decided on a move. held and charged are micros; available is what its user and key could still spend."""
 
     outcome: Outcome
@@ -127,22 +130,22 @@ def as_arguments(moves: Sequence[Move], at: datetime | None = None) -> list[Any]
         arrays.int8s([move.amount_micros for move in moves]),
         arrays.int8s([move.tokens for move in moves]),
         arrays.int8s([move.cost_nano_usd for move in moves]),
-        arrays.int4s([count for move in moves for count in move.usage]),
+        arrays.int4s(list(chain.from_iterable([move.usage for move in moves]))),
         arrays.int8s([move.mark_micros for move in moves]),
         arrays.int4s([move.lease_seconds for move in moves]),
         arrays.int4s([move.flags for move in moves]),
         arrays.texts([move.provider for move in moves]),
         arrays.texts([move.model for move in moves]),
-        arrays.uuids([move.price_version_id for move in moves]),
-        arrays.uuids([move.provider_key_id for move in moves]),
-        arrays.uuids([move.conversation_id for move in moves]),
-        arrays.timestamps([move.used_at for move in moves]),
-        arrays.texts([move.idempotency_key for move in moves]),
-        arrays.byteas([move.body_hash for move in moves]),
+        arrays.uuids([move.price_version_id for move in moves], or_null=True),
+        arrays.uuids([move.provider_key_id for move in moves], or_null=True),
+        arrays.uuids([move.conversation_id for move in moves], or_null=True),
+        arrays.timestamps([move.used_at for move in moves], or_null=True),
+        arrays.texts([move.idempotency_key for move in moves], or_null=True),
+        arrays.byteas([move.body_hash for move in moves], or_null=True),
         at,
     ]
 
 
 def as_verdicts(rows: Sequence[Sequence[Any]]) -> list[Verdict]:
     """Rows of MOVE_BATCH, in the order of the moves."""
-    return [Verdict(Outcome(row[1]), row[2], row[3], row[4], row[5], row[6], row[7]) for row in rows]
+    return [Verdict(OUTCOMES[row[1]], *row[2:]) for row in rows]

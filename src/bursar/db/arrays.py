@@ -1,7 +1,8 @@
 """Python lists as PostgreSQL arrays in the binary format, packed at once.
 
 The money path binds some twenty arrays a batch; the driver's own list adaptation asks the type of every element. Each
-function here takes a list with None for null and gives a value that psycopg binds as that array type.
+function here takes a list with None for null and gives a value that psycopg binds as that array type. Those of columns
+that are mostly absent can be told that nothing but nulls is no array at all (`or_null`), which costs nothing to read.
 
 Source: PostgreSQL, array_send: dimensions, has-null flag, element type, then (length, lower bound), then each element
 as its length (-1: null) and bytes.
@@ -24,11 +25,11 @@ _SIXTEEN: Final = b"\x00\x00\x00\x10"
 
 
 class BinaryArray:
-    """An array value, ready to send."""
+    """An array value, ready to send; None: null of this type."""
 
     __slots__ = ("data",)
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes | None) -> None:
         self.data = data
 
 
@@ -84,11 +85,12 @@ def _head(cls: type[BinaryArray], length: int) -> bytes:
     return _HEADS[cls].pack(1, 1, _OIDS[cls], length, 1)
 
 
-def uuids(values: Sequence[UUID | None]) -> UuidArray:
+def uuids(values: Sequence[UUID | None], *, or_null: bool = False) -> UuidArray:
     """uuid[]"""
-    return UuidArray(
-        _head(UuidArray, len(values)) + b"".join(_NULL if value is None else _SIXTEEN + value.bytes for value in values)
-    )
+    if or_null and _is_empty(values):
+        return UuidArray(None)
+    parts = [_NULL if value is None else _SIXTEEN + value.int.to_bytes(16, "big") for value in values]
+    return UuidArray(_head(UuidArray, len(values)) + b"".join(parts))
 
 
 def int2s(values: Sequence[int]) -> Int2Array:
@@ -106,24 +108,34 @@ def int8s(values: Sequence[int]) -> Int8Array:
     return Int8Array(_head(Int8Array, len(values)) + _integers("q", 8, values))
 
 
-def texts(values: Sequence[str | None]) -> TextArray:
+def texts(values: Sequence[str | None], *, or_null: bool = False) -> TextArray:
     """text[]"""
+    if or_null and _is_empty(values):
+        return TextArray(None)
     return TextArray(
         _head(TextArray, len(values)) + _sized([None if value is None else value.encode() for value in values])
     )
 
 
-def byteas(values: Sequence[bytes | None]) -> ByteaArray:
+def byteas(values: Sequence[bytes | None], *, or_null: bool = False) -> ByteaArray:
     """bytea[]"""
+    if or_null and _is_empty(values):
+        return ByteaArray(None)
     return ByteaArray(_head(ByteaArray, len(values)) + _sized(values))
 
 
-def timestamps(values: Sequence[datetime | None]) -> TimestamptzArray:
+def timestamps(values: Sequence[datetime | None], *, or_null: bool = False) -> TimestamptzArray:
     """timestamptz[]; values are aware."""
+    if or_null and _is_empty(values):
+        return TimestamptzArray(None)
     microseconds = [
         None if value is None else struct.pack(">q", (value - _EPOCH) // timedelta(microseconds=1)) for value in values
     ]
     return TimestamptzArray(_head(TimestamptzArray, len(values)) + _sized(microseconds))
+
+
+def _is_empty(values: Sequence[object]) -> bool:
+    return values.count(None) == len(values)
 
 
 def _integers(code: str, size: int, values: Sequence[int]) -> bytes:
@@ -134,7 +146,7 @@ def _integers(code: str, size: int, values: Sequence[int]) -> bytes:
 
 
 def _sized(values: Sequence[bytes | None]) -> bytes:
-    return b"".join(_NULL if value is None else len(value).to_bytes(4, "big") + value for value in values)
+    return b"".join([_NULL if value is None else len(value).to_bytes(4, "big") + value for value in values])
 
 
 class _ArrayDumper(Dumper):
