@@ -24,7 +24,7 @@ from bursar.pricing.prices import PriceVersion
 from bursar.settings import Settings
 
 AS_OF = datetime(2026, 10, 20, 14, 2, tzinfo=UTC)  # a Tuesday
-SEEDED = ("acme-corp", "lumen-loop", "quill-co", "blank-canvas", "individual-ximena", "indigo-works")
+SEEDED = ("acme-corp", "lumen-loop", "quill-co", "blank-canvas", "individual-ximena", "gable-works")
 
 
 @cache
