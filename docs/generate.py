@@ -20,7 +20,7 @@ from fastapi import FastAPI
 import bursar.server  # noqa: F401 - declares the worker's metrics
 from bursar import app, cli, db, problems
 from bursar.cli.exits import Exit
-from bursar.credits import why
+from bursar.credits import verify, why
 from bursar.db.embedded import EmbeddedServer
 from bursar.identity.roles import PERMISSIONS, SCOPES, SERVICE_KEY, Permission, Role, Scope
 from bursar.settings import Settings
@@ -43,6 +43,7 @@ def pages() -> dict[str, str]:
     return {
         "api.md": api_page(),
         "cli.md": cli_page(),
+        "invariants.md": invariants_page(),
         "metrics.md": metrics_page(),
         "permissions.md": permissions_page(),
         "problems.md": problems_page(),
@@ -110,6 +111,19 @@ def problems_page() -> str:
         _table(("Code", "Status", "Title", "When", "SQLSTATE"), rows),
         "## Refusals of money\n\nThey carry a `why` object. Its `code` is the exact reason:",
         _table(("`why.code`", "Problem", "`why.next_step`"), steps),
+    )
+
+
+# ---------------------------------------------------------------------------------------------- invariants
+
+
+def invariants_page() -> str:
+    """What `bursar verify` checks."""
+    return _page(
+        "Invariants",
+        "`bursar verify` puts one query per line to the database and prints what it finds; the tests put the same "
+        "queries to everything that they wrote. See [how-money-moves.md](../how-money-moves.md#checking-the-books).",
+        _table(("Name", "What holds"), [(_code(name), text) for name, text in verify.INVARIANTS.items()]),
     )
 
 

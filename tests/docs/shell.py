@@ -92,7 +92,7 @@ class Shell:
 
     async def _curl(self, arguments: list[str]) -> str:
         """curl's options as far as the pages use them."""
-        method, url, body, headers, shows_head = "", "", None, {}, False
+        method, url, body, headers, shows_head, shown_header = "", "", None, {}, False, None
         rest = iter(arguments)
         for each in rest:
             match each:
@@ -105,6 +105,10 @@ class Shell:
                     method = next(rest)
                 case "-i":
                     shows_head = True
+                case "-o":
+                    assert next(rest) == "/dev/null"
+                case "-w":
+                    shown_header = next(rest).removeprefix("%header{").removesuffix("}")
                 case "-s" | "-N":
                     pass
                 case _:
@@ -113,6 +117,9 @@ class Shell:
         method = method or ("GET" if body is None else "POST")
         async with httpx2.AsyncClient(timeout=30) as client:
             answer = await client.request(method, url, content=body, headers=headers)
+        self.variables["?"] = "0"
+        if shown_header is not None:
+            return answer.headers[shown_header]
         head = [f"HTTP/1.1 {answer.status_code} {answer.reason_phrase}"]
         head += [f"{name}: {value}" for name, value in answer.headers.items()]
         return "\n".join([*head, "", answer.text] if shows_head else [answer.text])
