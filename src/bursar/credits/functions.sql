@@ -1206,7 +1206,7 @@ begin
         from (
             select unnest(m.places) as place, m.room, m.base, null::bigint as earlier, null::boolean as is_alone from moved m
             union all
-            select r.place, null, null, coalesce(credits.total(case when r.action = 5 then r.amount else 0 end) over
+            select r.place, null, null, coalesce(credits.total(case when r.action = 5 and r.is_asked then r.amount else 0 end) over
                 (partition by r.org, r.pool_id order by r.place rows between unbounded preceding and 1 preceding), 0), r.is_alone
             from r
         ) p
@@ -1784,6 +1784,13 @@ begin
                 w(org, action, request_id, amount, flags, model, place)
             left join holds h on h.organization_id = w.org and h.request_id = w.request_id
             cross join lateral (select case when h.chain_id is null or w.action = 1 then w.flags else h.flags end & 2 = 2 as is_own) t;
+            v_charged := p_amounts;
+        end if;
+        if 'request_invalid' = any (v_details) then  -- refused already: its numbers must not reach any sum
+            for v_row in select place::int from unnest(v_details) with ordinality u(detail, place) where detail = 'request_invalid' loop
+                p_amounts[v_row.place] := 0;
+                p_tokens[v_row.place] := 0;
+            end loop;
             v_charged := p_amounts;
         end if;
 

@@ -1,4 +1,4 @@
-"""Do the books agree? Every balance recomputed from ledger, attribution and holds: a query per invariant (verify.sql)."""
+"""Do the books agree? Every balance recomputed from ledger, attribution and holds, by one query per invariant."""
 
 import re
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ INVARIANTS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One offence. subject: which balance, pool, grant or request; expected and found: as the invariant compares them."""
+    """One offence. subject: which balance, pool, grant or request; expected and found: as the invariant has them."""
 
     invariant: str
     organization_id: UUID
