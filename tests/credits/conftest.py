@@ -1,13 +1,14 @@
 """A database of the money tests' own, where time is simulated and holds of every organization may be expired."""
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 
 import psycopg
 import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from tests.credits.scenes import Scene
 
 from bursar import db
 from bursar.settings import Settings
@@ -29,3 +30,10 @@ async def books(admin_dsn: str, settings: Settings) -> AsyncIterator[db.Database
         yield opened
     with psycopg.connect(admin_dsn, autocommit=True) as conn:
         conn.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def scene(books: db.Database) -> Iterator[Scene]:
+    """An organization in the database of the money tests' own."""
+    with psycopg.connect(books.dsn("admin"), autocommit=True) as conn:
+        yield Scene(conn)

@@ -1119,7 +1119,7 @@ class Organization:
                 if left == 0:
                     break
             if left or leg is None:
-                waits = waits and free_left <= 0
+                waits = waits and free_left <= 0 and move.amount > 0
                 binding = binding or self._tightest(chain.legs[order[0]])
         if binding is not None:
             answer.outcome = WAIT if waits and move.flags & MAY_WAIT else REFUSED

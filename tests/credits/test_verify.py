@@ -57,7 +57,8 @@ FAULTS = {
     "acknowledged_charges_are_booked": """
         insert into credits.commands (organization_id, idempotency_key, body_hash, request_id, outcome, answered_at,
             kept_until)
-        select organization_id, 'a key', '', gen_random_uuid(), jsonb '{"outcome": 0, "charged_micros": 5}', now(), now()
+        select organization_id, 'a key', '', gen_random_uuid(), jsonb '{"outcome": 0, "charged_micros": 5}', now(),
+            now()
         from credits.gates where true""",
 }
 COMMANDS = (
@@ -65,8 +66,8 @@ COMMANDS = (
     " statement_timestamp() + interval '9 days', null, null, 'a grant that expires')",
     "select credits.set_limit(%(org)s, gen_random_uuid(), 'user', %(user)s, 'credits', null, 'month', 50, 'stops',"
     " null)",
-    "select credits.allocate(%(org)s, gen_random_uuid(), %(pool)s, %(user)s, 'capped', 'month', 60, 'stops', false, null,"
-    " 'a cap')",
+    "select credits.allocate(%(org)s, gen_random_uuid(), %(pool)s, %(user)s, 'capped', 'month', 60, 'stops', false,"
+    " null, 'a cap')",
     "select credits.allocate(%(org)s, gen_random_uuid(), %(pool)s, gen_random_uuid(), 'reserved', 'none', 20, 'stops',"
     " false, null, 'a share')",
 )
