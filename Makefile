@@ -3,8 +3,9 @@
 #   make serve         the server                                 make serve ARGS="--workers 2"
 #   make test          the tests                                  make test ARGS="tests/db -k embedded"
 #   make check         ruff, mypy, import-linter and the tests
+#   make reference     the pages in docs/reference, from the program itself
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint check clean
+.PHONY: help demo serve test lint check reference clean
 
 RUN := .venv/installed-run
 DEV := .venv/installed-dev
@@ -35,6 +36,9 @@ lint: $(DEV)
 	@.venv/bin/lint-imports --no-logo
 
 check: lint test
+
+reference: $(DEV)
+	@.venv/bin/python docs/generate.py
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist

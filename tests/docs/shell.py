@@ -65,7 +65,7 @@ class Shell:
 
     async def _program(self, words: list[str], given: str) -> tuple[str, str]:
         match words:
-            case ["bursar", *arguments]:
+            case ["bursar" | ".venv/bin/bursar", *arguments]:
                 code, out, err = await asyncio.to_thread(self._bursar, arguments, given)
                 self.variables["?"] = str(code)
                 return out, err

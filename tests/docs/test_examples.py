@@ -22,9 +22,7 @@ from bursar.settings import Settings
 NOT_RUN: Final = {
     "make": "sets up the virtual environment, or runs for as long as nobody stops it",
     "python3 -m venv": "sets up a virtual environment",
-    ".venv/bin/pip": "installs packages",
-    ".venv/bin/pytest": "runs the tests, of which this is one",
-    ".venv/bin/bursar": "the same as bursar, in its virtual environment",
+    "pip": "installs packages",
     "bursar serve": "runs until it is stopped; tests/cli/test_serve.py starts it",
     "bursar demo": "runs until it is stopped",
     "DATABASE_URL=": "another database than the test's",
@@ -77,7 +75,7 @@ async def _run(command: Command, shell: Shell, page: str) -> None:
 
 
 def _is_run(command: Command) -> bool:
-    return not command.text.startswith(tuple(NOT_RUN))
+    return not command.text.removeprefix(".venv/bin/").startswith(tuple(NOT_RUN))
 
 
 def _run_python(block: Block, shell: Shell) -> str:

@@ -36,4 +36,3 @@ async def test_the_page_of_the_schema_is_as_the_database_says(database: db.Datab
 
 def test_no_page_is_left_over() -> None:
     assert {each.name for each in FOLDER.iterdir()} == {*generate.pages(), "schema.md"}
-
