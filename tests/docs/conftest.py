@@ -55,7 +55,7 @@ def _new_database(settings: Settings, template: str) -> Iterator[str]:
     name = f"bursar_docs_{uuid7().hex[-12:]}"
     create = "create database {} template {} encoding 'UTF8' lc_collate 'C' lc_ctype 'C'"
     with psycopg.connect(str(settings.database_url), autocommit=True) as conn:
-        conn.execute(sql.SQL(create).format(sql.Identifier(name), sql.Identifier(template)))  # type: ignore[arg-type]
+        conn.execute(sql.SQL(create).format(sql.Identifier(name), sql.Identifier(template)))
     yield name
     with psycopg.connect(str(settings.database_url), autocommit=True) as conn:
         conn.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))

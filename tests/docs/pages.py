@@ -9,6 +9,7 @@ ROOT: Final = Path(__file__).parents[2]
 PAGES: Final = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 _FENCE: Final = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+_FILE: Final = re.compile(r"`((?:tests|docs|tools|benchmarks|src)/[\w./-]*)`")
 _LINK: Final = re.compile(r"\]\((?P<target>[^)#\s]+)(?:#(?P<anchor>[^)\s]+))?\)")
 
 
@@ -70,3 +71,8 @@ def anchors_of(page: Path) -> set[str]:
     """Anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def files_of(page: Path) -> list[str]:
+    """Files and folders of the project that a page names, from the project's root on."""
+    return _FILE.findall(page.read_text(encoding="utf-8"))

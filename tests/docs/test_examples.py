@@ -13,7 +13,7 @@ from typing import Any, Final
 import psycopg
 import pytest
 import typer.main
-from tests.docs.pages import PAGES, Block, Command, anchors_of, blocks_of, commands_of, links_of
+from tests.docs.pages import PAGES, ROOT, Block, Command, anchors_of, blocks_of, commands_of, files_of, links_of
 from tests.docs.shell import WRITTEN_URL, Shell, is_as_written
 
 from bursar import cli
@@ -89,7 +89,7 @@ def _run_python(block: Block, shell: Shell) -> str:
 def _run_sql(block: Block, dsn: str, place: str) -> None:
     """Run queries in one transaction; of those that are marked `none` no row may come back."""
     with psycopg.connect(dsn) as conn, conn.cursor() as cursor:
-        cursor.execute(block.text)  # type: ignore[arg-type]
+        cursor.execute(block.text)
         rows = cursor.fetchall() if cursor.description else []
         while cursor.nextset():
             rows += cursor.fetchall() if cursor.description else []
@@ -147,3 +147,14 @@ def test_links_lead_to_pages_and_headings(page: Path) -> None:
         found = (page.parent / target).resolve()
         assert found.exists(), f"{page.name}: {target}"
         assert not anchor or anchor in anchors_of(found), f"{page.name}: {target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    assert [name for name in files_of(page) if not (ROOT / name).exists()] == []
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    readme = PAGES[0]
+    reached = {(readme.parent / target).resolve() for target, _ in links_of(readme)}
+    assert set(PAGES[1:]) <= reached
