@@ -210,7 +210,12 @@ def _lumen_loop() -> Company:
         name="Lumen Loop",
         story="Zoe has used 96 % of her share, Max 4 % of his: credits that could move",
         people=tuple(
-            Person(name=name, email=f"{short}@lumenloop.example", roles=ADMIN if short == "noa" else (Role.MEMBER,))
+            Person(
+                name=name,
+                email=f"{short}@lumenloop.example",
+                roles=ADMIN if short == "noa" else (Role.MEMBER,),
+                key="Loop app",
+            )
             for short, name in names.items()
         ),
         admin="noa@lumenloop.example",
@@ -218,6 +223,7 @@ def _lumen_loop() -> Company:
         joined=24,
         zone="Europe/Berlin",
         currency="EUR",
+        keys=(Key(name="Loop app"),),
         grants=(Grant(at=Days(24), credits=5_000, source=PLAN, reason="Plan Starter"),),
         shares=tuple(Share(at=Days(24), person=f"{short}@lumenloop.example", credits=1_000) for short in used),
         uses=tuple(
@@ -372,7 +378,7 @@ def _meridian(as_of: datetime) -> Company:
             Cap(at=Month(1), scope=Scope.ORGANIZATION, target=None, credits=60_000, action=LimitAction.WARNS),
         ),
         uses=(
-            *_monthly(as_of, "Europe/Paris", 46_000, 2_000, EVERYTHING),
+            *_monthly(as_of, "Europe/Paris", 40_000, 1_600, EVERYTHING),
             Use(
                 when=Month(0),
                 credits=3,
@@ -391,7 +397,7 @@ def _meridian(as_of: datetime) -> Company:
 def _clients_of_priya(as_of: datetime) -> Iterator[Company]:
     """Three companies that share a consultant, and nothing else."""
     told = (
-        ("helix-foods", "Helix Foods", "helixfoods.example", "Europe/Amsterdam", 17, 24_000, 600, 1_500),
+        ("helix-foods", "Helix Foods", "helixfoods.example", "Europe/Amsterdam", 17, 16_000, 500, 1_500),
         ("portway-rail", "Portway Rail", "portway.example", "Europe/Berlin", 23, 9_000, 700, 2_400),
         ("sable-insurance", "Sable Insurance", "sable.example", "Asia/Kolkata", 14, 5_000, 500, 800),
     )
