@@ -53,7 +53,9 @@ def test_a_settle_above_its_hold_is_charged_in_full_and_blocks_what_follows(scen
     assert scene.settle(request, 130).charged_micros == 130
     assert scene.balance(pool) == Balance(100, 130, 0, 30)
     assert scene.authorize(0, user, flags=Flag.MAY_WAIT).outcome is REFUSED
-    scene.grant(pool, 31)
+    scene.grant(pool, 10)
+    assert scene.balance(pool) == Balance(110, 130, 0, 20)
+    scene.grant(pool, 21)
     assert scene.authorize(1, user).outcome is ACCEPTED
 
 
@@ -75,7 +77,18 @@ def test_a_limit_that_warns_counts_and_refuses_nothing(scene: Scene) -> None:
     limit = scene.limit(10, action="warns")
     assert scene.deduct(70, user).outcome is ACCEPTED
     assert scene.balance(limit) == Balance(10, 70, 0, 60)
-    assert scene.authorize(30, user).outcome is ACCEPTED
+    holds = [scene.asked(Action.AUTHORIZE, None, amount, user_id=user) for amount in (30, 1)]
+    assert outcomes(scene.move(*holds)) == [ACCEPTED, REFUSED]  # also where the pool is decided one by one
+
+
+def test_waiting_helps_only_where_holds_alone_stand_in_the_way(scene: Scene) -> None:
+    user = scene.user()
+    scene.grant(scene.pool(), 1000)
+    scene.limit(100)
+    scene.deduct(50, user)
+    scene.hold(30, user)
+    assert scene.authorize(50, user, flags=Flag.MAY_WAIT).outcome is WAIT
+    assert scene.authorize(51, user, flags=Flag.MAY_WAIT).outcome is REFUSED
 
 
 def test_every_limit_must_allow_it_and_the_one_that_does_not_is_named(scene: Scene) -> None:
@@ -114,10 +127,15 @@ def test_calls_and_tokens_are_limited_like_credits(scene: Scene) -> None:
 def test_an_extension_needs_no_room_on_what_it_does_not_use(scene: Scene) -> None:
     user = scene.user()
     scene.grant(scene.pool(), 100)
-    request = scene.hold(10, user)
-    scene.limit(0, metric="calls")
-    scene.limit(0, metric="tokens")
+    for amount in (5, 0):
+        scene.limit(amount, metric="calls")
+        scene.limit(amount, metric="tokens")
+        if amount:
+            request = scene.hold(10, user, tokens=5)
     assert scene.extend(request, 5).outcome is ACCEPTED
+    too_much = scene.asked(Action.AUTHORIZE, None, 1000, user_id=user)
+    assert scene.move(scene.asked(Action.EXTEND, request, 5), too_much)[0].outcome is ACCEPTED  # one by one too
+    assert scene.extend(request, 0, tokens=1).outcome is REFUSED
 
 
 # ---------------------------------------------------------------------------------------------- several ways to pay
@@ -185,6 +203,24 @@ def test_an_extension_goes_on_in_the_next_pool_when_its_own_is_empty(scene: Scen
     assert scene.settle(request, 20).outcome is ACCEPTED
     assert (scene.used(own), scene.used(shared)) == ((10, 0), (10, 0))
     assert scene.findings() == []
+
+
+def test_nobody_spends_from_anothers_personal_pool(scene: Scene) -> None:
+    user, other = scene.user(), scene.user()
+    scene.grant(scene.pool("personal", owner=user), 100)
+    assert scene.deduct(1, other).detail == "no_pool"
+    scene.pool()
+    assert scene.deduct(1, other).detail == "pool_exhausted"
+
+
+def test_a_top_up_is_spent_at_once(scene: Scene) -> None:
+    shared, user = scene.pool(), scene.user()
+    own = scene.pool("personal", owner=user)
+    scene.grant(shared, 100)
+    scene.deduct(1, user)  # by a chain without the empty pool
+    scene.grant(own, 10)
+    scene.deduct(10, user)
+    assert scene.used(own) == (10, 0)
 
 
 def test_a_late_grant_to_a_personal_pool_is_spent_before_the_shared_one(scene: Scene) -> None:
@@ -264,6 +300,19 @@ def test_ending_a_share_gives_its_rest_and_later_its_hold_back_to_the_open_part(
     assert scene.findings() == []
 
 
+def test_late_use_of_an_ended_share_comes_off_the_open_part(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    own = scene.pool("personal", owner=user)
+    scene.grant(pool, 100)
+    scene.grant(own, 5)
+    share = scene.share(pool, user, 60)
+    request = scene.hold(25, user)  # 5 of its own and 20 of its share
+    scene.end_share(share)
+    scene.settle(request, 15)
+    assert scene.balance(scene.open_part(pool)).limit == 90
+    assert scene.findings() == []
+
+
 def test_a_share_over_its_limit_claims_what_it_used(scene: Scene) -> None:
     pool, user, other = scene.pool(), scene.user(), scene.user()
     scene.grant(pool, 100)
@@ -318,6 +367,50 @@ def test_what_an_expired_grant_holds_for_a_running_call_stays_payable_until_it_e
     assert scene.findings() == []
 
 
+def test_a_hold_placed_after_the_expiry_keeps_nothing_of_the_grant(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    scene.grant(pool, 100, expires=scene.now + timedelta(hours=1))
+    scene.grant(pool, 100)
+    before = scene.hold(10, user)
+    scene.later(hours=2)
+    scene.hold(50, user)
+    assert scene.balance(pool).limit == 110
+    scene.release(before)
+    assert scene.balance(pool).limit == 100
+
+
+def test_holds_draw_on_what_burns_first_before_they_keep_an_expired_grant(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    scene.grant(pool, 30, priority=1)
+    scene.grant(pool, 100, expires=scene.now + timedelta(hours=1))
+    scene.hold(50, user)
+    scene.later(hours=2)
+    assert scene.deduct(1, user).outcome is REFUSED
+    assert scene.balance(pool).limit == 50
+
+
+def test_use_is_paid_by_the_grants_there_were_at_the_time(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    old = scene.grant(pool, 100)
+    scene.deduct(10, user)
+    new = scene.grant(pool, 100, priority=1)
+    scene.deduct(10, user)
+    scene.admin("select credits.pour(%s, %s, %s)", scene.organization, pool, scene.now)
+    rows = scene.admin("select grant_id, end_micros from credits.burns where pool_id = %s order by start_micros", pool)
+    assert rows == [(old, 10), (new, 20)]
+
+
+def test_what_no_grant_covers_is_paid_by_the_next_one(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    first = scene.grant(pool, 10)
+    scene.settle(scene.hold(10, user), 25)
+    second = scene.grant(pool, 100)
+    scene.admin("select credits.pour(%s, %s, %s)", scene.organization, pool, scene.now)
+    rows = scene.admin("select grant_id, end_micros from credits.burns where pool_id = %s order by start_micros", pool)
+    assert rows == [(first, 10), (second, 25)]
+    assert scene.findings() == []
+
+
 def test_credit_given_back_to_an_expired_grant_cannot_be_spent_again(scene: Scene) -> None:
     pool, user = scene.pool(), scene.user()
     scene.grant(pool, 100, expires=scene.now + timedelta(hours=1))
@@ -354,6 +447,14 @@ def test_voiding_takes_what_is_left_but_nothing_that_is_held(scene: Scene) -> No
     assert scene.balance(pool) == Balance(50, 20, 30, 0)
     scene.release(request)
     assert scene.void(grant) == 30
+    assert scene.findings() == []
+
+
+def test_voiding_sees_what_has_expired(scene: Scene) -> None:
+    pool = scene.pool()
+    grant = scene.grant(pool, 100, expires=scene.now + timedelta(hours=1))
+    scene.later(hours=1)
+    assert scene.void(grant) == 0
     assert scene.findings() == []
 
 
@@ -438,6 +539,18 @@ def test_a_day_whose_midnight_comes_twice_begins_once(scene: Scene) -> None:
     assert outcomes([scene.deduct(10, user), scene.deduct(10, other)]) == [ACCEPTED, REFUSED]
 
 
+def test_a_limit_first_used_while_midnight_comes_twice_counts_for_the_day_before(scene: Scene) -> None:
+    zone = "update identity.organizations set zone = 'America/Havana' where organization_id = %s"
+    scene.admin(zone, scene.organization)
+    user, other = scene.user(), scene.user()
+    scene.grant(scene.pool(), 1000)
+    scene.now = datetime(2026, 11, 1, 4, 30, tzinfo=UTC)  # 0:30, the first time
+    scene.limit(10, period="day")
+    assert outcomes([scene.deduct(10, user), scene.deduct(10, other)]) == [ACCEPTED, REFUSED]
+    scene.now = datetime(2026, 11, 1, 5, 0, tzinfo=UTC)
+    assert scene.deduct(10, other).outcome is ACCEPTED
+
+
 # ---------------------------------------------------------------------------------------------- holds
 
 
@@ -462,14 +575,15 @@ def test_an_expired_hold_that_was_sent_is_charged_by_estimate_and_corrected_once
     scene.later(seconds=60)
     scene.expire()
     assert (scene.used(pool), scene.used(tokens)) == ((40, 0), (400, 0))
+    calls = "select sum(requests) from ledger.attribution where request_id = %s"
+    assert scene.admin(calls, request) == [(1,)]
     scene.later(seconds=1)
     assert scene.settle(request, 25, user, tokens=250).charged_micros == 25
     assert (scene.used(pool), scene.used(tokens)) == ((25, 0), (250, 0))
     again = scene.settle(request, 60, user, tokens=600)
     assert (again.outcome, again.charged_micros) == (KNOWN, 25)
     assert [row[:2] for row in scene.charges(request)] == [(0, 40), (1, -15)]
-    rows = scene.admin("select sum(requests) from ledger.attribution where request_id = %s", request)
-    assert rows == [(1,)]
+    assert scene.admin(calls, request) == [(1,)]
     assert scene.findings() == []
 
 
@@ -497,6 +611,30 @@ def test_a_correction_goes_back_to_the_pools_that_paid_last_first(scene: Scene) 
     assert scene.settle(request, 10, user).outcome is ACCEPTED
     assert (scene.used(own), scene.used(shared)) == ((10, 0), (0, 0))
     assert scene.findings() == []
+
+
+def test_an_authorize_asked_again_finds_its_hold(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    scene.grant(pool, 100)
+    request = scene.hold(40, user)
+    again = scene.authorize(40, user, request)
+    assert (again.outcome, again.held_micros) == (KNOWN, 40)
+    assert scene.used(pool) == (0, 40)
+
+
+def test_a_correction_lets_a_pool_be_used_again(scene: Scene) -> None:
+    shared, user = scene.pool(), scene.user()
+    own = scene.pool("personal", owner=user)
+    scene.grant(own, 10)
+    scene.grant(shared, 100)
+    request = scene.hold(10, user, flags=Flag.SENT, lease_seconds=60)
+    scene.later(seconds=60)
+    scene.expire()
+    scene.deduct(1, user)
+    scene.deduct(1, user)  # by a chain without the empty pool
+    scene.settle(request, 4, user)
+    scene.deduct(6, user)
+    assert scene.used(own) == (10, 0)
 
 
 def test_a_renewed_lease_is_not_expired(scene: Scene) -> None:
@@ -539,6 +677,7 @@ def test_two_extensions_of_one_hold_in_one_batch_both_count(scene: Scene) -> Non
 def test_one_request_asked_twice_in_one_batch_is_answered_once(scene: Scene) -> None:
     pool, user = scene.pool(), scene.user()
     scene.grant(pool, 100)
+    scene.deduct(0, user)
     deduction, hold = uuid7(), uuid7()
     verdicts = scene.move(
         scene.asked(Action.DEDUCT, deduction, 10, user_id=user),
@@ -581,6 +720,12 @@ def test_the_customers_own_key_needs_no_credits_but_passes_limits_on_calls(scene
     verdict = scene.deduct(5, user, flags=Flag.OWN_KEY, cost_nano_usd=700)
     assert (verdict.outcome, verdict.charged_micros) == (ACCEPTED, 0)
     assert scene.deduct(5, user, flags=Flag.OWN_KEY).detail == "cap_reached"
+    scene.limit(9, metric="calls")
+    pool = scene.pool()
+    assert scene.deduct(0, user, flags=Flag.OWN_KEY).outcome is ACCEPTED
+    verdicts = [scene.deduct(5, user, flags=Flag.OWN_KEY), scene.authorize(5, user, flags=Flag.OWN_KEY)]
+    assert [(each.outcome, each.held_micros, each.charged_micros) for each in verdicts] == [(ACCEPTED, 0, 0)] * 2
+    assert scene.used(pool) == (0, 0)
     assert scene.admin(
         "select customer_cost_nano_usd from ledger.attribution where request_id = %s", verdict.request_id
     ) == [(700,)]
@@ -652,7 +797,7 @@ def test_who_is_no_active_member_spends_nothing(scene: Scene) -> None:
     assert scene.deduct(1, user).outcome is ACCEPTED
     scene.admin("update identity.memberships set status = 'suspended' where user_id = %s", user)
     scene.changed()
-    assert scene.deduct(1, user).detail == "not_a_member"
+    assert {scene.deduct(1, user).detail, scene.deduct(1, user).detail} == {"not_a_member"}
     assert scene.deduct(1, uuid7()).detail == "not_a_member"
 
 
@@ -747,6 +892,7 @@ def test_a_deduction_asked_again_after_an_unknown_answer_is_not_booked_again(sce
     scene.grant(pool, 100)
     request = scene.deduct(10, user).request_id
     scene.later(seconds=1)
+    assert scene.deduct(10, user, request, flags=Flag.REPEATED).outcome is KNOWN
     scene.admin("update identity.memberships set status = 'suspended' where user_id = %s", user)
     scene.changed()
     again = scene.deduct(10, user, request, flags=Flag.REPEATED)

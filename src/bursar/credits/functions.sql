@@ -173,12 +173,10 @@ begin
             update burns set end_micros = end_micros - v_take
             where organization_id = p_organization_id and pool_id = p_pool_id and start_micros = v_row.start_micros;
         end if;
-        -- A grant that had ended lingers until the next fold books what came back as expired, or is active again.
-        update grant_states s set left_micros = s.left_micros + v_take, ended_at = null,
-            state = case when s.state <> 'ended' then s.state when g.expires_at <= p_at then 'lingering' else 'active' end
-        from grants g
-        where s.organization_id = p_organization_id and s.grant_id = v_row.grant_id
-          and g.organization_id = s.organization_id and g.grant_id = s.grant_id;
+        -- A grant that had ended is active again; where it has expired, the fold that follows books what came back as expired.
+        update grant_states set left_micros = left_micros + v_take, ended_at = null,
+            state = case when state = 'ended' then 'active' else state end
+        where organization_id = p_organization_id and grant_id = v_row.grant_id;
         v_poured := v_poured - v_take;
     end loop;
 
@@ -282,7 +280,7 @@ begin
         where s.organization_id = p_organization_id and s.pool_id = p_pool_id and s.state in ('scheduled', 'active');
         v_at := coalesce(v_at, 'infinity');
         exit when v_at > p_now;
-        perform credits.pour(p_organization_id, p_pool_id, v_at);
+        perform credits.pour(p_organization_id, p_pool_id, v_at);  -- use until then is paid by the grants there were until then
         perform credits.expire_grants(p_organization_id, p_pool_id, v_at, p_now);
         perform credits.activate_grants(p_organization_id, p_pool_id, v_at, p_now);
     end loop;
@@ -392,10 +390,7 @@ begin
             coalesce(p_effective_at, v_now), coalesce(p_expires_at, 'infinity'), p_reason, v_now, p_created_by);
     insert into grant_states (organization_id, grant_id, pool_id, state, left_micros)
     values (p_organization_id, p_grant_id, p_pool_id, 'scheduled', p_amount_micros);
-    -- What was used until now is paid by the grants there were until now.
-    perform credits.pour(p_organization_id, p_pool_id, v_now);
     perform credits.fold_pool(p_organization_id, p_pool_id, v_now);
-    perform credits.limits_changed(p_organization_id);
     perform credits.store_outcome(p_organization_id, p_idempotency_key, v_hash, jsonb_build_object('grant_id', p_grant_id), v_now);
     return p_grant_id;
 end $$;
@@ -802,10 +797,8 @@ begin
         exit when v_left = 0;
         continue when not coalesce(p_chain.leg_filters[i] is null or p_model like p_chain.leg_filters[i], false);
         v_last := i;
-        -- Two legs may draw on one pool: what the first took is gone for the second.
-        select min(b.limit_amount - b.used_amount - b.held_amount - coalesce((
-            select sum(v_paid[o.leg]) from unnest(p_chain.entry_ids, p_chain.entry_starts, p_chain.entry_legs) o(id, start, leg)
-            where o.leg > 0 and o.id = e.id and o.start = e.start), 0)) into v_room
+        -- Two legs may draw on one pool, as a share and the open part: they never have more room together than it has.
+        select min(b.limit_amount - b.used_amount - b.held_amount) into v_room
         from unnest(p_chain.entry_ids, p_chain.entry_starts, p_chain.entry_legs) e(id, start, leg)
         join balances b on b.organization_id = p_chain.organization_id and b.balance_id = e.id and b.period_start = e.start
         where e.leg = i;
