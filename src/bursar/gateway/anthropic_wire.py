@@ -192,13 +192,9 @@ def _usage(reported: _Usage) -> Usage | None:
         total += _tokens(part)
     details = reported.output_tokens_details or _OutputDetails()
     tools = reported.server_tool_use or _ServerTools()
-    if total.total_tokens == 0:
-        return None
-    return replace(
-        total,
-        reasoning_tokens=min(max(0, details.thinking_tokens or 0), total.output_tokens),
-        web_searches=max(0, tools.web_search_requests or 0),
-    )
+    thought = min(max(0, details.thinking_tokens or 0), total.output_tokens)
+    searches = max(0, tools.web_search_requests or 0)
+    return wire.believable(replace(total, reasoning_tokens=thought, web_searches=searches))
 
 
 def _tokens(part: _Iteration) -> Usage:

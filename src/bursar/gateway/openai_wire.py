@@ -209,15 +209,17 @@ def read_usage(data: bytes) -> Usage | None:
         # Parts may overlap or, as reports show, exceed the whole; together they are never more than the whole.
         parts.append(min(max(0, part or 0), rest))
         rest -= parts[-1]
-    return Usage(
-        input_tokens=rest,
-        cache_read_tokens=parts[0],
-        cache_write_5m_tokens=parts[1],
-        audio_input_tokens=parts[2],
-        image_input_tokens=parts[3],
-        output_tokens=completion - spoken,
-        reasoning_tokens=min(reasoning, completion - spoken),
-        audio_output_tokens=spoken,
+    return wire.believable(
+        Usage(
+            input_tokens=rest,
+            cache_read_tokens=parts[0],
+            cache_write_5m_tokens=parts[1],
+            audio_input_tokens=parts[2],
+            image_input_tokens=parts[3],
+            output_tokens=completion - spoken,
+            reasoning_tokens=min(reasoning, completion - spoken),
+            audio_output_tokens=spoken,
+        )
     )
 
 

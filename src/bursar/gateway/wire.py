@@ -25,6 +25,8 @@ Fields = dict[str, msgspec.Raw]
 
 MAX_OUTPUT_TOKENS: Final = 10_000_000
 MAX_CHOICES: Final = 128
+MAX_COUNT: Final = MAX_OUTPUT_TOKENS * MAX_CHOICES
+"""The most of anything that one request can use, and well within what the books hold."""
 _FIELDS: Final = msgspec.json.Decoder(Fields)
 _ANYTHING: Final = msgspec.json.Decoder()
 
@@ -260,6 +262,11 @@ def decoded(data: bytes, kind: msgspec.json.Decoder[Any]) -> Any | None:
         return kind.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
+
+
+def believable(usage: Usage) -> Usage | None:
+    """A provider's count; None where it is nothing at all, or more than can be true."""
+    return usage if usage.total_tokens > 0 and max(usage.as_array()) <= MAX_COUNT else None
 
 
 def refusal_details(problem: Problem, request_id: str) -> dict[str, Any]:
