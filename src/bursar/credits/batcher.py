@@ -1,15 +1,17 @@
 """The batcher: whatever waits to move credits is decided by one database call, and answered after its commit.
 
-While one batch is in flight the next collects; there is no timer. A lane is one connection and takes a hash class of
-organizations, so that two lanes never wait for one organization's gate.
+While one batch is in flight the next collects; there is no timer. Under load a batch is half of what waits: the other
+half is packed meanwhile and goes out before the first one's answers are given, so that database and process work at the
+same time. A lane is one connection and takes a hash class of organizations, so that two lanes never wait for one
+organization's gate.
 """
 
 import asyncio
+import sys
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 import psycopg
@@ -21,6 +23,9 @@ from bursar.db import arrays
 from bursar.problems import Problem
 
 MOST_A_BATCH: Final = 128
+LEAST_HALF: Final = 32
+"""What waits is not halved below this: small batches cost more each than overlapping them saves."""
+
 GIVE_UP_SECONDS: Final = 10.0
 RETRY_SECONDS: Final = 0.05
 LONGEST_RETRY_SECONDS: Final = 1.0
@@ -56,13 +61,24 @@ class _Waiting:
 
 
 @dataclass(slots=True, eq=False)
+class _Flight:
+    """A batch that the database decides at the moment."""
+
+    batch: list[_Waiting]
+    call: asyncio.Task[list[Verdict]]
+
+
+@dataclass(slots=True, eq=False)
 class Lane:
     """One connection and the moves that wait for it. One task runs `run`."""
 
     dsn: str
     queue: deque[_Waiting] = field(default_factory=deque)
+    flight: _Flight | None = None
+    packed: list[_Waiting] = field(default_factory=list)  # taken, to go out when the flight has landed
     parked: deque[_Waiting] = field(default_factory=deque)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    ripe: int = 1  # as many must wait until the next batch is taken
     connection: psycopg.AsyncConnection[tuple[object, ...]] | None = None
     closing: bool = False
     retry_seconds: float = RETRY_SECONDS
@@ -70,34 +86,52 @@ class Lane:
     def put(self, waiting: _Waiting) -> None:
         """Queue a move; it goes out with the next batch."""
         self.queue.append(waiting)
-        self.wake.set()
+        if len(self.queue) >= self.ripe:
+            self.wake.set()
 
     async def run(self) -> None:
         """Decide batch after batch until closed and empty."""
-        while not (self.closing and not self.queue and not self.parked):
+        while self.flight is not None or not (self.closing and not self.queue and not self.parked):
             await self._wait_for_work()
-            batch = self._take()
-            if batch:
-                await self._decide(batch)
+            self._take()
+            arguments = self._pack()
+            landed = self.flight
+            if landed is not None and not await self._landed(landed):
+                continue
+            self.flight = None
+            if arguments is not None:
+                self._start(arguments)
+                await asyncio.sleep(0)  # it is on its way before its forerunner's answers are given
+            if landed is not None:
+                self._answer_all(landed.batch, landed.call.result())
         if self.connection is not None:
             await self.connection.close()
 
     async def _wait_for_work(self) -> None:
-        if self.queue:
+        """Until there is a batch to take: anything at all, or a ripe one beside a flight; or the flight has landed."""
+        if self.flight is None:
+            self.ripe = 1
+        elif self.parked:
+            self.ripe = sys.maxsize  # what this flight frees belongs to parked calls first
+        else:
+            self.ripe = min(MOST_A_BATCH, max(LEAST_HALF, len(self.flight.batch)))
+        if len(self.queue) >= self.ripe or (self.flight is not None and self.flight.call.done()):
             return
         self.wake.clear()
         try:
             # Parked calls are tried again by the clock too: another process may have settled what blocked them.
-            await asyncio.wait_for(self.wake.wait(), RETRY_SECONDS if self.parked else None)
+            async with asyncio.timeout(RETRY_SECONDS if self.parked and self.flight is None else None):
+                await self.wake.wait()
         except TimeoutError:
             self._unpark(None)
 
-    def _take(self) -> list[_Waiting]:
+    def _take(self) -> None:
         """The next batch: what arrived first, no request twice, nothing whose caller has gone before it was sent."""
-        batch: list[_Waiting] = []
         requests: set[UUID] = set()
         later: list[_Waiting] = []
-        while self.queue and len(batch) < MOST_A_BATCH:
+        known = len(self.queue) + (len(self.flight.batch) if self.flight is not None else 0)
+        most = min(MOST_A_BATCH, max(LEAST_HALF, (known + 1) // 2))
+        while self.queue and len(self.packed) < most:
             waiting = self.queue.popleft()
             if waiting.answer.cancelled() and waiting.move.action in (Action.AUTHORIZE, Action.DEDUCT):
                 self._leave_park(waiting)
@@ -106,21 +140,55 @@ class Lane:
                 later.append(waiting)
                 continue
             requests.add(waiting.move.request_id)
-            batch.append(waiting)
+            self.packed.append(waiting)
         self.queue.extendleft(reversed(later))
-        return batch
 
-    async def _decide(self, batch: list[_Waiting]) -> None:
+    def _pack(self) -> list[Any] | None:
+        """Arguments of the call for what was taken; None: there is nothing to ask."""
+        if not self.packed:
+            return None
         try:
-            verdicts = await self._call([waiting.move for waiting in batch])
-        except (psycopg.OperationalError, OSError) as error:
-            await self._lost(batch, error)
-            return
+            return as_arguments([waiting.move for waiting in self.packed])
         except Exception as error:
-            # Whatever it is, such as a count that fits no column: it must not end the lane for everybody.
-            await self._refused_whole(batch, error)
-            return
+            # A count that fits no column, say: only its own caller may suffer.
+            for waiting in self.packed:
+                if not _can_be_packed(waiting.move):
+                    self._fail(waiting, error)
+            self.packed = [waiting for waiting in self.packed if _can_be_packed(waiting.move)]
+            self._put_back()
+            return None
+
+    def _put_back(self) -> None:
+        """What was taken but did not go out comes first again."""
+        self.queue.extendleft(reversed(self.packed))
+        self.packed = []
+
+    def _start(self, arguments: list[Any]) -> None:
+        call = asyncio.create_task(self._call(arguments, len(self.packed)))
+        call.add_done_callback(lambda _: self.wake.set())
+        self.flight = _Flight(self.packed, call)
+        self.packed = []
+
+    async def _landed(self, flight: _Flight) -> bool:
+        """Wait for the end of a flight; false: it failed, and its moves have been dealt with."""
+        try:
+            await flight.call
+        except Exception as error:
+            self.flight = None
+            self._put_back()
+            await self._failed(flight.batch, error)
+            return False
         self.retry_seconds = RETRY_SECONDS
+        return True
+
+    async def _failed(self, batch: list[_Waiting], error: Exception) -> None:
+        if isinstance(error, psycopg.OperationalError | OSError):
+            await self._lost(batch, error)
+        else:
+            # Whatever it is: it must not end the lane for everybody.
+            await self._refused_whole(batch, error)
+
+    def _answer_all(self, batch: list[_Waiting], verdicts: list[Verdict]) -> None:
         freed: set[UUID] = set()
         for waiting, verdict in zip(batch, verdicts, strict=True):
             if waiting.move.action in (Action.SETTLE, Action.RELEASE):
@@ -129,9 +197,16 @@ class Lane:
         if freed and self.parked:
             self._unpark(freed)
 
-    async def _call(self, moves: Sequence[Move]) -> list[Verdict]:
+    async def _decide_alone(self, waiting: _Waiting) -> None:
+        try:
+            verdicts = await self._call(as_arguments([waiting.move]), 1)
+        except Exception as error:
+            await self._failed([waiting], error)
+        else:
+            self._answer_all([waiting], verdicts)
+
+    async def _call(self, arguments: list[Any], moves: int) -> list[Verdict]:
         """One call of move_batch; committed when it returns."""
-        arguments = as_arguments(moves)
         connection = await self._connected()
         began = time.perf_counter()
         cursor = connection.cursor(binary=True)
@@ -139,7 +214,7 @@ class Lane:
             await cursor.execute(MOVE_BATCH, arguments, prepare=True)
             rows = await cursor.fetchall()
         BATCH_SECONDS.observe(time.perf_counter() - began)
-        BATCH_SIZES.observe(len(moves))
+        BATCH_SIZES.observe(moves)
         return as_verdicts(rows)
 
     async def _connected(self) -> psycopg.AsyncConnection[tuple[object, ...]]:
@@ -164,13 +239,16 @@ class Lane:
         for waiting in reversed(batch):
             waiting.move = waiting.move.repeated()
             self.queue.appendleft(waiting)
-        self._give_up()
+        self.give_up()
         await asyncio.sleep(self.retry_seconds)
         self.retry_seconds = min(2 * self.retry_seconds, LONGEST_RETRY_SECONDS)
 
-    def _give_up(self) -> None:
+    def give_up(self) -> None:
         """Answer whoever has waited long enough. What must be booked stays in the queue, unless the process ends."""
         at = time.monotonic()
+        for waiting in (*self.packed, *(self.flight.batch if self.flight is not None else ())):
+            if at >= waiting.give_up_at:
+                self._fail(waiting, _unavailable())
         still: deque[_Waiting] = deque()
         for waiting in self.queue:
             if at >= waiting.give_up_at:
@@ -186,7 +264,7 @@ class Lane:
             return
         log.warning("batch failed, asking one by one", error=str(error), moves=len(batch))
         for waiting in batch:
-            await self._decide([waiting])
+            await self._decide_alone(waiting)
 
     def _answer(self, waiting: _Waiting, verdict: Verdict) -> None:
         if verdict.outcome is Outcome.WAIT:
@@ -220,9 +298,13 @@ class Lane:
 
     def _unpark(self, organizations: set[UUID] | None) -> None:
         """Try parked calls again, first come first, before what arrived later; None: those of every organization."""
-        again = [each for each in self.parked if organizations is None or each.move.organization_id in organizations]
+        again: list[_Waiting] = []
+        still: deque[_Waiting] = deque()
+        for each in self.parked:
+            is_tried = organizations is None or each.move.organization_id in organizations
+            (again if is_tried else still).append(each)
         if again:
-            self.parked = deque(each for each in self.parked if each not in set(again))
+            self.parked = still
             self.queue.extendleft(reversed(again))
             self.wake.set()
 
@@ -233,9 +315,11 @@ class Batcher:
     def __init__(self, dsn: str, *, lanes: int = 2) -> None:
         self._lanes = [Lane(dsn) for _ in range(lanes)]
         self._tasks: list[asyncio.Task[None]] = []
+        self._watch: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> "Batcher":
         self._tasks = [asyncio.create_task(lane.run(), name=f"lane {n}") for n, lane in enumerate(self._lanes)]
+        self._watch = asyncio.create_task(self._give_up(), name="lanes' watch")
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -244,6 +328,15 @@ class Batcher:
             lane._unpark(None)
             lane.wake.set()
         await asyncio.gather(*self._tasks)
+        if self._watch is not None:
+            self._watch.cancel()
+
+    async def _give_up(self) -> None:
+        """Also while a lane is stuck in a call or in connecting, nobody waits for much longer than ten seconds."""
+        while True:
+            await asyncio.sleep(LONGEST_RETRY_SECONDS)
+            for lane in self._lanes:
+                lane.give_up()
 
     async def move(self, move: Move) -> Verdict:
         """The verdict on one move, after its commit.
@@ -257,12 +350,15 @@ class Batcher:
         answer: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
         waiting = _Waiting(move, answer, time.monotonic() + GIVE_UP_SECONDS)
         self._lanes[move.organization_id.int % len(self._lanes)].put(waiting)
-        try:
-            # A little longer than the lane itself gives it: only a call that is stuck takes this long.
-            async with asyncio.timeout(GIVE_UP_SECONDS + LONGEST_RETRY_SECONDS):
-                return await answer
-        except TimeoutError:
-            raise _unavailable() from None
+        return await answer
+
+
+def _can_be_packed(move: Move) -> bool:
+    try:
+        as_arguments([move])
+    except Exception:
+        return False
+    return True
 
 
 def _unavailable() -> Unavailable:
