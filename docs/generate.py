@@ -121,7 +121,8 @@ def invariants_page() -> str:
     """What `bursar verify` checks."""
     return _page(
         "Invariants",
-        "`bursar verify` puts one query per line to the database and prints what it finds. See [how-money-moves.md](../how-money-moves.md#checking-the-books).",
+        "`bursar verify` puts one query per line to the database and prints what it finds. See "
+        "[how-money-moves.md](../how-money-moves.md#checking-the-books).",
         _table(("Name", "What holds"), [(_code(name), text) for name, text in verify.INVARIANTS.items()]),
     )
 

@@ -22,8 +22,11 @@ from bursar.settings import Settings
 
 
 @pytest.fixture(scope="session")
-async def template(settings: Settings) -> AsyncIterator[str]:
-    """Name of a migrated and priced database that nobody is connected to; the pages' databases are copies of it."""
+async def template(settings: Settings, database: db.Database) -> AsyncIterator[str]:
+    """Name of a migrated and priced database that nobody is connected to; the pages' databases are copies of it.
+
+    database: the run's own comes first, since two that are set up at once on a new cluster race for its roles.
+    """
     with _new_database(settings, "template0") as name:
         async with db.opened(_on(settings, name), migrate=True) as database, database.platform() as conn:
             await import_shipped(conn)
