@@ -23,7 +23,7 @@ from bursar.problems import Problem
 from bursar.settings import Settings
 
 LINK_LIFE: Final = timedelta(hours=24)
-# Source: PROMISES R26 for administrators; a member's session may lie idle as long as it may live.
+# Source: requirement R26 for administrators; a member's session may lie idle as long as it may live.
 ADMIN_IDLE: Final = timedelta(minutes=30)
 ADMIN_LIFE: Final = timedelta(hours=12)
 MEMBER_LIFE: Final = timedelta(days=7)
