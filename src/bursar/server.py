@@ -22,10 +22,14 @@ def from_environment() -> "ServedApp":
 
 
 class ServedApp:
-    """The application of one server process: opens the database when the server starts, closes it when it ends."""
+    """The application of one server process: opens the database when the server starts, closes it when it ends.
 
-    def __init__(self, settings: Settings) -> None:
+    is_demo: pages say that the data is invented.
+    """
+
+    def __init__(self, settings: Settings, *, is_demo: bool = False) -> None:
         self._settings = settings
+        self._is_demo = is_demo
         self._app: FastAPI | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,6 +52,7 @@ class ServedApp:
         async with db.opened(self._settings, migrate=True) as database:
             await _import_prices(database)
             self._app = create_app(database, self._settings, parts=(*PARTS, _worker))
+            self._app.state.is_demo = self._is_demo
             await self._app(scope, receive, keep_last)
         for message in last:
             await send(message)

@@ -166,7 +166,9 @@ def test_a_demo_is_made_served_ended_and_found_again(open_dir: Path, start: Call
     assert (status, answer["object"]) == (200, "chat.completion")
     assert float(headers["bursar-charged"]) > 0
     assert first.post("/v1/chat/completions", CHAT, first.company("blank-canvas")["member"]["api_key"])[0] == 402
-    assert "Acme Corp" in _sign_in(first.company("acme-corp")["admin"]["sign_in_url"])
+    page = _sign_in(first.company("acme-corp")["admin"]["sign_in_url"])
+    assert "Acme Corp" in page
+    assert "every name is invented" in page
     assert first.end(signal.SIGTERM) == ""  # the document is all there is on stdout
     assert "Acme Corp: " in first.log()
 

@@ -206,7 +206,7 @@ class _Server(uvicorn.Server):
     def __init__(self, settings: Settings) -> None:
         super().__init__(
             uvicorn.Config(
-                ServedApp(settings),
+                ServedApp(settings, is_demo=True),
                 lifespan="on",
                 log_config=None,
                 access_log=False,
