@@ -11,12 +11,13 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from tests.credits.scenes import Scene
 
 from bursar import db
+from bursar.credits.verify import verify
 from bursar.settings import Settings
 
 
 @pytest.fixture(scope="session")
-async def books(admin_dsn: str, settings: Settings) -> AsyncIterator[db.Database]:
-    """A database of this worker's own, migrated; dropped at the end."""
+async def books(database: db.Database, admin_dsn: str, settings: Settings) -> AsyncIterator[db.Database]:
+    """A database of this worker's own, migrated; its books agree in the end. After `database`, which made the roles."""
     parts = conninfo_to_dict(admin_dsn)
     name = f"{parts['dbname']}_books_{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
     with psycopg.connect(admin_dsn, autocommit=True) as conn:
@@ -28,6 +29,8 @@ async def books(admin_dsn: str, settings: Settings) -> AsyncIterator[db.Database
     dsn = make_conninfo("", **{**parts, "dbname": name})
     async with db.opened(replace(settings, database_url=dsn), migrate=True) as opened:
         yield opened
+        async with opened.platform() as conn:
+            assert await verify(conn) == []
     with psycopg.connect(admin_dsn, autocommit=True) as conn:
         conn.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
 
