@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import psycopg
@@ -15,24 +16,28 @@ from bursar.credits.verify import verify
 from bursar.settings import Settings
 
 
-@pytest.fixture(scope="session")
-async def books(database: db.Database, admin_dsn: str, settings: Settings) -> AsyncIterator[db.Database]:
-    """A database of this worker's own, migrated; its books agree in the end. After `database`, which made the roles."""
+@asynccontextmanager
+async def scratch_database(admin_dsn: str, settings: Settings, purpose: str) -> AsyncIterator[db.Database]:
+    """A migrated database of this worker's own, dropped afterwards. The roles must have been made before."""
     parts = conninfo_to_dict(admin_dsn)
-    name = f"{parts['dbname']}_books_{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
+    name = f"{parts['dbname']}_{purpose}_{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
+    create = sql.SQL("create database {} template template0 encoding 'UTF8' lc_collate 'C' lc_ctype 'C'")
     with psycopg.connect(admin_dsn, autocommit=True) as conn:
-        conn.execute(
-            sql.SQL("create database {} template template0 encoding 'UTF8' lc_collate 'C' lc_ctype 'C'").format(
-                sql.Identifier(name)
-            )
-        )
+        conn.execute(create.format(sql.Identifier(name)))
     dsn = make_conninfo("", **{**parts, "dbname": name})
     async with db.opened(replace(settings, database_url=dsn), migrate=True) as opened:
         yield opened
-        async with opened.platform() as conn:
-            assert await verify(conn) == []
     with psycopg.connect(admin_dsn, autocommit=True) as conn:
         conn.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+@pytest.fixture(scope="session")
+async def books(database: db.Database, admin_dsn: str, settings: Settings) -> AsyncIterator[db.Database]:
+    """A database of this worker's own, whose books agree in the end. After `database`, which made the roles."""
+    async with scratch_database(admin_dsn, settings, "books") as opened:
+        yield opened
+        async with opened.platform() as conn:
+            assert await verify(conn) == []
 
 
 @pytest.fixture

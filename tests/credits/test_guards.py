@@ -11,12 +11,15 @@ from typing import Any
 
 import psycopg
 import pytest
+from tests.credits import test_races as races
 from tests.credits import test_rules as rules
 from tests.credits import test_tenancy as tenancy
+from tests.credits.conftest import scratch_database
 from tests.credits.scenes import Scene
 
-from bursar import db
+from bursar import clock, db
 from bursar.clock import uuid7
+from bursar.settings import Settings
 
 FUNCTIONS = files("bursar.credits").joinpath("functions.sql").read_text(encoding="utf-8")
 BLOCKS = {
@@ -186,6 +189,34 @@ def test_without_its_guard_a_rule_does_not_hold(
     _take_out(undone, function, guard, instead)
     with pytest.raises((AssertionError, psycopg.Error)):
         rule(Scene(undone))
+
+
+# ---------------------------------------------------------------------------------------------- locks
+
+LOCKS: list[tuple[str, Callable[[db.Database, Scene], None]]] = [
+    ("move_batch", races.test_of_500_deductions_from_100_connections_exactly_the_100_that_fit_are_accepted),
+    ("lock_gate", races.test_of_parallel_reservations_that_do_not_fit_together_one_is_made),
+]
+
+
+@pytest.mark.parametrize(("function", "rule"), LOCKS, ids=[function for function, _ in LOCKS])
+async def test_without_the_lock_on_the_gate_a_race_goes_wrong(
+    database: db.Database,
+    admin_dsn: str,
+    settings: Settings,
+    function: str,
+    rule: Callable[[db.Database, Scene], None],
+) -> None:
+    async with scratch_database(admin_dsn, settings, function) as scratch:
+        with psycopg.connect(scratch.dsn("admin"), autocommit=True) as conn:
+            _take_out_for_good(conn, function, "for no key update", "")
+            with pytest.raises((AssertionError, psycopg.Error)):
+                rule(scratch, Scene(conn, now=clock.now()))
+
+
+def _take_out_for_good(conn: psycopg.Connection[tuple[Any, ...]], function: str, guard: str, instead: str) -> None:
+    with conn.transaction():
+        _take_out(conn, function, guard, instead)
 
 
 # ---------------------------------------------------------------------------------------------- constraints

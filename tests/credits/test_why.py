@@ -1,0 +1,112 @@
+"""Why may this be spent: the answer names what the decision would name, and asks on behalf of the right person."""
+
+from datetime import UTC, datetime
+
+import httpx2
+import pytest
+from tests.conftest import Org
+from tests.credits.test_batcher import fund, move
+from tests.gateway.conftest import Payer
+
+from bursar import db
+from bursar.audit.events import OPERATOR
+from bursar.credits.batcher import Batcher
+from bursar.credits.limits import AllocationKind, Period, Scope, allocate, set_limit
+from bursar.credits.moves import Action, Outcome
+from bursar.credits.pools import pool_for
+from bursar.credits.why import Why, why
+from bursar.identity.organizations import update_organization
+from bursar.identity.roles import Role
+from bursar.money import Micros
+
+
+async def ask(org: Org, amount: int) -> Why:
+    async with org.tenant() as conn:
+        return await why(
+            conn,
+            organization_id=org.organization_id,
+            user_id=org.admin,
+            api_key_id=None,
+            model="m",
+            wanted_micros=Micros(amount),
+        )
+
+
+async def cap(org: Org, amount: int) -> None:
+    async with org.tenant() as conn:
+        await set_limit(conn, organization_id=org.organization_id, scope=Scope.USER, scope_id=org.admin, amount=amount)
+
+
+async def share(org: Org, amount: int, kind: AllocationKind, period: Period = Period.NONE) -> None:
+    async with org.tenant() as conn:
+        await allocate(
+            conn,
+            organization_id=org.organization_id,
+            pool_id=await pool_for(conn, organization_id=org.organization_id),
+            user_id=org.admin,
+            amount_micros=Micros(amount),
+            idempotency_key=f"share {amount}",
+            kind=kind,
+            period=period,
+        )
+
+
+@pytest.mark.parametrize("amount", [1, 49, 50, 51, 80, 81, 100, 101])
+@pytest.mark.parametrize("rules", ["pool", "cap", "reserved", "capped", "all"])
+async def test_what_why_says_is_what_the_decision_is(org: Org, rules: str, amount: int) -> None:
+    await fund(org, 100)
+    if rules in ("cap", "all"):
+        await cap(org, 80)
+    if rules in ("reserved", "all"):
+        await share(org, 50, AllocationKind.RESERVED)
+    if rules == "capped":
+        await share(org, 50, AllocationKind.CAPPED, Period.MONTH)
+    told = await ask(org, amount)
+    async with Batcher(org.database.dsn("bursar_lane")) as batcher:
+        verdict = await batcher.move(move(org, Action.AUTHORIZE, amount))
+    assert told.allowed is (verdict.outcome is Outcome.ACCEPTED)
+    if not told.allowed:
+        assert told.code == verdict.detail
+        assert told.binding is not None
+        assert told.binding.balance_id == verdict.binding_id
+        assert told.available_micros == verdict.available_micros
+
+
+async def test_a_cap_resets_at_the_end_its_period_began_with_although_the_zone_changed(org: Org) -> None:
+    await fund(org, 100)
+    await cap(org, 10)
+    assert (await ask(org, 11)).binding is not None
+    async with org.tenant() as conn:
+        end = await db.fetch_value(conn, "select period_end from credits.balances where kind = 'limit'")
+        await update_organization(conn, organization_id=org.organization_id, by=OPERATOR, zone="Pacific/Auckland")
+    told = (await ask(org, 11)).binding
+    assert told is not None
+    assert told.resets_at == end > datetime.now(UTC)
+
+
+async def test_asked_about_a_key_alone_it_answers_for_the_keys_owner(payer: Payer) -> None:
+    admin = await payer.org.key(payer.org.admin)
+    async with httpx2.AsyncClient(base_url=payer.base_url, timeout=30) as client:
+        path = f"/api/v1/organizations/{payer.org.slug}/why"
+        answer = await client.get(
+            path,
+            params={"key": f"key_{payer.api_key_id.hex}", "model": "demo-1"},
+            headers={"authorization": f"Bearer {admin.text}"},
+        )
+        other = await client.get(
+            path, params={"user": f"usr_{payer.org.admin.hex}"}, headers={"authorization": f"Bearer {payer.key}"}
+        )
+    assert (answer.status_code, answer.json()["allowed"]) == (200, True)
+    assert other.status_code == 403, "a member asks for themselves only"
+
+
+async def test_a_role_that_may_not_use_models_spends_nothing(payer: Payer) -> None:
+    key = await payer.org.key(await payer.org.member(Role.AUDITOR))
+    async with httpx2.AsyncClient(base_url=payer.base_url, timeout=30) as client:
+        answer = await client.post(
+            "/v1/chat/completions",
+            json={"model": "demo-1", "messages": [{"role": "user", "content": "hi"}]},
+            headers={"authorization": f"Bearer {key.text}"},
+        )
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "models_not_permitted")
+    assert (await payer.pool()).used_micros == 0
