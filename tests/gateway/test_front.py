@@ -429,3 +429,31 @@ async def test_the_demo_directions_of_a_stream_do_not_reach_the_answer(payer: Pa
     events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]
     assert events[-1] == "[DONE]"
     assert all("usage" not in event or json.loads(event)["usage"] is None for event in events[:-1])
+
+
+async def test_asked_about_a_key_alone_it_answers_for_the_keys_owner(payer: Payer) -> None:
+    admin = await payer.org.key(payer.org.admin)
+    async with httpx2.AsyncClient(base_url=payer.base_url, timeout=30) as client:
+        path = f"/api/v1/organizations/{payer.org.slug}/why"
+        answer = await client.get(
+            path,
+            params={"key": f"key_{payer.api_key_id.hex}", "model": "demo-1"},
+            headers={"authorization": f"Bearer {admin.text}"},
+        )
+        other = await client.get(
+            path, params={"user": f"usr_{payer.org.admin.hex}"}, headers={"authorization": f"Bearer {payer.key}"}
+        )
+    assert (answer.status_code, answer.json()["allowed"]) == (200, True)
+    assert other.status_code == 403, "a member asks for themselves only"
+
+
+async def test_a_role_that_may_not_use_models_spends_nothing(payer: Payer) -> None:
+    key = await payer.org.key(await payer.org.member(Role.AUDITOR))
+    async with httpx2.AsyncClient(base_url=payer.base_url, timeout=30) as client:
+        answer = await client.post(
+            "/v1/chat/completions",
+            json={"model": "demo-1", "messages": [{"role": "user", "content": "hi"}]},
+            headers={"authorization": f"Bearer {key.text}"},
+        )
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "models_not_permitted")
+    assert (await payer.pool()).used_micros == 0

@@ -33,11 +33,13 @@ def why(
     wanted = credits_of(amount)
 
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> asking.Why:
+        member = await member_of(conn, database, organization.organization_id, user) if user else None
+        owned = await key_of(conn, organization.organization_id, key) if key else None
         return await asking.why(
             conn,
             organization_id=organization.organization_id,
-            user_id=(await member_of(conn, database, organization.organization_id, user)).user_id if user else None,
-            api_key_id=(await key_of(conn, organization.organization_id, key)).api_key_id if key else None,
+            user_id=member.user_id if member else owned.user_id if owned else None,
+            api_key_id=owned.api_key_id if owned else None,
             model=model,
             wanted_micros=wanted,
         )

@@ -7,7 +7,9 @@ from fastapi import APIRouter, Query, Request
 
 from bursar.credits import explain as explaining
 from bursar.credits import why as asking
+from bursar.identity.api_keys import get_api_key
 from bursar.identity.guards import CurrentPrincipal, NotPermitted, OrgMember, Tx, database_of
+from bursar.identity.principals import Principal
 from bursar.identity.roles import Permission
 from bursar.money import Micros, NotAnAmount, parse_credits
 from bursar.problems import FieldError, NotFound, Problem, documents
@@ -25,13 +27,13 @@ class InvalidQuery(Problem):
 async def get_request(request_id: str, request: Request, principal: CurrentPrincipal) -> dict[str, Any]:
     """Where a request's charge came from: usage, price, grants drawn, limits passed; a refusal's reason.
 
-    One's own requests, or all of the organization's with `usage:read`.
+    All of the organization's with `usage:read`, else one's own and those of the key that asks.
     """
     async with database_of(request).tenant(principal.organization_id) as conn:
         story = await explaining.explain(
             conn, organization_id=principal.organization_id, request_id=read_id(request_id, "req", "request_id")
         )
-    if not principal.may(Permission.USAGE_READ) and principal.user_id not in _people(story):
+    if not _may_read(principal, story):
         raise NotFound("no such request")
     answer = story.as_json()
     if principal.may(Permission.MARGIN_READ):
@@ -48,15 +50,21 @@ async def get_why(
     model: Annotated[str, Query(max_length=200)] = "",
     amount: Annotated[str, Query(max_length=40)] = "0",
 ) -> dict[str, Any]:
-    """Would a request of this user and key be allowed now, and which limit decides. amount: credits."""
+    """Would a request of this user and key be allowed now, and which limit decides.
+
+    amount: credits. user: of a key alone, the key's owner; of neither, the caller with the key they came with.
+    """
     user_id = read_id(user, "usr", "user") if user else principal.user_id
+    key_id = read_id(key, "key", "key") if key else principal.api_key_id
+    if key_id is not None and key and not user:
+        user_id = (await get_api_key(tx, organization_id=principal.organization_id, api_key_id=key_id)).user_id
     if user_id != principal.user_id and not principal.may(Permission.LIMITS_READ):
         raise NotPermitted(f"This needs {Permission.LIMITS_READ}")
     answer = await asking.why(
         tx,
         organization_id=principal.organization_id,
         user_id=user_id,
-        api_key_id=read_id(key, "key", "key") if key else principal.api_key_id,
+        api_key_id=key_id,
         model=model,
         wanted_micros=_credits(amount),
     )
@@ -85,8 +93,10 @@ def _credits(text: str) -> Micros:
     return amount
 
 
-def _people(story: explaining.Story) -> set[UUID | None]:
-    people = {row.user_id for row in story.rows}
-    if story.unbilled is not None:
-        people.add(story.unbilled.user_id)
-    return people - {None}
+def _may_read(principal: Principal, story: explaining.Story) -> bool:
+    """All with `usage:read`, one's own with `usage:own`, and what came through the very key that asks."""
+    if principal.may(Permission.USAGE_READ):
+        return True
+    people, keys = story.askers
+    of_person = principal.user_id in people and principal.may(Permission.USAGE_OWN)
+    return of_person or principal.api_key_id in keys

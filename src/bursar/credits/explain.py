@@ -143,6 +143,13 @@ class Story:
         """What it cost in all, corrections included."""
         return Micros(sum(row.charged_micros for row in self.rows))
 
+    @property
+    def askers(self) -> tuple[set[UUID], set[UUID]]:
+        """Users and keys that it came from; of a running request none are told yet."""
+        known: list[Attribution | Unbilled] = [*self.rows, *([self.unbilled] if self.unbilled else [])]
+        people = {each.user_id for each in known if each.user_id is not None}
+        return people, {each.api_key_id for each in known if each.api_key_id is not None}
+
     def as_json(self) -> dict[str, Any]:
         """As GET /api/v1/requests/{id} and `bursar explain --json` show it."""
         return {

@@ -43,9 +43,8 @@ select credits.end_allocation(%(organization_id)s, %(allocation_id)s)
 select a.allocation_id, a.pool_id, a.user_id, a.kind, a.period, a.amount_micros, a.when_empty,
     coalesce(b.used_amount, 0) as used_micros, coalesce(b.held_amount, 0) as held_micros
 from credits.allocations a
-join identity.organizations o on o.organization_id = a.organization_id
 left join credits.balances b on b.organization_id = a.organization_id and b.balance_id = a.allocation_id
-    and b.period_start = credits.period_start(a.period, o.zone, statement_timestamp())
+    and b.period_start <= statement_timestamp() and b.period_end > statement_timestamp()
 where a.organization_id = %(organization_id)s and a.ended_at is null
 order by a.created_at, a.allocation_id
 
@@ -71,8 +70,7 @@ select c.refusal, e.id as balance_id, e.leg, (array['credits', 'calls', 'tokens'
     coalesce(l.scope, case when a.allocation_id is not null then 'user' when p.kind in ('personal', 'individual') then 'user' else 'organization' end) as scope,
     coalesce(l.scope_id, a.user_id, p.owner_user_id) as scope_id,
     coalesce(l.period, a.period, 'none') as period,
-    case when isfinite(credits.period_end(coalesce(l.period, a.period, 'none'), o.zone, statement_timestamp()))
-         then credits.period_end(coalesce(l.period, a.period, 'none'), o.zone, statement_timestamp()) end as resets_at,
+    case when isfinite(b.period_end) then b.period_end end as resets_at,
     coalesce(l.created_by, a.created_by) as owner_id,
     m.display_name as owner_name, o.zone, p.name as pool_name, coalesce(l.model_filter, c.leg_filters[nullif(e.leg, 0)]) as model_filter
 from credits.chains c

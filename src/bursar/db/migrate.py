@@ -182,6 +182,8 @@ async def migrate(
     """
     schema = schema or load_schema()
     async with await psycopg.AsyncConnection.connect(admin_dsn, autocommit=True) as conn, _only_runner(conn):
+        if await fetch_value(conn, QUERIES.has_records):
+            await _check_master_key(conn, master_key)  # before a wrong one can take the roles over
         await ensure_roles(conn, master_key, reset_passwords=reset_passwords)
         await _ensure_records(conn)
         await _check_master_key(conn, master_key)

@@ -60,9 +60,7 @@ async def ensure_roles(conn: Connection, master_key: bytes, *, reset_passwords: 
 async def _ensure_role(conn: Connection, role: str, master_key: bytes, reset_passwords: bool) -> None:
     found = await (await conn.execute("select from pg_roles where rolname = %s", [role])).fetchone()
     if found is None:
-        await _create_role(conn, role)
-        if role in LOGINS:
-            await _set_login(conn, role, master_key)
+        await _create_role(conn, role, master_key)
     elif role in LOGINS and not await _can_log_in(conn, role, master_key):
         if not reset_passwords:
             raise RolesNotUsable(
@@ -74,10 +72,13 @@ async def _ensure_role(conn: Connection, role: str, master_key: bytes, reset_pas
         await _set_login(conn, role, master_key)
 
 
-async def _create_role(conn: Connection, role: str) -> None:
-    # Another database of this cluster may be set up at this moment, and get there first.
+async def _create_role(conn: Connection, role: str, master_key: bytes) -> None:
+    # Another database of this cluster may be set up at this moment, and get there first: nobody sees half a role.
     with contextlib.suppress(psycopg.errors.DuplicateObject, psycopg.errors.UniqueViolation):
-        await conn.execute(sql.SQL("create role {}").format(sql.Identifier(role)))
+        async with conn.transaction():
+            await conn.execute(sql.SQL("create role {}").format(sql.Identifier(role)))
+            if role in LOGINS:
+                await _set_login(conn, role, master_key)
 
 
 async def _set_login(conn: Connection, role: str, master_key: bytes) -> None:

@@ -18,7 +18,7 @@ from bursar.gateway.routes import Format, ModelNotFound
 from bursar.gateway.upstream import Answer, Upstream, UpstreamBroken
 from bursar.gateway.wire import Wire
 from bursar.identity.principals import KeyCache, Principal
-from bursar.identity.roles import Scope as KeyScope
+from bursar.identity.roles import Permission
 from bursar.money import Micros, format_credits
 from bursar.problems import FieldError, InternalError, Problem, WrongMethod, of_exception
 
@@ -51,9 +51,9 @@ class NoKey(Problem):
 
 
 class KeyMayNotInfer(Problem):
-    """The key's scopes do not include model requests."""
+    """The key's scopes or its owner's roles do not include model requests."""
 
-    status, code, title = 403, "scope_missing", "This key may not make model requests"
+    status, code, title = 403, "models_not_permitted", "This key may not make model requests"
 
 
 class BadHeader(Problem):
@@ -212,7 +212,7 @@ class Front:
     async def _principal(self, exchange: "Exchange") -> Principal:
         secret = _secret(exchange.headers)
         principal = await self._keys.principal(secret, chosen=exchange.headers.get(b"bursar-organization"))
-        if KeyScope.INFERENCE not in principal.scopes:
+        if not principal.may(Permission.MODELS_USE):
             raise KeyMayNotInfer(headers={"x-should-retry": "false"})
         return principal
 
