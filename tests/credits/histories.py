@@ -5,6 +5,7 @@ history, also after steps were taken out of it.
 """
 
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -13,6 +14,7 @@ from uuid import UUID
 
 import psycopg
 from tests.credits import reference as ref
+from tests.credits.people import INSERT_DEPARTMENT, INSERT_KEY, INSERT_MEMBER, INSERT_ORGANIZATION, INSERT_TEAM
 
 from bursar.clock import uuid7
 from bursar.credits.moves import MOVE_BATCH, Action, Flag, as_arguments, as_verdicts
@@ -33,6 +35,36 @@ WEIGHTS = {
     "expire": 7, "person": 2, "touch": 2,
 }  # fmt: skip
 LATENESS = (0, 1, 1, 10**6, 30 * 10**6, 3600 * 10**6, 8 * 3600 * 10**6, 3 * 86400 * 10**6)  # microseconds
+
+
+BALANCES = """
+    select balance_id, nullif(period_start, '-infinity'), kind, stops, nullif(period_end, 'infinity'),
+        limit_amount, used_amount, held_amount, excess_amount
+    from credits.balances where organization_id = %s"""
+HOLDS = """
+    select h.request_id,
+        coalesce(h.leg_micros, array(
+            select case n when h.leg then h.amount_micros else 0 end
+            from generate_series(1, cardinality(c.leg_filters)) n order by n)),
+        h.tokens, h.floor_micros, h.progress_micros, h.is_sent, h.flags, h.model, h.placed_at, h.lease_expires_at
+    from credits.holds h join credits.chains c using (organization_id, chain_id) where h.organization_id = %s"""
+CHARGES = """
+    select request_id, sum(charged_micros)::bigint from ledger.attribution where organization_id = %s group by 1"""
+ESTIMATES = "select request_id, leg_micros from credits.estimates where organization_id = %s"
+POUR = "select credits.pour(organization_id, pool_id, %s) from credits.pools where organization_id = %s"
+GRANTS = """
+    select s.grant_id, s.state, s.left_micros,
+        coalesce((
+            select sum(b.end_micros - b.start_micros) from credits.burns b
+            where (b.organization_id, b.pool_id, b.grant_id) = (s.organization_id, s.pool_id, s.grant_id)), 0)::bigint,
+        coalesce(sum(e.amount) filter (where e.kind = 'expiry'), 0)::bigint,
+        case when coalesce(bool_or(e.kind = 'grant'), false)
+             then coalesce(sum(e.amount) filter (where e.kind = 'void'), 0)::bigint
+             when s.state = 'ended' then g.amount_micros else 0 end
+    from credits.grant_states s join credits.grants g using (organization_id, grant_id)
+    left join ledger.entries e on e.organization_id = s.organization_id and e.grant_id = s.grant_id
+    where s.organization_id = %s
+    group by s.organization_id, s.pool_id, s.grant_id, s.state, s.left_micros, g.amount_micros"""
 
 
 # ---------------------------------------------------------------------------------------------- steps
@@ -58,10 +90,8 @@ def _random_arguments(name: str, dice: random.Random) -> tuple[Any, ...]:
         count = dice.choice((1, 1, 2, 3, 5, 8, 12))
         return (tuple(tuple(dice.randrange(1000) for _ in range(10)) for _ in range(count)),)
     if name == "grant":
-        return tuple(dice.randrange(1000) for _ in range(2)) + (
-            dice.choice((1, 20, 50, 100, 200, 400)),
-            *(dice.randrange(1000) for _ in range(4)),
-        )
+        amount = dice.choice((1, 20, 50, 100, 200, 400))
+        return (dice.randrange(1000), dice.randrange(1000), amount, *(dice.randrange(1000) for _ in range(4)))
     return tuple(dice.randrange(1000) for _ in range({"allocate": 7, "limit": 7, "person": 3}.get(name, 4)))
 
 
@@ -121,39 +151,38 @@ class Stage:
             teams=[uuid7() for _ in range(2)],
             departments=[uuid7()],
         )
+        for i, user in enumerate(cast.users):
+            organization.members[user] = ref.Member(
+                team=cast.teams[i % 2], department=cast.departments[0] if i else None
+            )
+        for i, key in enumerate(cast.keys):
+            owner, team = (None, cast.teams[1]) if i == 3 else (cast.users[i], None)
+            organization.keys[key] = ref.Key(
+                key, key, owner, team=team, expires=self.now + timedelta(days=9) if i == 2 else None
+            )
         self.world.organizations[cast.organization] = organization
         with self.admin.transaction():
-            self.admin.execute(
-                "insert into identity.organizations (organization_id, slug, name, kind, zone, currency, is_shared_token_pool, created_at) "
-                "values (%s, %s, 'History', 'company', %s, 'USD', true, %s)",
-                [cast.organization, f"h{cast.organization.hex}", organization.zone, self.now],
-            )
-            for name, ids in (("department", cast.departments), ("team", cast.teams)):
-                for each in ids:
-                    self.admin.execute(
-                        f"insert into identity.{name}s (organization_id, {name}_id, name, created_at) values (%s, %s, %s, %s)",
-                        [cast.organization, each, each.hex, self.now],
-                    )
-            for i, user in enumerate(cast.users):
-                member = ref.Member(team=cast.teams[i % 2], department=cast.departments[0] if i else None)
-                organization.members[user] = member
-                self.admin.execute(
-                    "insert into identity.memberships (organization_id, user_id, email, display_name, roles, team_id, department_id, joined_at) "
-                    "values (%s, %s, %s, 'Someone', '{member}', %s, %s, %s)",
-                    [cast.organization, user, f"{user.hex}@x.example", member.team, member.department, self.now],
-                )
-            for i, key_id in enumerate(cast.keys):
-                key = ref.Key(key_id, key_id, cast.users[i] if i < 3 else None, team=cast.teams[1] if i == 3 else None)
-                if i == 2:
-                    key.expires = self.now + timedelta(days=9)
-                organization.keys[key_id] = key
-                self.admin.execute(
-                    "insert into identity.api_keys (organization_id, api_key_id, original_api_key_id, user_id, name, public_id, last4, scopes, "
-                    "team_id, expires_at, created_at) values (%s, %s, %s, %s, 'Key', %s, 'last', '{inference}', %s, %s, %s)",
-                    [cast.organization, key_id, key_id, key.user, key_id.hex, key.team, key.expires, self.now],
-                )
+            self._insert(cast, organization)
         self.simulator.execute("select credits.open_organization(%s)", [cast.organization])
         return cast
+
+    def _insert(self, cast: Cast, organization: ref.Organization) -> None:
+        """The people of an organization, as identity would have them."""
+        always = {"org": cast.organization, "now": self.now}
+        self.admin.execute(
+            INSERT_ORGANIZATION, {**always, "slug": f"h{cast.organization.hex}", "zone": organization.zone}
+        )
+        for department in cast.departments:
+            self.admin.execute(INSERT_DEPARTMENT, {**always, "id": department, "name": department.hex})
+        for team in cast.teams:
+            self.admin.execute(INSERT_TEAM, {**always, "id": team, "name": team.hex})
+        for user, member in organization.members.items():
+            place = {"id": user, "email": f"{user.hex}@x.example", "team": member.team, "department": member.department}
+            self.admin.execute(INSERT_MEMBER, {**always, **place})
+        for key in organization.keys.values():
+            columns = {"id": key.key_id, "original": key.original, "public": key.key_id.hex}
+            rest = {"user": key.user, "team": key.team, "end": key.expires}
+            self.admin.execute(INSERT_KEY, {**always, **columns, **rest})
 
     def _model(self, cast: Cast) -> ref.Organization:
         return self.world.organizations[cast.organization]
@@ -229,7 +258,8 @@ class Stage:
         idempotency_key = f"grant {key % 40}" if key % 5 == 0 else f"grant {grant_id}"
         self._command(
             cast,
-            "select credits.add_grant(%s, %s, %s, 'purchase', %s, %s::smallint, %s, 0, %s, %s, 'why', null, %s, %s) is null",
+            "select credits.add_grant(%s, %s, %s, 'purchase', %s, %s::smallint, %s, 0, %s, %s, null, null, %s, %s)"
+            " is null",
             [
                 cast.organization,
                 grant_id,
@@ -261,24 +291,24 @@ class Stage:
 
     def _allocate(self, org: int, pool: int, user: int, kind: int, amount: int, empty: int, key: int) -> None:
         cast = self.cast[org % 2]
-        pool_id, user_id = self._pick_pool(cast, pool), cast.users[user % 3]
-        share = "reserved" if kind % 3 else "capped"
-        period = "none" if share == "reserved" else PERIODS[kind % 4]
-        micros = (0, 10, 30, 60, 100, -1)[amount % 6 if amount % 31 else 5]
-        when_empty, oversubscribe = ("stops", "open_part")[empty % 2], empty % 5 == 0
         allocation_id = uuid7()
+        share = "reserved" if kind % 3 else "capped"
+        arguments = (
+            self._pick_pool(cast, pool),
+            cast.users[user % 3],
+            share,
+            "none" if share == "reserved" else PERIODS[kind % 4],
+            (0, 10, 30, 60, 100, -1)[amount % 6 if amount % 31 else 5],
+            ("stops", "open_part")[empty % 2],
+            empty % 5 == 0,
+        )
         idempotency_key = f"share {key % 60}" if key % 4 == 0 else f"share {allocation_id}"
         self._command(
             cast,
             "select credits.allocate(%s, %s, %s, %s, %s, %s, %s, %s, %s, null, %s, %s) is null",
-            [
-                cast.organization, allocation_id, pool_id, user_id, share, period, micros, when_empty, oversubscribe,
-                idempotency_key, self.now,
-            ],
-            lambda o: o.allocate(
-                allocation_id, pool_id, user_id, share, period, micros, when_empty, oversubscribe, idempotency_key, self.now
-            ),
-        )  # fmt: skip
+            [cast.organization, allocation_id, *arguments, idempotency_key, self.now],
+            lambda o: o.allocate(allocation_id, *arguments, idempotency_key, self.now),
+        )
 
     def _end_allocation(self, org: int, which: int, *_: int) -> None:
         cast = self.cast[org % 2]
@@ -297,26 +327,22 @@ class Stage:
         scopes += [("user", user) for user in cast.users] + [("key", key) for key in cast.keys]
         scopes += [("team", team) for team in cast.teams] + [("department", cast.departments[0])]
         name, scope_id = scopes[scope % len(scopes)]
-        measure = ("credits", "credits", "calls", "tokens")[metric % 4]
-        limit = ref.Limit(
-            uuid7(),
+        arguments = (
             name,
             scope_id,
-            measure,
+            ("credits", "credits", "calls", "tokens")[metric % 4],
             FILTERS[pattern % len(FILTERS)],
             PERIODS[period % 4],
             (0, 8, 30, 80, 200, 500)[amount % 6],
             ("stops", "stops", "warns")[action % 3],
         )
+        limit_id = uuid7()
         self._command(
             cast,
             "select credits.set_limit(%s, %s, %s, %s, %s, %s, %s, %s, %s, null, %s) is null",
-            [
-                cast.organization, limit.limit_id, limit.scope, limit.scope_id, limit.metric, limit.filter, limit.period,
-                limit.amount, limit.action, self.now,
-            ],
-            lambda o: o.set_limit(limit, self.now),
-        )  # fmt: skip
+            [cast.organization, limit_id, *arguments, self.now],
+            lambda o: o.set_limit(ref.Limit(limit_id, *arguments), self.now),
+        )
 
     def _end_limit(self, org: int, which: int, *_: int) -> None:
         cast = self.cast[org % 2]
@@ -330,7 +356,7 @@ class Stage:
         )
 
     def _person(self, org: int, who: int, what: int) -> None:
-        """A key is revoked, a member leaves or returns, changes the team, the zone changes, the organization is frozen."""
+        """A key is revoked, a member leaves, returns or changes the team, a zone changes, an organization is frozen."""
         cast = self.cast[org % 2]
         model, organization = self._model(cast), cast.organization
         user, key = cast.users[who % 3], cast.keys[who % 4]
@@ -490,61 +516,23 @@ class Stage:
             raise Disagreement(f"{what} after step {number} differ:\n{lines}")
 
     def _balances(self, cast: Cast) -> dict[Any, Any]:
-        rows = self.admin.execute(
-            "select balance_id, nullif(period_start, '-infinity'), kind, stops, nullif(period_end, 'infinity'), limit_amount, used_amount, "
-            "held_amount, excess_amount from credits.balances where organization_id = %s",
-            [cast.organization],
-            prepare=True,
-        )
-        return {
-            (row[0], row[1] or ref.EARLIEST): (row[2], row[3], row[4] or ref.LATEST, *row[5:])
-            for row in rows.fetchall()
-        }
+        rows = self.admin.execute(BALANCES, [cast.organization], prepare=True)
+        return {(row[0], row[1] or ref.EARLIEST): (row[2], row[3], row[4] or ref.LATEST, *row[5:]) for row in rows}
 
     def _holds(self, cast: Cast) -> dict[Any, Any]:
-        rows = self.admin.execute(
-            "select h.request_id, coalesce(h.leg_micros, array(select case n when h.leg then h.amount_micros else 0 end "
-            "from generate_series(1, cardinality(c.leg_filters)) n order by n)), h.tokens, h.floor_micros, h.progress_micros, h.is_sent, "
-            "h.flags, h.model, h.placed_at, h.lease_expires_at from credits.holds h "
-            "join credits.chains c using (organization_id, chain_id) where h.organization_id = %s",
-            [cast.organization],
-            prepare=True,
-        )
-        return {row[0]: (row[1], *row[2:]) for row in rows.fetchall()}
+        return {row[0]: row[1:] for row in self.admin.execute(HOLDS, [cast.organization], prepare=True)}
 
     def _charges(self, cast: Cast) -> dict[Any, Any]:
-        rows = self.admin.execute(
-            "select request_id, sum(charged_micros)::bigint from ledger.attribution where organization_id = %s group by 1",
-            [cast.organization],
-        )
-        return dict(rows.fetchall())
+        return dict(self.admin.execute(CHARGES, [cast.organization]).fetchall())
 
     def _estimates(self, cast: Cast) -> dict[Any, Any]:
-        rows = self.admin.execute(
-            "select request_id, leg_micros from credits.estimates where organization_id = %s", [cast.organization]
-        )
-        return dict(rows.fetchall())
+        return dict(self.admin.execute(ESTIMATES, [cast.organization]).fetchall())
 
     def _grants(self, cast: Cast) -> dict[Any, Any]:
         """As they are when what was used has been poured, which a rolled back transaction does."""
         with self.admin.transaction(force_rollback=True):
-            self.admin.execute(
-                "select credits.pour(organization_id, pool_id, %s) from credits.pools where organization_id = %s",
-                [self.now, cast.organization],
-            )
-            rows = self.admin.execute(
-                "select s.grant_id, s.state, s.left_micros, "
-                "coalesce((select sum(end_micros - start_micros) from credits.burns b where b.organization_id = s.organization_id "
-                "          and b.pool_id = s.pool_id and b.grant_id = s.grant_id), 0)::bigint, "
-                "coalesce(sum(e.amount) filter (where e.kind = 'expiry'), 0)::bigint, "
-                "case when coalesce(bool_or(e.kind = 'grant'), false) then coalesce(sum(e.amount) filter (where e.kind = 'void'), 0)::bigint "
-                "     when s.state = 'ended' then g.amount_micros else 0 end "
-                "from credits.grant_states s join credits.grants g using (organization_id, grant_id) "
-                "left join ledger.entries e on e.organization_id = s.organization_id and e.grant_id = s.grant_id "
-                "where s.organization_id = %s group by s.organization_id, s.pool_id, s.grant_id, s.state, s.left_micros, g.amount_micros",
-                [cast.organization],
-            ).fetchall()
-        return {row[0]: tuple(row[1:]) for row in rows}
+            self.admin.execute(POUR, [self.now, cast.organization])
+            return {row[0]: row[1:] for row in self.admin.execute(GRANTS, [cast.organization]).fetchall()}
 
 
 def _real(move: ref.Move) -> RealMove:
@@ -566,9 +554,7 @@ def _real(move: ref.Move) -> RealMove:
 
 
 def shrunk(fails: Any, steps: list[Step], *, seconds: float) -> list[Step]:
-    """A shorter list of steps that still fails: pieces are taken out, large ones first, then single moves of batches."""
-    import time
-
+    """A shorter list of steps that still fails: pieces are taken out, large ones first, then moves of batches."""
     until = time.monotonic() + seconds
     size = len(steps) // 2
     while size >= 1:

@@ -479,7 +479,6 @@ class Organization:
         return stored
 
     def _end(self, now: datetime, key: str | None, body: tuple[Any, ...], result: int = 0) -> None:
-        self.version += 1
         self.reopen()
         if key is not None:
             until = now + timedelta(days=35)
@@ -550,6 +549,7 @@ class Organization:
             grant.voided += taken
             grant.state = grant.state if grant.left else "ended"
         self.fold(now)
+        self.version += 1
         self._end(now, key, body, taken)
         return taken
 
@@ -593,6 +593,7 @@ class Organization:
             row = self.current(old.allocation_id, now)
             if row is not None:
                 row.limit = amount
+        self.version += 1
         self._end(now, key, body)
 
     def _close(self, allocation: Allocation) -> None:
@@ -608,6 +609,7 @@ class Organization:
         if allocation is None or allocation.is_ended:
             raise Refused("BR404")
         self._close(allocation)
+        self.version += 1
         self._end(now, None, ())
 
     def set_limit(self, limit: Limit, now: datetime) -> None:
@@ -1036,7 +1038,8 @@ class Organization:
     def _grant(self, move: Move, answer: Answer, takes: list[int], leg: int, now: datetime) -> None:
         """Hold or charge what was asked."""
         chain = answer.chain
-        assert chain is not None and move.request is not None
+        assert chain is not None
+        assert move.request is not None
         sign = {"used": 1} if move.action == DEDUCT else {"held": 1}
         for way, take in zip(chain.legs, takes, strict=True):
             for entry in way.entries:
@@ -1076,7 +1079,8 @@ class Organization:
     def _decide(self, move: Move, answer: Answer, now: datetime) -> None:
         """Alone: every limit must allow it; then the ways to pay, as far as they have room."""
         chain = answer.chain
-        assert chain is not None and move.request is not None
+        assert chain is not None
+        assert move.request is not None
         binding: tuple[UUID, datetime] | None = None
         waits = True
         for entry in chain.always:

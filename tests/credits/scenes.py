@@ -1,4 +1,4 @@
-"""One organization on one connection, at instants of the test's choosing: what a rule of the treasury needs to be shown.
+"""One organization on one connection, at instants of the test's choosing: what a rule of the treasury is shown with.
 
 The connection is an admin's; each call is made as the role it is meant for (`set session authorization`), so that a
 scene can also be played in a transaction that has taken a guard out.
@@ -6,15 +6,17 @@ scene can also be played in a transaction that has taken a guard out.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 import psycopg
+from tests.credits.people import INSERT_KEY, INSERT_MEMBER, INSERT_ORGANIZATION, INSERT_TEAM
 
 from bursar.clock import uuid7
-from bursar.credits.moves import MOVE_BATCH, Action, Flag, Move, Outcome, Verdict, as_arguments, as_verdicts
+from bursar.credits.moves import MOVE_BATCH, Action, Move, Outcome, Verdict, as_arguments, as_verdicts
+from bursar.credits.verify import CHECKS
 from bursar.db import arrays
 from bursar.money import Micros
 
@@ -43,14 +45,7 @@ class Scene:
 
     def __post_init__(self) -> None:
         arrays.register(self.conn)
-        self.admin(
-            "insert into identity.organizations (organization_id, slug, name, kind, zone, currency, is_shared_token_pool, created_at) "
-            "values (%s, %s, 'Scene', 'company', %s, 'USD', true, %s)",
-            self.organization,
-            f"s{self.organization.hex}",
-            self.zone,
-            self.now,
-        )
+        self.insert(INSERT_ORGANIZATION, slug=f"s{self.organization.hex}", zone=self.zone)
         self.call("select credits.open_organization(%s)", self.organization)
 
     # ------------------------------------------------------------------ roles and time
@@ -96,23 +91,20 @@ class Scene:
 
     # ------------------------------------------------------------------ people
 
+    def insert(self, sql: str, **columns: Any) -> None:
+        """A row of this organization and moment."""
+        self.conn.execute(sql, {"org": self.organization, "now": self.now, **columns})
+
     def user(self, *, team: UUID | None = None) -> UUID:
         """A new active member."""
         user = uuid7()
-        self.admin(
-            "insert into identity.memberships (organization_id, user_id, email, display_name, roles, team_id, joined_at) "
-            "values (%s, %s, %s, 'Someone', '{member}', %s, %s)",
-            self.organization, user, f"{user.hex}@x.example", team, self.now,
-        )  # fmt: skip
+        self.insert(INSERT_MEMBER, id=user, email=f"{user.hex}@x.example", team=team, department=None)
         return user
 
     def team(self) -> UUID:
         """A new team."""
         team = uuid7()
-        self.admin(
-            "insert into identity.teams (organization_id, team_id, name, created_at) values (%s, %s, %s, %s)",
-            self.organization, team, team.hex, self.now,
-        )  # fmt: skip
+        self.insert(INSERT_TEAM, id=team, name=team.hex)
         return team
 
     def key(
@@ -120,11 +112,7 @@ class Scene:
     ) -> UUID:
         """A new key of a member or of a service; original: the key whose rotation it is."""
         key = uuid7()
-        self.admin(
-            "insert into identity.api_keys (organization_id, api_key_id, original_api_key_id, user_id, name, public_id, last4, scopes, "
-            "expires_at, created_at) values (%s, %s, %s, %s, 'Key', %s, 'last', '{inference}', %s, %s)",
-            self.organization, key, original or key, user, key.hex, expires_at, self.now,
-        )  # fmt: skip
+        self.insert(INSERT_KEY, id=key, original=original or key, public=key.hex, user=user, team=None, end=expires_at)
         return key
 
     def changed(self) -> None:
@@ -158,8 +146,8 @@ class Scene:
         """Credits into a pool."""
         return self.call(  # type: ignore[no-any-return]
             "select credits.add_grant(%s, %s, %s, 'purchase', %s, %s::smallint, %s, 0, %s, %s, null, null, %s, %s)",
-            self.organization, uuid7(), pool, amount, priority, free, starts, expires, uuid7().hex if key == "" else key,
-            self.now,
+            self.organization, uuid7(), pool, amount, priority, free, starts, expires,
+            uuid7().hex if key == "" else key, self.now,
         )  # fmt: skip
 
     def void(self, grant: UUID, *, key: str | None = None) -> int:
@@ -183,7 +171,8 @@ class Scene:
         """A user's share of a pool."""
         return self.call(  # type: ignore[no-any-return]
             "select credits.allocate(%s, %s, %s, %s, %s, %s, %s, %s, %s, null, %s, %s)",
-            self.organization, uuid7(), pool, user, kind, period, amount, when_empty, oversubscribe, uuid7().hex, self.now,
+            self.organization, uuid7(), pool, user, kind, period, amount, when_empty, oversubscribe, uuid7().hex,
+            self.now,
         )  # fmt: skip
 
     def end_share(self, share: UUID) -> None:
@@ -274,24 +263,18 @@ class Scene:
     def charges(self, request: UUID) -> list[tuple[Any, ...]]:
         """(kind, charged, pool, flags) of the attribution rows of a request, in the order of booking."""
         return self.admin(
-            "select kind, charged_micros, pool_id, flags from ledger.attribution where organization_id = %s and request_id = %s order by booked_at",
+            "select kind, charged_micros, pool_id, flags from ledger.attribution "
+            "where organization_id = %s and request_id = %s order by booked_at",
             self.organization, request,
         )  # fmt: skip
 
     def findings(self) -> list[tuple[Any, ...]]:
         """Offences against any invariant by this organization."""
-        from bursar.credits.verify import CHECKS
-
         return [
             (name, *row)
             for name, check in CHECKS.items()
             for row in self.admin(f"select * from ({check}) offences where organization_id = %s", self.organization)
         ]
-
-
-def with_flags(move: Move, flags: Flag) -> Move:
-    """The same move with other flags."""
-    return replace(move, flags=flags)
 
 
 def outcomes(verdicts: Sequence[Verdict]) -> list[Outcome]:

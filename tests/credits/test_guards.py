@@ -24,7 +24,9 @@ from bursar.settings import Settings
 FUNCTIONS = files("bursar.credits").joinpath("functions.sql").read_text(encoding="utf-8")
 BLOCKS = {
     match[1]: match[0]
-    for match in re.finditer(r"^create or replace function credits\.(\w+)\(.*?\$\$;\n", FUNCTIONS, re.MULTILINE | re.DOTALL)
+    for match in re.finditer(
+        r"^create or replace function credits\.(\w+)\(.*?\$\$;\n", FUNCTIONS, re.MULTILINE | re.DOTALL
+    )
 }
 Rule = Callable[[Scene], None]
 ZERO = "'00000000-0000-0000-0000-000000000000'"
@@ -32,7 +34,12 @@ ZERO = "'00000000-0000-0000-0000-000000000000'"
 # function, what is taken out, what stands there instead, the rule that must notice
 MUTATIONS: list[tuple[str, str, str, Rule]] = [
     # who may ask, and when it is
-    ("now_under_gate", "p_at is not null and session_user <> 'bursar_simulator'", "false", rules.test_only_the_simulator_dates_money),
+    (
+        "now_under_gate",
+        "p_at is not null and session_user <> 'bursar_simulator'",
+        "false",
+        rules.test_only_the_simulator_dates_money,
+    ),
     (
         "require_tenant",
         "p_organization_id is distinct from nullif(current_setting('app.organization_id', true), '')::uuid",
@@ -51,115 +58,550 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
         "",
         tenancy.test_a_change_in_somebodys_home_reaches_only_where_they_belong,
     ),
-    ("move_one", "perform credits.require_tenant(p_organization_id);", "", tenancy.test_no_function_spends_reads_or_changes_what_is_anothers),
-    ("open_organization", "perform credits.require_tenant(p_organization_id);", "", tenancy.test_no_function_spends_reads_or_changes_what_is_anothers),
-    ("lock_gate", "perform credits.require_tenant(p_organization_id);", "", tenancy.test_no_function_spends_reads_or_changes_what_is_anothers),
+    (
+        "move_one",
+        "perform credits.require_tenant(p_organization_id);",
+        "",
+        tenancy.test_no_function_spends_reads_or_changes_what_is_anothers,
+    ),
+    (
+        "open_organization",
+        "perform credits.require_tenant(p_organization_id);",
+        "",
+        tenancy.test_no_function_spends_reads_or_changes_what_is_anothers,
+    ),
+    (
+        "lock_gate",
+        "perform credits.require_tenant(p_organization_id);",
+        "",
+        tenancy.test_no_function_spends_reads_or_changes_what_is_anothers,
+    ),
     ("lock_gate", "if v_due <= v_now then", "if false then", rules.test_voiding_sees_what_has_expired),
     # commands
-    ("stored_outcome", "v_row.body_hash <> p_body_hash", "false", rules.test_a_command_of_the_same_key_with_another_body_is_refused),
-    ("stored_outcome", "p_key is null or length(p_key) not between 1 and 255", "false", rules.test_a_command_needs_a_key),
-    ("require_amount", "p_amount is null or p_amount not between p_least and credits.most_micros()", "false", rules.test_commands_refuse_amounts_without_sense),
-    ("add_grant", "if v_stored is not null then", "if false then", rules.test_a_command_of_the_same_key_with_another_body_is_refused),
+    (
+        "stored_outcome",
+        "v_row.body_hash <> p_body_hash",
+        "false",
+        rules.test_a_command_of_the_same_key_with_another_body_is_refused,
+    ),
+    (
+        "stored_outcome",
+        "p_key is null or length(p_key) not between 1 and 255",
+        "false",
+        rules.test_a_command_needs_a_key,
+    ),
+    (
+        "require_amount",
+        "p_amount is null or p_amount not between p_least and credits.most_micros()",
+        "false",
+        rules.test_commands_refuse_amounts_without_sense,
+    ),
+    (
+        "add_grant",
+        "if v_stored is not null then",
+        "if false then",
+        rules.test_a_command_of_the_same_key_with_another_body_is_refused,
+    ),
     ("add_grant", "greatest(v_now, p_effective_at)", "v_now", rules.test_a_grant_that_ends_before_it_starts_is_refused),
-    ("fold_pool", "perform credits.pour(p_organization_id, p_pool_id, v_at);", "", rules.test_use_is_paid_by_the_grants_there_were_at_the_time),
+    (
+        "fold_pool",
+        "perform credits.pour(p_organization_id, p_pool_id, v_at);",
+        "",
+        rules.test_use_is_paid_by_the_grants_there_were_at_the_time,
+    ),
     ("activate_grants", "perform credits.limits_changed(p_organization_id);", "", rules.test_a_top_up_is_spent_at_once),
-    ("void_grant", "if v_stored is not null then", "if false then", rules.test_voiding_takes_what_is_left_but_nothing_that_is_held),
-    ("void_grant", "least(v_state.left_micros, v_room)", "v_state.left_micros", rules.test_voiding_takes_what_is_left_but_nothing_that_is_held),
-    ("void_grant", "if v_state.state = 'scheduled' then", "if false then", rules.test_a_grant_voided_before_it_starts_never_starts),
-    ("allocate", "v_grows > v_open_room", "false", rules.test_more_than_the_open_part_is_reserved_only_by_an_explicit_switch),
-    ("allocate", "perform credits.set_pool_limit(p_organization_id, p_pool_id, 0);", "", rules.test_what_is_reserved_nobody_else_can_spend),
-    ("close_allocation", "perform credits.set_current_limit(p_organization_id, p_allocation_id, 0, p_now);", "", rules.test_ending_a_share_gives_its_rest_and_later_its_hold_back_to_the_open_part),
-    ("close_allocation", "perform credits.set_pool_limit(p_organization_id, v_row.pool_id, 0);", "", rules.test_ending_a_share_gives_its_rest_and_later_its_hold_back_to_the_open_part),
-    ("set_limit", "perform credits.limits_changed(p_organization_id);", "", rules.test_a_change_of_limits_reaches_every_user_at_once),
-    ("set_limit", "perform credits.set_current_limit(p_organization_id, v_id, p_amount, v_now);", "", rules.test_a_limit_lowered_below_its_use_blocks_until_it_is_raised_again),
-    ("set_current_limit", "and period_start <= p_now and period_end > p_now", "", rules.test_changing_a_limit_leaves_past_periods_as_they_were),
-    ("set_current_limit", "greatest(0, used_amount + held_amount - p_amount)", "0", rules.test_a_limit_lowered_below_its_use_blocks_until_it_is_raised_again),
+    (
+        "void_grant",
+        "if v_stored is not null then",
+        "if false then",
+        rules.test_voiding_takes_what_is_left_but_nothing_that_is_held,
+    ),
+    (
+        "void_grant",
+        "least(v_state.left_micros, v_room)",
+        "v_state.left_micros",
+        rules.test_voiding_takes_what_is_left_but_nothing_that_is_held,
+    ),
+    (
+        "void_grant",
+        "if v_state.state = 'scheduled' then",
+        "if false then",
+        rules.test_a_grant_voided_before_it_starts_never_starts,
+    ),
+    (
+        "allocate",
+        "v_grows > v_open_room",
+        "false",
+        rules.test_more_than_the_open_part_is_reserved_only_by_an_explicit_switch,
+    ),
+    (
+        "allocate",
+        "perform credits.set_pool_limit(p_organization_id, p_pool_id, 0);",
+        "",
+        rules.test_what_is_reserved_nobody_else_can_spend,
+    ),
+    (
+        "close_allocation",
+        "perform credits.set_current_limit(p_organization_id, p_allocation_id, 0, p_now);",
+        "",
+        rules.test_ending_a_share_gives_its_rest_and_later_its_hold_back_to_the_open_part,
+    ),
+    (
+        "close_allocation",
+        "perform credits.set_pool_limit(p_organization_id, v_row.pool_id, 0);",
+        "",
+        rules.test_ending_a_share_gives_its_rest_and_later_its_hold_back_to_the_open_part,
+    ),
+    (
+        "set_limit",
+        "perform credits.limits_changed(p_organization_id);",
+        "",
+        rules.test_a_change_of_limits_reaches_every_user_at_once,
+    ),
+    (
+        "set_limit",
+        "perform credits.set_current_limit(p_organization_id, v_id, p_amount, v_now);",
+        "",
+        rules.test_a_limit_lowered_below_its_use_blocks_until_it_is_raised_again,
+    ),
+    (
+        "set_current_limit",
+        "and period_start <= p_now and period_end > p_now",
+        "",
+        rules.test_changing_a_limit_leaves_past_periods_as_they_were,
+    ),
+    (
+        "set_current_limit",
+        "greatest(0, used_amount + held_amount - p_amount)",
+        "0",
+        rules.test_a_limit_lowered_below_its_use_blocks_until_it_is_raised_again,
+    ),
     # pools, grants and time
-    ("set_pool_limit", "excess_amount = greatest(0, used_amount + held_amount - limit_amount - p_delta)", "excess_amount = 0", rules.test_a_settle_above_its_hold_is_charged_in_full_and_blocks_what_follows),
-    ("set_pool_limit", "greatest(b.limit_amount, b.used_amount + b.held_amount)", "b.limit_amount", rules.test_a_share_over_its_limit_claims_what_it_used),
-    ("pour", "while v_poured > v_used loop", "while false loop", rules.test_credit_given_back_to_an_expired_grant_cannot_be_spent_again),
-    ("pour", "case when state = 'ended' then 'active' else state end", "state", rules.test_credit_given_back_to_an_expired_grant_cannot_be_spent_again),
-    ("pour", "g.priority, g.expires_at, g.is_free desc,", "g.is_free desc,", rules.test_the_grant_that_expires_sooner_burns_first_and_a_free_one_before_a_paid_one),
-    ("pour", "g.is_free desc,", "", rules.test_the_grant_that_expires_sooner_burns_first_and_a_free_one_before_a_paid_one),
-    ("expire_grants", "least(v_row.left_micros, greatest(0, v_held - v_before))", "0", rules.test_what_an_expired_grant_holds_for_a_running_call_stays_payable_until_it_ends),
-    ("expire_grants", "and h.placed_at < v_row.expires_at", "", rules.test_a_hold_placed_after_the_expiry_keeps_nothing_of_the_grant),
-    ("expire_grants", "greatest(0, v_held - v_before)", "v_held", rules.test_holds_draw_on_what_burns_first_before_they_keep_an_expired_grant),
-    ("activate_grants", "perform credits.limits_changed(p_organization_id);", "", rules.test_a_late_grant_to_a_personal_pool_is_spent_before_the_shared_one),
-    ("fold_pool", "exit when v_at > p_now;", "exit when v_at >= p_now;", rules.test_grants_are_spendable_from_their_first_instant_until_just_before_their_last),
-    ("fold_pool", "v_at := '-infinity';", "v_at := v_at;", rules.test_what_an_expired_grant_holds_for_a_running_call_stays_payable_until_it_ends),
-    ("fold_pool", "select coalesce(min(next_event_at), 'infinity') from pools", "select timestamptz 'infinity' from pools", rules.test_grants_are_spendable_from_their_first_instant_until_just_before_their_last),
+    (
+        "set_pool_limit",
+        "excess_amount = greatest(0, used_amount + held_amount - limit_amount - p_delta)",
+        "excess_amount = 0",
+        rules.test_a_settle_above_its_hold_is_charged_in_full_and_blocks_what_follows,
+    ),
+    (
+        "set_pool_limit",
+        "greatest(b.limit_amount, b.used_amount + b.held_amount)",
+        "b.limit_amount",
+        rules.test_a_share_over_its_limit_claims_what_it_used,
+    ),
+    (
+        "pour",
+        "while v_poured > v_used loop",
+        "while false loop",
+        rules.test_credit_given_back_to_an_expired_grant_cannot_be_spent_again,
+    ),
+    (
+        "pour",
+        "case when state = 'ended' then 'active' else state end",
+        "state",
+        rules.test_credit_given_back_to_an_expired_grant_cannot_be_spent_again,
+    ),
+    (
+        "pour",
+        "g.priority, g.expires_at, g.is_free desc,",
+        "g.is_free desc,",
+        rules.test_the_grant_that_expires_sooner_burns_first_and_a_free_one_before_a_paid_one,
+    ),
+    (
+        "pour",
+        "g.is_free desc,",
+        "",
+        rules.test_the_grant_that_expires_sooner_burns_first_and_a_free_one_before_a_paid_one,
+    ),
+    (
+        "expire_grants",
+        "least(v_row.left_micros, greatest(0, v_held - v_before))",
+        "0",
+        rules.test_what_an_expired_grant_holds_for_a_running_call_stays_payable_until_it_ends,
+    ),
+    (
+        "expire_grants",
+        "and h.placed_at < v_row.expires_at",
+        "",
+        rules.test_a_hold_placed_after_the_expiry_keeps_nothing_of_the_grant,
+    ),
+    (
+        "expire_grants",
+        "greatest(0, v_held - v_before)",
+        "v_held",
+        rules.test_holds_draw_on_what_burns_first_before_they_keep_an_expired_grant,
+    ),
+    (
+        "activate_grants",
+        "perform credits.limits_changed(p_organization_id);",
+        "",
+        rules.test_a_late_grant_to_a_personal_pool_is_spent_before_the_shared_one,
+    ),
+    (
+        "fold_pool",
+        "exit when v_at > p_now;",
+        "exit when v_at >= p_now;",
+        rules.test_grants_are_spendable_from_their_first_instant_until_just_before_their_last,
+    ),
+    (
+        "fold_pool",
+        "v_at := '-infinity';",
+        "v_at := v_at;",
+        rules.test_what_an_expired_grant_holds_for_a_running_call_stays_payable_until_it_ends,
+    ),
+    (
+        "fold_pool",
+        "select coalesce(min(next_event_at), 'infinity') from pools",
+        "select timestamptz 'infinity' from pools",
+        rules.test_grants_are_spendable_from_their_first_instant_until_just_before_their_last,
+    ),
     # chains
-    ("period_start", "when s.start <= p_at then s.start", "when true then s.start", rules.test_a_limit_first_used_while_midnight_comes_twice_counts_for_the_day_before),
-    ("open_period", "if found then", "if false then", rules.test_a_new_zone_gives_nobody_a_fresh_limit_before_the_period_ends),
-    ("open_period", "greatest(credits.period_start(p_period, p_zone, p_now), v_last)", "credits.period_start(p_period, p_zone, p_now)", rules.test_a_new_zone_gives_nobody_a_fresh_limit_before_the_period_ends),
+    (
+        "period_start",
+        "when s.start <= p_at then s.start",
+        "when true then s.start",
+        rules.test_a_limit_first_used_while_midnight_comes_twice_counts_for_the_day_before,
+    ),
+    (
+        "open_period",
+        "if found then",
+        "if false then",
+        rules.test_a_new_zone_gives_nobody_a_fresh_limit_before_the_period_ends,
+    ),
+    (
+        "open_period",
+        "greatest(credits.period_start(p_period, p_zone, p_now), v_last)",
+        "credits.period_start(p_period, p_zone, p_now)",
+        rules.test_a_new_zone_gives_nobody_a_fresh_limit_before_the_period_ends,
+    ),
     ("chain_refusal", "p_organization.status <> 'active'", "false", rules.test_a_frozen_organization_spends_nothing),
     ("chain_refusal", "p_key.api_key_id is null or", "", rules.test_a_key_of_another_organization_spends_nothing_here),
     ("chain_refusal", "or p_key.user_id <> p_user_id", "", rules.test_a_members_key_spends_for_nobody_else),
-    ("chain_refusal", "p_key.revoked_at <= p_now", "false", rules.test_a_revoked_key_spends_nothing_from_the_next_batch_on),
+    (
+        "chain_refusal",
+        "p_key.revoked_at <= p_now",
+        "false",
+        rules.test_a_revoked_key_spends_nothing_from_the_next_batch_on,
+    ),
     ("chain_refusal", "p_key.expires_at <= p_now", "false", rules.test_a_key_expires_in_its_very_instant),
     ("chain_refusal", "and m.status = 'active'", "", rules.test_who_is_no_active_member_spends_nothing),
-    ("build_chain", "and organization_id in (p_organization_id, route.home_of_user(p_user_id))", "", rules.test_a_key_of_another_organization_spends_nothing_here),
-    ("build_chain", "least(v_key.expires_at, v_key.revoked_at)", "null::timestamptz", rules.test_a_key_expires_in_its_very_instant),
-    ("build_chain", "and (p.owner_user_id is null or p.owner_user_id = p_user_id)", "", rules.test_nobody_spends_from_anothers_personal_pool),
-    ("build_chain", "v_chain.valid_until := least(v_chain.valid_until, v_row.cap_end);", "", rules.test_a_used_up_cap_is_fresh_again_in_the_next_month_also_when_it_was_skipped_before),
-    ("build_chain", "v_chain.valid_until := least(v_chain.valid_until, v_row.period_end);", "", rules.test_a_limit_is_fresh_in_the_very_instant_its_period_begins),
-    ("build_chain", "(p_api_key_id, v_key.original_api_key_id)", "(p_api_key_id)", rules.test_a_rotated_key_stays_under_the_limit_of_the_key_it_replaces),
-    ("build_chain", "(o.model_filter is null or o.model_filter = l.model_filter)", "true", rules.test_restricted_credit_alone_refuses_other_models_by_name_or_by_emptiness),
-    ("build_chain", "where a.kind is distinct from 'reserved' or a.when_empty = 'open_part'", "", rules.test_what_is_reserved_nobody_else_can_spend),
+    (
+        "build_chain",
+        "and organization_id in (p_organization_id, route.home_of_user(p_user_id))",
+        "",
+        rules.test_a_key_of_another_organization_spends_nothing_here,
+    ),
+    (
+        "build_chain",
+        "least(v_key.expires_at, v_key.revoked_at)",
+        "null::timestamptz",
+        rules.test_a_key_expires_in_its_very_instant,
+    ),
+    (
+        "build_chain",
+        "and (p.owner_user_id is null or p.owner_user_id = p_user_id)",
+        "",
+        rules.test_nobody_spends_from_anothers_personal_pool,
+    ),
+    (
+        "build_chain",
+        "v_chain.valid_until := least(v_chain.valid_until, v_row.cap_end);",
+        "",
+        rules.test_a_used_up_cap_is_fresh_again_in_the_next_month_also_when_it_was_skipped_before,
+    ),
+    (
+        "build_chain",
+        "v_chain.valid_until := least(v_chain.valid_until, v_row.period_end);",
+        "",
+        rules.test_a_limit_is_fresh_in_the_very_instant_its_period_begins,
+    ),
+    (
+        "build_chain",
+        "(p_api_key_id, v_key.original_api_key_id)",
+        "(p_api_key_id)",
+        rules.test_a_rotated_key_stays_under_the_limit_of_the_key_it_replaces,
+    ),
+    (
+        "build_chain",
+        "(o.model_filter is null or o.model_filter = l.model_filter)",
+        "true",
+        rules.test_restricted_credit_alone_refuses_other_models_by_name_or_by_emptiness,
+    ),
+    (
+        "build_chain",
+        "where a.kind is distinct from 'reserved' or a.when_empty = 'open_part'",
+        "",
+        rules.test_what_is_reserved_nobody_else_can_spend,
+    ),
     # settling
-    ("spread", "where e.leg = i", "where e.leg = i and e.id = p_chain.leg_pool_ids[i]", rules.test_excess_of_a_pool_with_two_parts_is_not_made_while_another_pool_has_room),
-    ("spread", "least(v_left, greatest(0, v_room))", "v_left", rules.test_a_settle_above_its_hold_takes_room_elsewhere_before_it_makes_excess),
-    ("move_legs", "perform credits.reopen_parts(", "perform cardinality(p_used); --", rules.test_late_use_of_an_ended_share_comes_off_the_open_part),
+    (
+        "spread",
+        "where e.leg = i",
+        "where e.leg = i and e.id = p_chain.leg_pool_ids[i]",
+        rules.test_excess_of_a_pool_with_two_parts_is_not_made_while_another_pool_has_room,
+    ),
+    (
+        "spread",
+        "least(v_left, greatest(0, v_room))",
+        "v_left",
+        rules.test_a_settle_above_its_hold_takes_room_elsewhere_before_it_makes_excess,
+    ),
+    (
+        "move_legs",
+        "perform credits.reopen_parts(",
+        "perform cardinality(p_used); --",
+        rules.test_late_use_of_an_ended_share_comes_off_the_open_part,
+    ),
     ("book_split", "p_flags := p_flags | 128;", "", rules.test_a_hold_that_was_never_sent_is_released_by_expiry),
-    ("book_split", "if cardinality(v_chain.leg_pool_ids) = 0 then", "if false then", rules.test_a_settle_that_no_pool_could_pay_harms_nobody_else_in_its_batch),
-    ("settle_again", "if found then", "if false then", rules.test_an_expired_hold_that_was_sent_is_charged_by_estimate_and_corrected_once),
-    ("settle_again", "case when count(*) > 0 then 3 end", "null", rules.test_an_expired_hold_that_was_sent_is_charged_by_estimate_and_corrected_once),
-    ("book_correction", "p_tokens - p_estimate.tokens", "0", rules.test_an_expired_hold_that_was_sent_is_charged_by_estimate_and_corrected_once),
-    ("book_correction", "for i in reverse cardinality(v_moved)..1 loop", "for i in 1..cardinality(v_moved) loop", rules.test_a_correction_goes_back_to_the_pools_that_paid_last_first),
-    ("book_correction", "perform credits.fold_pool(p_estimate.organization_id, v_pool, p_now);", "", rules.test_credit_given_back_to_an_expired_grant_cannot_be_spent_again),
-    ("book_correction", "perform credits.limits_changed(p_estimate.organization_id);", "", rules.test_a_correction_lets_a_pool_be_used_again),
+    (
+        "book_split",
+        "if cardinality(v_chain.leg_pool_ids) = 0 then",
+        "if false then",
+        rules.test_a_settle_that_no_pool_could_pay_harms_nobody_else_in_its_batch,
+    ),
+    (
+        "settle_again",
+        "if found then",
+        "if false then",
+        rules.test_an_expired_hold_that_was_sent_is_charged_by_estimate_and_corrected_once,
+    ),
+    (
+        "settle_again",
+        "case when count(*) > 0 then 3 end",
+        "null",
+        rules.test_an_expired_hold_that_was_sent_is_charged_by_estimate_and_corrected_once,
+    ),
+    (
+        "book_correction",
+        "p_tokens - p_estimate.tokens",
+        "0",
+        rules.test_an_expired_hold_that_was_sent_is_charged_by_estimate_and_corrected_once,
+    ),
+    (
+        "book_correction",
+        "for i in reverse cardinality(v_moved)..1 loop",
+        "for i in 1..cardinality(v_moved) loop",
+        rules.test_a_correction_goes_back_to_the_pools_that_paid_last_first,
+    ),
+    (
+        "book_correction",
+        "perform credits.fold_pool(p_estimate.organization_id, v_pool, p_now);",
+        "",
+        rules.test_credit_given_back_to_an_expired_grant_cannot_be_spent_again,
+    ),
+    (
+        "book_correction",
+        "perform credits.limits_changed(p_estimate.organization_id);",
+        "",
+        rules.test_a_correction_lets_a_pool_be_used_again,
+    ),
     # demands
-    ("take", "b.used_amount + b.held_amount + s.held + s.used <= b.limit_amount", "true", rules.test_what_fits_is_held_and_one_more_is_not),
-    ("decide_tight", "v_stops[v_i] and (v_blocked", "(v_blocked", rules.test_a_limit_that_warns_counts_and_refuses_nothing),
+    (
+        "take",
+        "b.used_amount + b.held_amount + s.held + s.used <= b.limit_amount",
+        "true",
+        rules.test_what_fits_is_held_and_one_more_is_not,
+    ),
+    (
+        "decide_tight",
+        "v_stops[v_i] and (v_blocked",
+        "(v_blocked",
+        rules.test_a_limit_that_warns_counts_and_refuses_nothing,
+    ),
     ("take", "c.valid_until > p_now and", "", rules.test_a_limit_is_fresh_in_the_very_instant_its_period_begins),
     ("take", "c.refusal is null and", "", rules.test_who_is_no_active_member_spends_nothing),
-    ("take", "false) and h.request_id is null end as is_asked", "false) end as is_asked", rules.test_an_authorize_asked_again_finds_its_hold),
-    ("take", "w.flags & 98 = 0", "w.flags & 66 = 0", rules.test_a_deduction_asked_again_after_an_unknown_answer_is_not_booked_again),
-    ("take", "w.flags & 98 = 0", "w.flags & 96 = 0", rules.test_the_customers_own_key_needs_no_credits_but_passes_limits_on_calls),
-    ("take", "count(distinct request_id) = v_n", "true", rules.test_one_request_asked_twice_in_one_batch_is_answered_once),
-    ("decide_tight", "continue when v_row.action = 2 and v_need = 0;", "", rules.test_an_extension_needs_no_room_on_what_it_does_not_use),
-    ("decide_tight", "v_stops[v_i] and (v_blocked[v_i] or v_rooms[v_i] < v_need)", "false", rules.test_every_limit_must_allow_it_and_the_one_that_does_not_is_named),
-    ("decide_tight", "v_frees[v_i] >= v_need", "true", rules.test_waiting_helps_only_where_holds_alone_stand_in_the_way),
-    ("decide_tight", "v_free_left <= 0 and v_row.amount > 0", "true", rules.test_a_call_that_only_open_holds_block_may_wait),
-    ("decide_tight", "and v_row.amount > 0;", ";", rules.test_a_settle_above_its_hold_is_charged_in_full_and_blocks_what_follows),
+    (
+        "take",
+        "false) and h.request_id is null end as is_asked",
+        "false) end as is_asked",
+        rules.test_an_authorize_asked_again_finds_its_hold,
+    ),
+    (
+        "take",
+        "w.flags & 98 = 0",
+        "w.flags & 66 = 0",
+        rules.test_a_deduction_asked_again_after_an_unknown_answer_is_not_booked_again,
+    ),
+    (
+        "take",
+        "w.flags & 98 = 0",
+        "w.flags & 96 = 0",
+        rules.test_the_customers_own_key_needs_no_credits_but_passes_limits_on_calls,
+    ),
+    (
+        "take",
+        "count(distinct request_id) = v_n",
+        "true",
+        rules.test_one_request_asked_twice_in_one_batch_is_answered_once,
+    ),
+    (
+        "decide_tight",
+        "continue when v_row.action = 2 and v_need = 0;",
+        "",
+        rules.test_an_extension_needs_no_room_on_what_it_does_not_use,
+    ),
+    (
+        "decide_tight",
+        "v_stops[v_i] and (v_blocked[v_i] or v_rooms[v_i] < v_need)",
+        "false",
+        rules.test_every_limit_must_allow_it_and_the_one_that_does_not_is_named,
+    ),
+    (
+        "decide_tight",
+        "v_frees[v_i] >= v_need",
+        "true",
+        rules.test_waiting_helps_only_where_holds_alone_stand_in_the_way,
+    ),
+    (
+        "decide_tight",
+        "v_free_left <= 0 and v_row.amount > 0",
+        "true",
+        rules.test_a_call_that_only_open_holds_block_may_wait,
+    ),
+    (
+        "decide_tight",
+        "and v_row.amount > 0;",
+        ";",
+        rules.test_a_settle_above_its_hold_is_charged_in_full_and_blocks_what_follows,
+    ),
     ("decide_tight", "v_row.flags & 16 = 16", "true", rules.test_a_call_that_only_open_holds_block_may_wait),
-    ("decide_tight", "v_rooms[v_row.idxs[k]] := v_rooms[v_row.idxs[k]] - v_take[v_leg];", "", rules.test_of_a_batch_that_does_not_fit_the_first_to_arrive_are_served),
-    ("decide_tight", "v_rooms[v_i] := v_rooms[v_i] + v_take[v_row.legs[k]];", "", rules.test_of_a_batch_that_does_not_fit_the_first_to_arrive_are_served),
-    ("decide_tight", "case v_row.action when 2 then 0 else 1 end..v_row.n_legs", "1..1", rules.test_an_extension_goes_on_in_the_next_pool_when_its_own_is_empty),
-    ("post_batch", "coalesce(s.micros, 0) when n.leg = h.leg then", "0 when n.leg = h.leg then", rules.test_an_extension_goes_on_in_the_next_pool_when_its_own_is_empty),
-    ("post_batch", "and w.outcome in (-1, 9) and k.request_id", "and k.request_id", rules.test_a_release_frees_its_key_but_only_when_something_was_released),
-    ("post_batch", "w.outcome in (-1, 1, 9) or (w.outcome = 6", "w.outcome in (-1, 9) or (w.outcome = 6", rules.test_what_was_refused_under_a_key_stays_refused),
+    (
+        "decide_tight",
+        "v_rooms[v_row.idxs[k]] := v_rooms[v_row.idxs[k]] - v_take[v_leg];",
+        "",
+        rules.test_of_a_batch_that_does_not_fit_the_first_to_arrive_are_served,
+    ),
+    (
+        "decide_tight",
+        "v_rooms[v_i] := v_rooms[v_i] + v_take[v_row.legs[k]];",
+        "",
+        rules.test_of_a_batch_that_does_not_fit_the_first_to_arrive_are_served,
+    ),
+    (
+        "decide_tight",
+        "case v_row.action when 2 then 0 else 1 end..v_row.n_legs",
+        "1..1",
+        rules.test_an_extension_goes_on_in_the_next_pool_when_its_own_is_empty,
+    ),
+    (
+        "post_batch",
+        "coalesce(s.micros, 0) when n.leg = h.leg then",
+        "0 when n.leg = h.leg then",
+        rules.test_an_extension_goes_on_in_the_next_pool_when_its_own_is_empty,
+    ),
+    (
+        "post_batch",
+        "and w.outcome in (-1, 9) and k.request_id",
+        "and k.request_id",
+        rules.test_a_release_frees_its_key_but_only_when_something_was_released,
+    ),
+    (
+        "post_batch",
+        "w.outcome in (-1, 1, 9) or (w.outcome = 6",
+        "w.outcome in (-1, 9) or (w.outcome = 6",
+        rules.test_what_was_refused_under_a_key_stays_refused,
+    ),
     # batches
-    ("move_batch", "or cardinality(p_usages) % 15 <> 0 or array_position(p_usages, null) is not null or 0 > any (p_usages)", "", rules.test_arrays_that_do_not_match_are_refused_as_a_whole),
-    ("move_batch", "<> array_fill(v_n, array[19])", "<> array_fill(v_n, array[19]) and false", rules.test_arrays_that_do_not_match_are_refused_as_a_whole),
-    ("move_batch", "next_event_at <= v_now order by 1", "false order by 1", rules.test_grants_are_spendable_from_their_first_instant_until_just_before_their_last),
-    ("move_batch", "if v_lingering then", "if false then", rules.test_what_an_expired_grant_holds_for_a_running_call_stays_payable_until_it_ends),
-    ("move_batch", "(select count(distinct r) from unnest(p_request_ids) r) < v_n", "0 > v_n", rules.test_an_extension_and_the_end_of_its_hold_may_meet_in_one_batch),
-    ("move_batch", "(h.chain_id is null or h.lease_expires_at > v_now) then 4", "h.chain_id is null then 4", rules.test_a_renewed_lease_is_not_expired),
-    ("move_batch", "(w.action = 5 and h.chain_id is not null) then 6", "false then 6", rules.test_one_request_asked_twice_in_one_batch_is_answered_once),
+    (
+        "move_batch",
+        "or cardinality(p_usages) % 15 <> 0 or array_position(p_usages, null) is not null or 0 > any (p_usages)",
+        "",
+        rules.test_arrays_that_do_not_match_are_refused_as_a_whole,
+    ),
+    (
+        "move_batch",
+        "<> array_fill(v_n, array[19])",
+        "<> array_fill(v_n, array[19]) and false",
+        rules.test_arrays_that_do_not_match_are_refused_as_a_whole,
+    ),
+    (
+        "move_batch",
+        "next_event_at <= v_now order by 1",
+        "false order by 1",
+        rules.test_grants_are_spendable_from_their_first_instant_until_just_before_their_last,
+    ),
+    (
+        "move_batch",
+        "if v_lingering then",
+        "if false then",
+        rules.test_what_an_expired_grant_holds_for_a_running_call_stays_payable_until_it_ends,
+    ),
+    (
+        "move_batch",
+        "(select count(distinct r) from unnest(p_request_ids) r) < v_n",
+        "0 > v_n",
+        rules.test_an_extension_and_the_end_of_its_hold_may_meet_in_one_batch,
+    ),
+    (
+        "move_batch",
+        "(h.chain_id is null or h.lease_expires_at > v_now) then 4",
+        "h.chain_id is null then 4",
+        rules.test_a_renewed_lease_is_not_expired,
+    ),
+    (
+        "move_batch",
+        "(w.action = 5 and h.chain_id is not null) then 6",
+        "false then 6",
+        rules.test_one_request_asked_twice_in_one_batch_is_answered_once,
+    ),
     ("move_batch", "w.amount between 0 and v_most", "true", rules.test_an_extension_cannot_take_a_hold_down),
     ("move_batch", "if v_bent then", "if false then", rules.test_a_hold_ends_on_the_model_it_was_placed_for),
-    ("move_batch", "if v_bent then", "if false then", rules.test_whether_the_customers_own_key_pays_is_decided_when_the_hold_is_placed),
-    ("move_batch", "if v_over_ids is not null then", "if false then", rules.test_ending_a_share_gives_its_rest_and_later_its_hold_back_to_the_open_part),
-    ("move_batch", "k.body_hash = w.body_hash as same", "true as same", rules.test_the_same_key_and_body_has_one_effect_and_one_answer),
-    ("move_batch", "elsif v_row.elder <> v_row.place then", "elsif false then", rules.test_twins_in_one_batch_have_one_effect),
-    ("move_batch", "w.body_hash as same_as_elder", "w.body_hash or true as same_as_elder", rules.test_twins_in_one_batch_have_one_effect),
+    (
+        "move_batch",
+        "if v_bent then",
+        "if false then",
+        rules.test_whether_the_customers_own_key_pays_is_decided_when_the_hold_is_placed,
+    ),
+    (
+        "move_batch",
+        "if v_over_ids is not null then",
+        "if false then",
+        rules.test_ending_a_share_gives_its_rest_and_later_its_hold_back_to_the_open_part,
+    ),
+    (
+        "move_batch",
+        "k.body_hash = w.body_hash as same",
+        "true as same",
+        rules.test_the_same_key_and_body_has_one_effect_and_one_answer,
+    ),
+    (
+        "move_batch",
+        "elsif v_row.elder <> v_row.place then",
+        "elsif false then",
+        rules.test_twins_in_one_batch_have_one_effect,
+    ),
+    (
+        "move_batch",
+        "w.body_hash as same_as_elder",
+        "w.body_hash or true as same_as_elder",
+        rules.test_twins_in_one_batch_have_one_effect,
+    ),
     ("move_batch", "k.kept_until > v_now", "true", rules.test_what_was_refused_under_a_key_stays_refused),
-    ("move_batch", "r.action in (1, 5) and r.flags & 32 = 32", "false", rules.test_a_deduction_asked_again_after_an_unknown_answer_is_not_booked_again),
-    ("expire_holds", "case when h.is_sent then 3 else 4 end", "4", rules.test_an_expired_hold_that_was_sent_is_charged_by_estimate_and_corrected_once),
-    ("expire_holds", "when flags & 8 = 8 then greatest(floor_micros, progress_micros)", "", rules.test_a_stream_that_expired_is_charged_its_last_progress_and_never_below_its_input),
-    ("expire_holds", "case when i % 15 = 0 then 1 else 0 end", "0", rules.test_an_expired_hold_that_was_sent_is_charged_by_estimate_and_corrected_once),
-]  # fmt: skip
+    (
+        "move_batch",
+        "r.action in (1, 5) and r.flags & 32 = 32",
+        "false",
+        rules.test_a_deduction_asked_again_after_an_unknown_answer_is_not_booked_again,
+    ),
+    (
+        "expire_holds",
+        "case when h.is_sent then 3 else 4 end",
+        "4",
+        rules.test_an_expired_hold_that_was_sent_is_charged_by_estimate_and_corrected_once,
+    ),
+    (
+        "expire_holds",
+        "when flags & 8 = 8 then greatest(floor_micros, progress_micros)",
+        "",
+        rules.test_a_stream_that_expired_is_charged_its_last_progress_and_never_below_its_input,
+    ),
+    (
+        "expire_holds",
+        "case when i % 15 = 0 then 1 else 0 end",
+        "0",
+        rules.test_an_expired_hold_that_was_sent_is_charged_by_estimate_and_corrected_once,
+    ),
+]
 
 
 @pytest.fixture
@@ -174,7 +616,7 @@ def _take_out(conn: psycopg.Connection[tuple[Any, ...]], function: str, guard: s
     block = BLOCKS[function]
     assert block.count(guard) == 1, f"{function} has {block.count(guard)} x {guard!r}"
     conn.execute("set local role bursar_money")
-    conn.execute(block.replace(guard, instead))  # type: ignore[arg-type]
+    conn.execute(block.replace(guard, instead))
     conn.execute("reset role")
 
 
@@ -275,19 +717,23 @@ def test_the_money_functions_themselves_cannot_write_what_a_constraint_forbids(
     arguments = {"org": scene.organization, "new": uuid7()}
     undone.execute("set local role bursar_money")
     with pytest.raises(psycopg.errors.IntegrityError) as refused, undone.transaction():
-        undone.execute(CONSTRAINTS[constraint], arguments)  # type: ignore[arg-type]
+        undone.execute(CONSTRAINTS[constraint], arguments)
     assert refused.value.diag.constraint_name == constraint
     undone.execute("reset role")
     tables = undone.execute("select conrelid::regclass::text from pg_constraint where conname = %s", [constraint])
     table = tables.fetchone()
     drop = f"alter table {table[0]} drop constraint {constraint}" if table else f"drop index credits.{constraint}"
-    undone.execute(drop)  # type: ignore[arg-type]
+    undone.execute(drop)
     undone.execute("set local role bursar_money")
-    assert undone.execute(CONSTRAINTS[constraint], arguments).rowcount == 1  # type: ignore[arg-type]
+    assert undone.execute(CONSTRAINTS[constraint], arguments).rowcount == 1
 
 
-@pytest.mark.parametrize("table", ["ledger.entries", "ledger.attribution", "ledger.attribution_takes", "credits.grants"])
-@pytest.mark.parametrize("statement", ["update {} set organization_id = organization_id", "delete from {}", "truncate {} cascade"])
+@pytest.mark.parametrize(
+    "table", ["ledger.entries", "ledger.attribution", "ledger.attribution_takes", "credits.grants"]
+)
+@pytest.mark.parametrize(
+    "statement", ["update {} set organization_id = organization_id", "delete from {}", "truncate {} cascade"]
+)
 def test_what_was_booked_is_never_changed_not_even_by_an_admin(
     undone: psycopg.Connection[tuple[Any, ...]], table: str, statement: str
 ) -> None:
@@ -298,4 +744,4 @@ def test_what_was_booked_is_never_changed_not_even_by_an_admin(
     scene.grant(scene.pool(), 10)
     scene.deduct(20, user)
     with scene.refusal("BR409"):
-        undone.execute(statement.format(table))  # type: ignore[arg-type]
+        undone.execute(statement.format(table))

@@ -1054,8 +1054,8 @@ def test_only_the_simulator_dates_money(scene: Scene) -> None:
     with scene.refusal("BR403"), scene.acting_as("bursar_lane"):
         scene.conn.execute(
             "select * from credits.move_batch(%(o)s, %(os)s, '{5}', %(rs)s, '{null}', '{null}', '{1}', '{0}', '{0}', "
-            "'{0,0,0,0,0,0,0,0,0,0,0,0,0,0,1}', '{0}', '{0}', '{0}', '{null}', '{m}', '{null}', '{null}', '{null}', '{null}', "
-            "'{null}', '{null}', now())",
+            "'{0,0,0,0,0,0,0,0,0,0,0,0,0,0,1}', '{0}', '{0}', '{0}', '{null}', '{m}', '{null}', '{null}', '{null}', "
+            "'{null}', '{null}', '{null}', now())",
             {"o": scene.organization, "os": [scene.organization], "rs": [uuid7()]},
         )
 

@@ -99,9 +99,9 @@ async def test_sound_books_have_no_findings(org: Org) -> None:
 async def test_each_broken_invariant_is_found(org: Org, invariant: str) -> None:
     await used_org(org)
     async with await psycopg.AsyncConnection.connect(org.database.dsn("admin")) as admin:
-        await admin.execute(f"{FAULTS[invariant]} and organization_id = %s", [org.organization_id])  # type: ignore[arg-type]
+        await admin.execute(f"{FAULTS[invariant]} and organization_id = %s", [org.organization_id])
         # Seen inside the transaction that broke it, which is then undone: other tests verify the same database.
-        cursor = await admin.execute(f"select organization_id from ({CHECKS[invariant]}) offences")  # type: ignore[arg-type]
+        cursor = await admin.execute(f"select organization_id from ({CHECKS[invariant]}) offences")
         offended = {row[0] for row in await cursor.fetchall()}
         await admin.rollback()
     assert org.organization_id in offended
