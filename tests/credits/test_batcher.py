@@ -6,7 +6,7 @@ from uuid import UUID
 
 import psycopg
 import pytest
-from tests.conftest import Org
+from tests.conftest import MakeOrg, Org
 
 from bursar import db
 from bursar.clock import uuid7
@@ -123,6 +123,29 @@ async def test_a_call_waits_for_what_another_process_settles(org: Org) -> None:
         await asyncio.sleep(0.2)
         await elsewhere.move(move(org, Action.RELEASE, 0, first.request_id))
         assert (await asyncio.wait_for(waiting, 2)).outcome is Outcome.ACCEPTED
+
+
+async def test_a_busy_lane_still_tries_what_another_process_may_have_made_room_for(org: Org, make_org: MakeOrg) -> None:
+    busy = await make_org()
+    await fund(org, 10)
+    await fund(busy, 10**9)
+    async with (
+        Batcher(org.database.dsn("bursar_lane"), lanes=1) as here,
+        Batcher(org.database.dsn("bursar_lane")) as elsewhere,
+    ):
+        first = move(org, Action.AUTHORIZE, 10)
+        await elsewhere.move(first)
+        waiting = asyncio.create_task(here.move(move(org, Action.AUTHORIZE, 6, flags=Flag.MAY_WAIT)))
+
+        async def keep_busy() -> None:
+            while not waiting.done():
+                await here.move(move(busy, Action.DEDUCT, 1))
+
+        others = asyncio.gather(*(keep_busy() for _ in range(8)))
+        await asyncio.sleep(0.2)
+        await elsewhere.move(move(org, Action.RELEASE, 0, first.request_id))
+        assert (await asyncio.wait_for(waiting, 3)).outcome is Outcome.ACCEPTED
+        await others
 
 
 async def test_waiting_ends_with_a_refusal(org: Org, monkeypatch: pytest.MonkeyPatch) -> None:

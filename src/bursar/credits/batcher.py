@@ -10,6 +10,7 @@ import asyncio
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 from uuid import UUID
@@ -82,6 +83,7 @@ class Lane:
     connection: psycopg.AsyncConnection[tuple[object, ...]] | None = None
     closing: bool = False
     retry_seconds: float = RETRY_SECONDS
+    tried_at: float = 0.0  # when all parked calls were last tried, by the monotonic clock
 
     def put(self, waiting: _Waiting) -> None:
         """Queue a move; it goes out with the next batch."""
@@ -93,6 +95,8 @@ class Lane:
         """Decide batch after batch until closed and empty."""
         while self.flight is not None or not (self.closing and not self.queue and not self.parked):
             await self._wait_for_work()
+            if self.parked and time.monotonic() >= self.tried_at + RETRY_SECONDS:
+                self._unpark(None)
             self._take()
             arguments = self._pack()
             landed = self.flight
@@ -118,12 +122,10 @@ class Lane:
         if len(self.queue) >= self.ripe or (self.flight is not None and self.flight.call.done()):
             return
         self.wake.clear()
-        try:
-            # Parked calls are tried again by the clock too: another process may have settled what blocked them.
+        # Parked calls are tried again by the clock too: another process may have settled what blocked them.
+        with suppress(TimeoutError):
             async with asyncio.timeout(RETRY_SECONDS if self.parked and self.flight is None else None):
                 await self.wake.wait()
-        except TimeoutError:
-            self._unpark(None)
 
     def _take(self) -> None:
         """The next batch: what arrived first, no request twice, nothing whose caller has gone before it was sent."""
@@ -298,6 +300,8 @@ class Lane:
 
     def _unpark(self, organizations: set[UUID] | None) -> None:
         """Try parked calls again, first come first, before what arrived later; None: those of every organization."""
+        if organizations is None:
+            self.tried_at = time.monotonic()
         again: list[_Waiting] = []
         still: deque[_Waiting] = deque()
         for each in self.parked:
