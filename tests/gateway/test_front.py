@@ -99,6 +99,7 @@ async def test_models_are_listed_as_both_vendors_clients_expect(payer: Payer) ->
     client = openai.AsyncOpenAI(api_key=payer.key, base_url=f"{payer.base_url}/v1")
     names = [model.id async for model in client.models.list()]
     assert {"demo-1", "demo-claude"} <= set(names)
+    assert not {"demo-embedding", "demo-image", "demo-speech"} & set(names), "no path serves those"
     assert (await client.models.retrieve("demo-1")).id == "demo-1"
     with pytest.raises(openai.NotFoundError):
         await client.models.retrieve("no-such-model")

@@ -9,6 +9,7 @@ from uuid import UUID
 import structlog
 
 from bursar import db
+from bursar.clock import now
 from bursar.gateway.calls import Call
 from bursar.gateway.provider_keys import KeyFinder, UsableKey
 from bursar.gateway.routes import Format, ModelNotFound, Route, RouteTable, load_routes, not_found
@@ -17,10 +18,12 @@ from bursar.gateway.upstream import Target
 from bursar.gateway.wire import WireRequest
 from bursar.identity.principals import Principal
 from bursar.pricing.book import LONGEST_NAME, ModelNotPriced, PriceBook
+from bursar.pricing.versions import prices_in_force
 
 log = structlog.get_logger(__name__)
 REFRESH_SECONDS: Final = 5.0
 MOST_RESOLVED: Final = 10_000
+TALKING: Final = ("output_tokens", "requests")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,7 @@ class Desk:
         for provider in table.providers.values():
             if not await self._can_call(principal.organization_id, provider.auth, provider.name):
                 continue
-            for model in await self._book.models(provider=provider.name):
+            for model in await self._chat_models(provider.name):
                 found.setdefault(model, provider.name)
         for route in table.routes.values():
             if route.enabled and route.provider in table.providers:
@@ -84,6 +87,12 @@ class Desk:
             else:
                 found.pop(route.model, None)
         return [{"id": model, "object": "model", "created": 0, "owned_by": found[model]} for model in sorted(found)]
+
+    async def _chat_models(self, provider: str) -> list[str]:
+        """Models with a price for text put out, or for a request: what the paths that are served can call."""
+        async with self._database.untenanted() as conn:
+            versions = await prices_in_force(conn, at=now(), provider=provider)
+        return [each.model for each in versions if any(rate.kind in TALKING for rate in each.rates)]
 
     async def _can_call(self, organization_id: UUID, auth: str, provider: str) -> bool:
         if auth == "none":

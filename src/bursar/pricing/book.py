@@ -216,12 +216,6 @@ class PriceBook:
             raise _not_priced(provider, model, "has no price")
         return found[0]
 
-    async def models(self, *, provider: str) -> tuple[str, ...]:
-        """Every model of a provider that a list has, by name."""
-        await self._refresh()
-        names = await self._load(self._names, "names", self._load_names)
-        return names.models_of(provider)
-
     async def _answer(self, organization_id: UUID, provider: str, model: str, at: datetime) -> Quote | _Refusal:
         answers = self._answers
         terms = await self._load_terms(organization_id)
@@ -312,15 +306,8 @@ class _ListRow:
 class _Names:
     """The names of all lists, the one with the highest rank first."""
 
-    def __init__(
-        self,
-        lists: tuple[str, ...],
-        indexes: list[NameIndex],
-        windows: dict[tuple[str, str], int],
-        models: dict[str, set[str]],
-    ) -> None:
+    def __init__(self, lists: tuple[str, ...], indexes: list[NameIndex], windows: dict[tuple[str, str], int]) -> None:
         self.lists = lists
-        self._models = models
         self._indexes = indexes
         self._windows = windows
 
@@ -329,17 +316,11 @@ class _Names:
         cls, lists: Sequence[str], providers: dict[str, list[ProviderName]], models: dict[str, list[ModelName]]
     ) -> _Names:
         windows: dict[tuple[str, str], int] = {}
-        by_provider: dict[str, set[str]] = {}
         for name in lists:
             for model in models[name]:
-                by_provider.setdefault(model.provider, set()).add(model.model)
                 if model.context_window is not None:
                     windows.setdefault((model.provider, model.model), model.context_window)
-        return cls(tuple(lists), [NameIndex(providers[name], models[name]) for name in lists], windows, by_provider)
-
-    def models_of(self, provider: str) -> tuple[str, ...]:
-        """Names of a provider's models, sorted."""
-        return tuple(sorted(self._models.get(provider, ())))
+        return cls(tuple(lists), [NameIndex(providers[name], models[name]) for name in lists], windows)
 
     def find(self, provider: str, model: str) -> tuple[Candidate, ...]:
         """What each list takes the name for, without repetition."""
