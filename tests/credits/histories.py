@@ -87,7 +87,7 @@ def random_steps(seed: int, count: int) -> list[Step]:
 
 def _random_arguments(name: str, dice: random.Random) -> tuple[Any, ...]:
     if name == "batch":
-        count = dice.choice((1, 1, 2, 3, 5, 8, 12))
+        count = dice.choice((1, 1, 1, 2, 2, 3, 3, 5, 5, 8, 12, 30))
         return (tuple(tuple(dice.randrange(1000) for _ in range(10)) for _ in range(count)),)
     if name == "grant":
         amount = dice.choice((1, 20, 50, 100, 200, 400))

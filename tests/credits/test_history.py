@@ -18,7 +18,38 @@ HISTORIES, STEPS = (int(each) for each in os.environ.get("BURSAR_TEST_HISTORIES"
 FIRST_SEED = int(os.environ.get("BURSAR_TEST_SEED", random.SystemRandom().randrange(10**9)))
 
 # Histories that once failed, as the shrinker printed them.
-REGRESSIONS: dict[str, list[Step]] = {}
+REGRESSIONS: dict[str, list[Step]] = {
+    # A chain of one organization was built because another's was stale.
+    "a stale chain elsewhere": [
+        ("pool", 1, 897, 434, 665, 874),
+        ("limit", 0, 527, 568, 509, 785, 969, 661, 256),
+        ("batch", 1, ((882, 173, 511, 748, 24, 326, 406, 84, 609, 255),)),
+        (
+            "batch",
+            2,
+            (
+                (281, 664, 903, 703, 289, 837, 944, 958, 413, 188),
+                (953, 769, 913, 17, 722, 594, 543, 166, 4, 638),
+            ),
+        ),
+    ],
+    # A settle by expiry and the settle of the same request met in one batch at one instant.
+    "two bookings at one instant": [
+        ("pool", 0, 0, 0, 0, 0),
+        ("grant", 0, 0, 0, 100, 0, 0, 0, 0),
+        (
+            "batch",
+            5,
+            ((993, 305, 238, 97, 74, 724, 542, 688, 816, 218), (911, 503, 266, 318, 588, 405, 501, 368, 460, 935)),
+        ),
+        ("expire", 9, 0, 0, 0, 0),
+        (
+            "batch",
+            9,
+            ((403, 471, 443, 720, 227, 498, 632, 517, 939, 433), (420, 561, 486, 14, 548, 87, 675, 803, 525, 913)),
+        ),
+    ],
+}
 
 
 def _play(books: db.Database, steps: list[Step], *, look_every: int = 4) -> str | None:

@@ -352,6 +352,30 @@ def test_of_parallel_reservations_that_do_not_fit_together_one_is_made(books: db
     assert today.findings() == []
 
 
+def test_a_full_batch_over_many_organizations_charges_everybody_for_their_own(books: db.Database, today: Scene) -> None:
+    scenes = [Scene(today.conn, now=now()) for _ in range(16)]
+    callers = [(scene, scene.user()) for scene in scenes for _ in range(4)]
+    for n, scene in enumerate(scenes):
+        scene.grant(scene.pool(), 1000 if n % 4 else 3)  # some are tight
+    dice = random.Random(1)
+    with lanes(books, 1) as (lane,):
+        for _ in range(3):  # chains are built, then found
+            chosen = [dice.choice(callers) for _ in range(128)]
+            moves = [_deduct(scene, user, n % 7) for n, (scene, user) in enumerate(chosen)]
+            verdicts = lane.move(*moves)
+            for (scene, user), move, verdict in zip(chosen, moves, verdicts, strict=True):
+                row = scene.admin(
+                    "select user_id, charged_micros from ledger.attribution "
+                    "where organization_id = %s and request_id = %s",
+                    scene.organization,
+                    move.request_id,
+                )
+                assert verdict.request_id == move.request_id
+                assert row == ([(user, move.amount_micros)] if verdict.outcome is ACCEPTED else [])
+    for scene in scenes:
+        assert scene.findings() == []
+
+
 # ---------------------------------------------------------------------------------------------- twins
 
 

@@ -54,6 +54,11 @@ FAULTS = {
         insert into credits.estimates (organization_id, request_id, chain_id, leg_micros, tokens, cost_nano_usd, flags,
             booked_at)
         select organization_id, request_id, chain_id, '{5}', 0, 0, 0, placed_at from credits.holds where true""",
+    "attribution_names_who_its_chain_is_of": """
+        insert into ledger.attribution (organization_id, request_id, booked_at, used_at, chain_id, charged_micros,
+            hold_micros, provider_cost_nano_usd)
+        select organization_id, gen_random_uuid(), booked_at, used_at, chain_id, 0, 0, 0
+        from ledger.attribution where true""",
     "acknowledged_charges_are_booked": """
         insert into credits.commands (organization_id, idempotency_key, body_hash, request_id, outcome, answered_at,
             kept_until)

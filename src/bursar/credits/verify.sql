@@ -303,3 +303,15 @@ left join (
     select organization_id, pool_id, sum(left_micros) as micros from credits.grant_states where state in ('active', 'lingering') group by 1, 2
 ) s on s.organization_id = p.organization_id and s.pool_id = p.pool_id
 where b.limit_amount - p.poured_micros <> coalesce(s.micros, 0)
+
+-- name: attribution_names_who_its_chain_is_of
+-- The user, key, team and department of an attribution row are those of the chain that the request passed.
+select a.organization_id, 'request ' || a.request_id || ' booked at ' || a.booked_at as subject,
+    row(nullif(c.user_id, '00000000-0000-0000-0000-000000000000'), nullif(c.api_key_id, '00000000-0000-0000-0000-000000000000'),
+        c.team_id, c.department_id)::text as expected,
+    row(a.user_id, a.api_key_id, a.team_id, a.department_id)::text as found
+from ledger.attribution a
+left join credits.chains c on c.organization_id = a.organization_id and c.chain_id = a.chain_id
+where a.chain_id is not null
+  and (nullif(c.user_id, '00000000-0000-0000-0000-000000000000'), nullif(c.api_key_id, '00000000-0000-0000-0000-000000000000'),
+       c.team_id, c.department_id) is distinct from (a.user_id, a.api_key_id, a.team_id, a.department_id)
