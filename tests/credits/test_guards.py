@@ -11,6 +11,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from tests.credits import test_hopeless as hopeless
 from tests.credits import test_races as races
 from tests.credits import test_rules as rules
 from tests.credits import test_tenancy as tenancy
@@ -410,6 +411,43 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     ("take", "c.valid_until > p_now and", "", rules.test_a_limit_is_fresh_in_the_very_instant_its_period_begins),
     ("take", "c.refusal is null and", "", rules.test_who_is_no_active_member_spends_nothing),
+    (
+        "take",
+        "b.used_amount + b.held_amount + w.amount > b.limit_amount",
+        "true",
+        hopeless.test_the_hint_alone_refuses_nobody,
+    ),
+    (
+        "take",
+        "r.is_asked and not r.is_hopeless then",
+        "r.is_asked then",
+        hopeless.test_a_refusal_leaves_a_hint_and_the_next_one_is_the_same_refusal,
+    ),
+    ("refuse", "f.may_wait and", "", hopeless.test_the_hint_alone_refuses_nobody),
+    (
+        "refuse",
+        "coalesce(f.limit_nr, f.leg_nr)",
+        "f.leg_nr",
+        hopeless.test_a_refusal_leaves_a_hint_and_the_next_one_is_the_same_refusal,
+    ),
+    (
+        "refuse",
+        "and free >= amount",
+        "",
+        hopeless.test_hopeless_calls_may_wait_for_holds_but_not_for_what_is_used,
+    ),
+    (
+        "decide_tight",
+        "is_tight or is_hopeless or",
+        "is_tight or",
+        hopeless.test_the_hopeless_are_refused_too_where_something_else_is_tight,
+    ),
+    (
+        "decide_tight",
+        "and not a.is_hopeless",
+        "",
+        hopeless.test_beside_a_balance_that_gets_tight_arrival_decides,
+    ),
     (
         "take",
         "false) and h.request_id is null end as is_asked",

@@ -19,6 +19,7 @@ def test_a_refusal_leaves_a_hint_and_the_next_one_is_the_same_refusal(scene: Sce
     pool, poor, rich = scene.pool(), scene.user(), scene.user()
     scene.grant(pool, 1000)
     cap = scene.limit(10, scope="user", of=poor)
+    scene.deduct(0, rich)  # from now on their chains are known
     first = scene.deduct(11, poor)
     assert hint(scene, poor) == cap
     again, other = scene.move(
@@ -32,7 +33,8 @@ def test_a_refusal_leaves_a_hint_and_the_next_one_is_the_same_refusal(scene: Sce
     )
     assert (other.outcome, other.available_micros) == (ACCEPTED, 10), "it had 1000 of the pool, all but what it took"
     assert scene.balance(pool) == Balance(1000, 990, 0, 0)
-    assert scene.charges(other.request_id) == [(0, 990, pool, 0)]
+    rows = scene.admin("select position_micros from ledger.attribution where request_id = %s", other.request_id)
+    assert rows == [(0,)], "the pool's running total knows nothing of the refused one"
 
 
 def test_the_hint_alone_refuses_nobody(scene: Scene) -> None:
@@ -65,9 +67,25 @@ def test_beside_a_balance_that_gets_tight_arrival_decides(scene: Scene) -> None:
     pool, poor, rich = scene.pool(), scene.user(), scene.user()
     scene.grant(pool, 100)
     scene.limit(10, scope="user", of=poor)
+    scene.deduct(0, rich)
     scene.deduct(11, poor)
     moves = [(11, poor), (60, rich), (10, poor), (50, rich), (30, rich)]
     verdicts = scene.move(*(scene.asked(Action.DEDUCT, None, amount, user_id=user) for amount, user in moves))
     assert outcomes(verdicts) == [REFUSED, ACCEPTED, ACCEPTED, REFUSED, ACCEPTED]
     assert scene.balance(pool) == Balance(100, 100, 0, 0)
     assert not scene.findings()
+
+
+def test_the_hopeless_are_refused_too_where_something_else_is_tight(scene: Scene) -> None:
+    pool, poor, other = scene.pool(), scene.user(), scene.user()
+    scene.grant(pool, 1000)
+    cap = scene.limit(10, scope="user", of=poor)
+    scene.limit(50, scope="user", of=other)
+    scene.deduct(0, other)
+    scene.deduct(11, poor)
+    verdicts = scene.move(
+        scene.asked(Action.DEDUCT, None, 60, user_id=other), scene.asked(Action.DEDUCT, None, 11, user_id=poor)
+    )
+    assert outcomes(verdicts) == [REFUSED, REFUSED]
+    assert verdicts[1].binding_id == cap
+    assert scene.balance(pool) == Balance(1000, 0, 0, 0)

@@ -42,8 +42,9 @@ def test_a_call_that_only_open_holds_block_may_wait(scene: Scene) -> None:
     scene.grant(scene.pool(), 100)
     scene.hold(80, user)
     assert scene.authorize(30, user, flags=Flag.MAY_WAIT).outcome is WAIT
-    assert scene.authorize(30, user).outcome is REFUSED
-    assert scene.authorize(101, user, flags=Flag.MAY_WAIT).outcome is REFUSED  # no end of any hold makes room for it
+    assert scene.authorize(30, scene.user()).outcome is REFUSED
+    # No end of any hold makes room for it.
+    assert scene.authorize(101, scene.user(), flags=Flag.MAY_WAIT).outcome is REFUSED
 
 
 def test_a_settle_above_its_hold_is_charged_in_full_and_blocks_what_follows(scene: Scene) -> None:
@@ -88,7 +89,7 @@ def test_waiting_helps_only_where_holds_alone_stand_in_the_way(scene: Scene) -> 
     scene.deduct(50, user)
     scene.hold(30, user)
     assert scene.authorize(50, user, flags=Flag.MAY_WAIT).outcome is WAIT
-    assert scene.authorize(51, user, flags=Flag.MAY_WAIT).outcome is REFUSED
+    assert scene.authorize(51, scene.user(), flags=Flag.MAY_WAIT).outcome is REFUSED
 
 
 def test_every_limit_must_allow_it_and_the_one_that_does_not_is_named(scene: Scene) -> None:

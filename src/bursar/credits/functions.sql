@@ -1004,7 +1004,9 @@ begin
 
     -- The correction's row has the true usage; the first row keeps its estimate. Sums over both are true.
     p_row.organization_id := p_estimate.organization_id; p_row.request_id := p_estimate.request_id;
-    p_row.booked_at := greatest(p_now, p_estimate.booked_at + interval '1 microsecond');  -- a row of its own also at one simulated instant
+    -- A row of its own also where much happens to one request at one simulated instant.
+    p_row.booked_at := greatest(p_now, (select max(booked_at) + interval '1 microsecond' from ledger.attribution
+        where organization_id = p_estimate.organization_id and request_id = p_estimate.request_id));
     p_row.used_at := v_first.used_at; p_row.kind := 1; p_row.user_id := v_first.user_id; p_row.api_key_id := v_first.api_key_id;
     p_row.provider_key_id := v_first.provider_key_id; p_row.provider := v_first.provider; p_row.model := v_first.model;
     p_row.team_id := v_first.team_id; p_row.department_id := v_first.department_id; p_row.department_name := v_first.department_name;
@@ -1107,6 +1109,8 @@ comment on aggregate credits.total(bigint) is 'Sum of bigint as bigint';
 -- With p_chains, p_legs and p_outcomes, the demands go by those. Without them it finds the chains itself, in the same statement, and moves
 -- something only where all is plain (is_plain): nothing is known, repeated, held already or paid by the customer's own key, and every chain
 -- is current, refuses nothing and has a leg for the model. p_version is the limits_version of the first organization.
+-- A request that alone exceeds the balance that refused its chain last (tight_id) is hopeless: its demand is left out, so that whoever
+-- retries on an empty balance makes nobody else's sum too large.
 -- Returns arrays by place: chain, leg and who it is attributed to; the pool and its running total before (for deductions); the room left.
 -- Lists are unnested beside each other in the select list, which costs a third of unnesting them in FROM; rows keep the order of places,
 -- since each is looked up by a nested loop.
@@ -1116,7 +1120,7 @@ create or replace function credits.take(
     p_now timestamptz,
     out is_plain boolean, out chains uuid[], out legs smallint[], out teams uuid[], out departments uuid[], out department_names text[],
     out pools uuid[], out positions bigint[], out rooms bigint[],
-    out tight_orgs uuid[], out tight_ids uuid[], out tight_starts timestamptz[]
+    out tight_orgs uuid[], out tight_ids uuid[], out tight_starts timestamptz[], out hopeless integer[]
 ) language plpgsql volatile as $$
 #variable_conflict use_column
 declare
@@ -1137,17 +1141,21 @@ begin
                  else coalesce(w.flags & 98 = 0 and c.refusal is null and c.valid_until > p_now and c.limits_version =
                         case when w.org = p_organization_ids[1] then p_version
                              else (select g.limits_version from credits.gates g where g.organization_id = w.org) end
-                    and l.leg > 0, false) and h.request_id is null end as is_asked
+                    and l.leg > 0, false) and h.request_id is null end as is_asked,
+            c.tight_id is not null and coalesce((
+                select b.stops and (b.excess_amount > 0 or b.used_amount + b.held_amount + w.amount > b.limit_amount)
+                from credits.balances b where b.organization_id = w.org and b.balance_id = c.tight_id and b.period_start = c.tight_start
+            ), false) as is_hopeless
         from w
         left join lateral (
             select c.chain_id, c.limits_version, c.valid_until, c.team_id, c.department_id, c.department_name, c.refusal, c.leg_pool_ids, c.leg_filters,
-                c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters, c.is_plain
+                c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters, c.is_plain, c.tight_id, c.tight_start
             from credits.chains c
             where p_chains is null and c.organization_id = w.org and c.user_id = coalesce(w.user_id, v_zero)
               and c.api_key_id = coalesce(w.api_key_id, v_zero) and c.replaced_at is null
             union all
             select c.chain_id, c.limits_version, c.valid_until, c.team_id, c.department_id, c.department_name, c.refusal, c.leg_pool_ids, c.leg_filters,
-                c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters, c.is_plain
+                c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters, c.is_plain, null, null
             from credits.chains c
             where p_chains is not null and c.organization_id = w.org and c.chain_id = w.chain_id
         ) c on true
@@ -1166,7 +1174,7 @@ begin
             select r.place, r.org, r.action, r.amount, r.tokens, r.flags, r.model, r.leg, unnest(r.entry_ids) as id, unnest(r.entry_starts) as start,
                 unnest(r.entry_metrics) as metric, unnest(r.entry_legs) as entry_leg, unnest(r.entry_filters) as entry_filter
             from r
-            where r.is_asked and (p_chains is not null or (select is_plain from plain))
+            where r.is_asked and not r.is_hopeless and (p_chains is not null or (select is_plain from plain))
         ) e
         where (coalesce(e.entry_leg, 0) = 0 or e.entry_leg = e.leg) and (e.entry_filter is null or e.model like e.entry_filter)
           and not (coalesce(e.metric, 0) = 0 and e.flags & 2 = 2)
@@ -1191,7 +1199,7 @@ begin
         where (select count(*) from moved) < (select count(*) from sums) and (s.org, s.id, s.start) not in (select org, id, start from moved)
     ), found as (
         select array_agg(chain_id) as chains, array_agg(leg) as legs, array_agg(team_id) as teams, array_agg(department_id) as departments,
-            array_agg(department_name) as names, array_agg(pool_id) as pools
+            array_agg(department_name) as names, array_agg(pool_id) as pools, array_agg(place) filter (where is_hopeless) as hopeless
         from r
     ), places as (
         -- One row a place: the least room of its balances, and its pool's running total before the batch plus what earlier places drew.
@@ -1199,7 +1207,7 @@ begin
         from (
             select unnest(m.places) as place, m.room, m.base, null::bigint as earlier, null::boolean as is_alone from moved m
             union all
-            select r.place, null, null, coalesce(credits.total(case when r.action = 5 and r.is_asked then r.amount else 0 end) over
+            select r.place, null, null, coalesce(credits.total(case when r.action = 5 and r.is_asked and not r.is_hopeless then r.amount else 0 end) over
                 (partition by r.org, r.pool_id order by r.place rows between unbounded preceding and 1 preceding), 0), r.is_alone
             from r
         ) p
@@ -1208,18 +1216,57 @@ begin
         select array_agg(room) as rooms, array_agg(position) as positions from places
     )
     select plain.is_plain, found.chains, found.legs, found.teams, found.departments, found.names, found.pools, measured.positions, measured.rooms,
-        tight.orgs, tight.ids, tight.starts
-    into is_plain, chains, legs, teams, departments, department_names, pools, positions, rooms, tight_orgs, tight_ids, tight_starts
+        tight.orgs, tight.ids, tight.starts, found.hopeless
+    into is_plain, chains, legs, teams, departments, department_names, pools, positions, rooms, tight_orgs, tight_ids, tight_starts, hopeless
     from plain, found, measured, tight;
 end $$;
 comment on function credits.take is 'Moves the summed demands of a batch in one guarded update, and tells which balances were tight';
 
+-- refuse: why the hopeless of a batch are refused, and whether waiting would help (then 2, else 1). Their chains are plain. As decide_tight
+-- finds it: the first limit without room binds, else what is tightest on the leg; it helps to wait where only holds take all that is missing.
+create or replace function credits.refuse(
+    p_organization_ids uuid[], p_amounts bigint[], p_flags integer[], p_chains uuid[], p_places integer[]
+) returns table (place integer, outcome smallint, detail text, binding_id uuid, available bigint)
+language plpgsql stable as $$
+#variable_conflict use_column
+begin
+    return query
+    with w as (
+        select h.place, p_organization_ids[h.place] as org, p_amounts[h.place] as amount, p_flags[h.place] & 16 = 16 as may_wait,
+            c.entry_ids, c.entry_starts, c.entry_legs
+        from (select unnest(p_places) as place) h
+        join credits.chains c on c.organization_id = p_organization_ids[h.place] and c.chain_id = p_chains[h.place]
+    ), entries as (
+        select e.place, e.amount, e.may_wait, e.nr, e.leg = 0 as is_limit, b.balance_id, b.kind, b.stops, b.stops and b.excess_amount > 0 as is_blocked,
+            b.limit_amount - b.used_amount - b.held_amount as room, b.limit_amount - b.used_amount as free
+        from (select w.place, w.org, w.amount, w.may_wait, unnest(w.entry_ids) as id, unnest(w.entry_starts) as start, unnest(w.entry_legs) as leg,
+                generate_subscripts(w.entry_ids, 1) as nr from w) e
+        join credits.balances b on b.organization_id = e.org and b.balance_id = e.id and b.period_start = e.start
+    ), found as (
+        select e.place, e.amount, e.may_wait, min(greatest(0, e.room)) filter (where e.stops) as available,
+            array_agg(e.balance_id order by e.nr) as ids, array_agg(e.kind order by e.nr) as kinds,
+            min(e.nr) filter (where e.is_limit and e.stops and e.is_short) as limit_nr,
+            (array_agg(e.nr order by e.is_blocked desc, case when e.is_blocked then -e.nr else e.room end, e.nr) filter (where not e.is_limit))[1] as leg_nr,
+            coalesce(bool_and(e.is_freed_by_holds) filter (where e.is_limit and e.stops and e.is_short), true) as limits_wait,
+            not bool_or(e.is_short) filter (where not e.is_limit)
+                or (e.amount > 0 and bool_and(e.is_freed_by_holds) filter (where not e.is_limit)) as leg_waits
+        from (select *, is_blocked or room < amount as is_short, not is_blocked and free >= amount as is_freed_by_holds from entries) e
+        group by e.place, e.amount, e.may_wait
+    )
+    select f.place, case when f.may_wait and f.limits_wait and f.leg_waits then 2 else 1 end::smallint,
+        case f.kinds[b.nr] when 'limit' then 'cap_reached' when 'allocation' then 'allocation_exhausted' else 'pool_exhausted' end,
+        f.ids[b.nr], f.available
+    from found f cross join lateral (select coalesce(f.limit_nr, f.leg_nr) as nr) b;
+end $$;
+comment on function credits.refuse is 'Verdicts on the requests of a batch that alone exceed a balance';
+
 -- decide_tight: arrival order, one by one, in memory, for the requests that touch a balance whose summed demand did not fit.
--- What the guarded update had applied for them elsewhere is taken back, what they are granted is applied, in one update.
+-- What the guarded update had applied for them elsewhere is taken back, what they are granted is applied, in one update. Of the hopeless
+-- it had applied nothing.
 create or replace function credits.decide_tight(
     p_organization_ids uuid[], p_actions smallint[], p_amounts bigint[], p_tokens bigint[], p_flags integer[], p_models text[],
     p_chains uuid[], p_legs smallint[], p_outcomes smallint[], p_details text[], p_bindings uuid[],
-    p_tight_orgs uuid[], p_tight_ids uuid[], p_tight_starts timestamptz[], p_now timestamptz,
+    p_tight_orgs uuid[], p_tight_ids uuid[], p_tight_starts timestamptz[], p_hopeless integer[], p_now timestamptz,
     out outcomes smallint[], out details text[], out bindings uuid[], out legs smallint[],
     out split_places integer[], out split_legs smallint[], out split_micros bigint[]
 ) language plpgsql volatile set search_path = credits, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
@@ -1241,6 +1288,7 @@ begin
     with tight as (select * from unnest(p_tight_orgs, p_tight_ids, p_tight_starts) t(org, id, start)),
     applied as materialized (
         select w.place::int, w.org, w.action, w.leg as chosen, w.flags, w.model, w.chain_id, e.id, e.start, t.id is not null as is_tight,
+            w.place = any (p_hopeless) as is_hopeless,
             case e.metric when 0 then w.amount when 1 then case w.action when 2 then 0 else 1 end else w.tokens end as amount
         from unnest(p_organization_ids, p_actions, p_amounts, p_tokens, p_flags, p_models, p_chains, p_legs, p_outcomes) with ordinality
             as w(org, action, amount, tokens, flags, model, chain_id, leg, outcome, place)
@@ -1252,10 +1300,10 @@ begin
         where w.action in (1, 2, 5) and w.outcome = -1 and not (w.action = 2 and w.amount = 0 and w.tokens = 0)
     ), suspects as (
         select distinct place, org, flags, model, chain_id from applied
-        where is_tight or (action in (1, 5) and chosen = 0 and flags & 2 = 0)
+        where is_tight or is_hopeless or (action in (1, 5) and chosen = 0 and flags & 2 = 0)
     ), taken as (
         select a.org, a.id, a.start, sum(a.amount) filter (where a.action <> 5)::bigint as held, sum(a.amount) filter (where a.action = 5)::bigint as used
-        from applied a where a.place in (select place from suspects) and not a.is_tight group by 1, 2, 3
+        from applied a where a.place in (select place from suspects) and not a.is_tight and not a.is_hopeless group by 1, 2, 3
     ), touched as (
         select distinct s.org, e.id, e.start
         from suspects s join chains c on c.organization_id = s.org and c.chain_id = s.chain_id
@@ -1363,6 +1411,9 @@ begin
             outcomes[v_row.place] := case when v_wait and v_row.flags & 16 = 16 then 2 else 1 end;
             bindings[v_row.place] := v_ids[v_bind];
             details[v_row.place] := case v_kinds[v_bind] when 'limit' then 'cap_reached' when 'allocation' then 'allocation_exhausted' else 'pool_exhausted' end;
+            update chains set tight_id = v_ids[v_bind], tight_start = v_starts[v_bind]
+            where organization_id = p_organization_ids[v_row.place] and chain_id = p_chains[v_row.place] and is_plain
+              and (tight_id, tight_start) is distinct from (v_ids[v_bind], v_starts[v_bind]);
             continue;
         end if;
         for k in 1..cardinality(v_row.idxs) loop
@@ -1552,9 +1603,12 @@ begin
             case when w.action <> 4 then 'refused' when w.flags & 64 = 64 then 'expired' else 'released' end,
             nullif(w.user_id, v_zero), nullif(w.api_key_id, v_zero), w.provider, w.model, w.conversation_id,
             case w.action when 4 then w.held else w.amount end, w.binding_id, w.detail
-        from unnest(p_organization_ids, p_actions, p_request_ids, p_user_ids, p_api_key_ids, p_amounts, p_flags, p_providers, p_models,
-            p_conversation_ids, p_outcomes, p_details, p_bindings, p_held)
-            w(org, action, request_id, user_id, api_key_id, amount, flags, provider, model, conversation_id, outcome, detail, binding_id, held)
+        from (
+            select unnest(p_organization_ids) as org, unnest(p_actions) as action, unnest(p_request_ids) as request_id, unnest(p_user_ids) as user_id,
+                unnest(p_api_key_ids) as api_key_id, unnest(p_amounts) as amount, unnest(p_flags) as flags, unnest(p_providers) as provider,
+                unnest(p_models) as model, unnest(p_conversation_ids) as conversation_id, unnest(p_outcomes) as outcome,
+                unnest(p_details) as detail, unnest(p_bindings) as binding_id, unnest(p_held) as held
+        ) w
         where (w.action in (1, 5) and w.outcome = 1) or (w.action = 4 and w.outcome in (-1, 9))
         on conflict do nothing;
     end if;
@@ -1636,6 +1690,7 @@ declare
     v_tight_orgs uuid[];
     v_tight_ids uuid[];
     v_tight_starts timestamptz[];
+    v_hopeless integer[];
     v_split_places integer[] := '{}';
     v_split_legs smallint[] := '{}';
     v_split_micros bigint[] := '{}';
@@ -1678,9 +1733,9 @@ begin
        and 0 <= all (p_costs) and v_most >= all (p_costs) and 0 <= all (p_marks) and v_most >= all (p_marks)
        and 0 <= all (p_flags) and (0 < all (p_leases) or not 1 = any (p_actions)) then
         select t.is_plain, t.chains, t.legs, t.teams, t.departments, t.department_names, t.pools, t.positions, t.rooms,
-            t.tight_orgs, t.tight_ids, t.tight_starts
+            t.tight_orgs, t.tight_ids, t.tight_starts, t.hopeless
         into v_is_plain, v_chains, v_legs, v_teams, v_departments, v_department_names, v_pools, v_positions, v_rooms,
-            v_tight_orgs, v_tight_ids, v_tight_starts
+            v_tight_orgs, v_tight_ids, v_tight_starts, v_hopeless
         from credits.take(p_organization_ids, p_actions, p_request_ids, p_user_ids, p_api_key_ids, p_amounts, p_tokens, p_flags, p_models,
             null, null, null, v_version, v_now) t;
     end if;
@@ -1887,6 +1942,7 @@ begin
         -- (6) one guarded update of all summed demands: what does not come back is tight
         v_positions := null;
         v_rooms := null;
+        v_hopeless := null;
         if v_demands then
             select t.rooms, t.tight_orgs, t.tight_ids, t.tight_starts into v_rooms, v_tight_orgs, v_tight_ids, v_tight_starts
             from credits.take(p_organization_ids, p_actions, p_request_ids, p_user_ids, p_api_key_ids, p_amounts, p_tokens, p_flags, p_models,
@@ -1900,11 +1956,19 @@ begin
     end if;
 
     -- (7) only the requests that touch a tight balance are decided one by one
-    if v_tight_ids is not null or 'no_pool_for_model' = any (v_details) then
+    if v_tight_ids is null and v_hopeless is not null then
+        for v_row in select * from credits.refuse(p_organization_ids, p_amounts, p_flags, v_chains, v_hopeless) loop
+            v_outcomes[v_row.place] := v_row.outcome;
+            v_details[v_row.place] := v_row.detail;
+            v_bindings[v_row.place] := v_row.binding_id;
+            v_rooms[v_row.place] := v_row.available;
+        end loop;
+    elsif v_tight_ids is not null or 'no_pool_for_model' = any (v_details) then
         select t.outcomes, t.details, t.bindings, t.legs, t.split_places, t.split_legs, t.split_micros
         into v_outcomes, v_details, v_bindings, v_legs, v_split_places, v_split_legs, v_split_micros
         from credits.decide_tight(p_organization_ids, p_actions, p_amounts, p_tokens, p_flags, p_models, v_chains, v_legs, v_outcomes,
-            v_details, v_bindings, coalesce(v_tight_orgs, '{}'), coalesce(v_tight_ids, '{}'), coalesce(v_tight_starts, '{}'), v_now) t;
+            v_details, v_bindings, coalesce(v_tight_orgs, '{}'), coalesce(v_tight_ids, '{}'), coalesce(v_tight_starts, '{}'),
+            coalesce(v_hopeless, '{}'), v_now) t;
         v_positions := null;  -- measured before the refusals were taken back
         v_rooms := null;
     end if;
@@ -1927,9 +1991,12 @@ begin
             v_details[v_row.place] := v_details[v_row.elder];
         end loop;
     end if;
-    if v_rooms is null or array_position(v_rooms, null) is not null then
-        v_rooms := array(select coalesce(u.room, u.other)
-            from unnest(v_rooms, credits.rooms_of(p_organization_ids, v_chains, p_models)) with ordinality u(room, other, place) order by place);
+    if v_rooms is null then
+        v_rooms := credits.rooms_of(p_organization_ids, v_chains, p_models);
+    elsif array_position(v_rooms, null) is not null then
+        v_rooms := array(select coalesce(u.room, u.other) from (
+            select unnest(v_rooms) as room, unnest(credits.rooms_of(p_organization_ids, array(select case when r is null then c end
+                from (select unnest(v_rooms) as r, unnest(v_chains) as c) m), p_models)) as other) u);
     end if;
     return query
     select w.place, case when w.outcome in (-1, 9) then 0 else w.outcome end::smallint, w.request_id,

@@ -411,6 +411,8 @@ create table credits.chains (
     entry_legs smallint[] not null,
     entry_filters text[] not null,
     is_plain boolean not null,
+    tight_id uuid,
+    tight_start timestamptz,
     built_at timestamptz not null,
     replaced_at timestamptz,
     constraint chains_pkey primary key (organization_id, chain_id)
@@ -434,6 +436,8 @@ comment on column credits.chains.entry_metrics is '0 credits, 1 calls, 2 tokens'
 comment on column credits.chains.entry_legs is '0: checked always; n: only when leg n pays';
 comment on column credits.chains.entry_filters is 'LIKE pattern of the models the entry counts; null: every one';
 comment on column credits.chains.is_plain is 'One leg for every model, and every balance counts every model in credits: entries need no second look';
+comment on column credits.chains.tight_id is 'The balance that refused it last; a hint where to look first, never the reason of a refusal';
+comment on column credits.chains.tight_start is 'Its period_start';
 comment on column credits.chains.built_at is 'When it was built';
 comment on column credits.chains.replaced_at is 'When a newer one took its place';
 create unique index chains_current on credits.chains (organization_id, user_id, api_key_id) where replaced_at is null;
