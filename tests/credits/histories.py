@@ -4,9 +4,10 @@ A step names what happens by small integers, read against what there is at that 
 history, also after steps were taken out of it.
 """
 
+import copy
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -34,7 +35,7 @@ WEIGHTS = {
     "batch": 60, "grant": 9, "allocate": 5, "limit": 4, "end_limit": 2, "end_allocation": 2, "void": 3, "pool": 3,
     "expire": 7, "person": 2, "touch": 2,
 }  # fmt: skip
-LATENESS = (0, 1, 1, 10**6, 30 * 10**6, 3600 * 10**6, 8 * 3600 * 10**6, 3 * 86400 * 10**6)  # microseconds
+LATENESS = (0, 10, 10, 10**6, 30 * 10**6, 3600 * 10**6, 8 * 3600 * 10**6, 3 * 86400 * 10**6)  # microseconds
 
 
 BALANCES = """
@@ -125,7 +126,7 @@ class Stage:
         self.cast = [self._open(n) for n in range(2)]
         self.bodies = 0
 
-    def play(self, steps: Sequence[Step], *, look_every: int = 4) -> None:
+    def play(self, steps: Sequence[Step], *, look_every: int = 8) -> None:
         """Play the steps; grants and burns are compared every so many steps and at the end.
 
         Raises:
@@ -134,7 +135,7 @@ class Stage:
         for number, step in enumerate(steps):
             self._pass_time(step[1])
             getattr(self, f"_{step[0]}")(*step[2:])
-            for cast in self.cast:
+            for cast in self.cast if step[0] in ("batch", "expire") else [self.cast[step[2] % 2]]:
                 self._compare(cast, number, with_grants=number % look_every == 0)
         self._release_all()
         for cast in self.cast:
@@ -190,7 +191,7 @@ class Stage:
     def _pass_time(self, how: int) -> None:
         """A little, a lot, or to the very next instant at which something becomes due."""
         if how < len(LATENESS):
-            self.now += timedelta(microseconds=LATENESS[how] or 1)
+            self.now += timedelta(microseconds=LATENESS[how] or 10)
             return
         events = [self.now + timedelta(days=2)]
         for organization in self.world.organizations.values():
@@ -206,20 +207,21 @@ class Stage:
 
     # ------------------------------------------------------------------ commands
 
-    def _command(self, cast: Cast, sql: str, arguments: list[Any], run: Any) -> Any:
-        """The command in both; both succeed or are refused with the same code."""
-        after, expected, refused = ref.whole_or_not(self._model(cast), run)
+    def _command(self, cast: Cast, sql: str, arguments: list[Any], run: Callable[[ref.Organization], Any]) -> None:
+        """The command in both; both succeed with the same result or are refused with the same code."""
+        found = code = expected = refused = None
         try:
             row = self.simulator.execute(sql, arguments).fetchone()
-            found, code = row[0] if row else None, None
+            found = row[0] if row else None
         except psycopg.Error as error:
-            found, code = None, error.sqlstate
-        if code != refused:
-            raise Disagreement(f"{sql} {arguments}: refused with {code}, the reference with {refused}")
-        self.world.organizations[cast.organization] = after
-        if expected is not None and found != expected:
-            raise Disagreement(f"{sql} {arguments}: {found}, the reference {expected}")
-        return found
+            code = error.sqlstate
+        try:
+            # What is refused changes nothing, so that it is tried on a copy.
+            expected = run(copy.deepcopy(self._model(cast)) if code else self._model(cast))
+        except ref.Refused as refusal:
+            refused = refusal.code
+        if code != refused or (expected is not None and found != expected):
+            raise Disagreement(f"{sql} {arguments}: {found} {code}, the reference {expected} {refused}")
 
     def _pool(self, org: int, kind: int, owner: int, pattern: int, *_: int) -> None:
         cast = self.cast[org % 2]

@@ -5,7 +5,6 @@ remembered until something changes) that order is part of the promise. Amounts a
 aware datetimes; ids are UUIDs; None is "never", "for ever" or "nobody".
 """
 
-import copy
 import re
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -1277,12 +1276,3 @@ class World:
                 )
             )
         return sum(1 for verdict in self.move(moves, now) if verdict.outcome == ACCEPTED) if moves else 0
-
-
-def whole_or_not(organization: Organization, command: Any) -> tuple[Organization, Any, str | None]:
-    """Run a command on a copy: the organization after it, its result, and the code it was refused with."""
-    after = copy.deepcopy(organization)
-    try:
-        return after, command(after), None
-    except Refused as refusal:
-        return organization, None, refusal.code

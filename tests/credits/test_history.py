@@ -5,13 +5,17 @@ BURSAR_TEST_HISTORIES=10000x200 plays the full form; BURSAR_TEST_SEED starts it 
 
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psycopg
 import pytest
-from tests.credits.histories import Disagreement, Stage, Step, random_steps, shrunk
+from tests.credits.histories import Connection, Disagreement, Stage, Step, random_steps, shrunk
 
 from bursar import db
+
+Theater = tuple[Connection, Connection]
 
 SHARDS = 4
 HISTORIES, STEPS = (int(each) for each in os.environ.get("BURSAR_TEST_HISTORIES", "200x40").split("x"))
@@ -52,24 +56,30 @@ REGRESSIONS: dict[str, list[Step]] = {
 }
 
 
-def _play(books: db.Database, steps: list[Step], *, look_every: int = 4) -> str | None:
-    """What differs, if anything."""
+@contextmanager
+def _theater(books: db.Database) -> Iterator[Theater]:
+    """Connections of the simulator and of an admin; kept for many histories, whose plans they remember."""
     with (
         psycopg.connect(books.dsn("bursar_simulator"), autocommit=True) as simulator,
         psycopg.connect(books.dsn("admin"), autocommit=True) as admin,
     ):
-        try:
-            Stage(simulator, admin).play(steps, look_every=look_every)
-        except (Disagreement, psycopg.Error) as error:
-            return f"{type(error).__name__}: {error}"
+        yield simulator, admin
+
+
+def _play(theater: Theater, steps: list[Step], *, look_every: int = 8) -> str | None:
+    """What differs, if anything."""
+    try:
+        Stage(*theater).play(steps, look_every=look_every)
+    except (Disagreement, psycopg.Error) as error:
+        return f"{type(error).__name__}: {error}"
     return None
 
 
-def _check(books: db.Database, steps: list[Step], label: str) -> None:
-    what = _play(books, steps)
+def _check(theater: Theater, steps: list[Step], label: str) -> None:
+    what = _play(theater, steps)
     if what is not None:
-        short = shrunk(lambda fewer: _play(books, fewer, look_every=1) is not None, steps, seconds=60)
-        pytest.fail(f"{label}: {what}\n\nshortest found:\n{_program(short)}\n\n{_play(books, short, look_every=1)}")
+        short = shrunk(lambda fewer: _play(theater, fewer, look_every=1) is not None, steps, seconds=60)
+        pytest.fail(f"{label}: {what}\n\nshortest found:\n{_program(short)}\n\n{_play(theater, short, look_every=1)}")
 
 
 def _program(steps: list[Any]) -> str:
@@ -78,10 +88,12 @@ def _program(steps: list[Any]) -> str:
 
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_any_history_ends_as_the_reference_says(books: db.Database, shard: int) -> None:
-    for n in range(shard, HISTORIES, SHARDS):
-        _check(books, random_steps(FIRST_SEED + n, STEPS), f"BURSAR_TEST_SEED={FIRST_SEED + n}")
+    with _theater(books) as theater:
+        for n in range(shard, HISTORIES, SHARDS):
+            _check(theater, random_steps(FIRST_SEED + n, STEPS), f"BURSAR_TEST_SEED={FIRST_SEED + n}")
 
 
 @pytest.mark.parametrize("name", REGRESSIONS)
 def test_a_history_that_once_failed_does_not_fail_again(books: db.Database, name: str) -> None:
-    _check(books, REGRESSIONS[name], name)
+    with _theater(books) as theater:
+        _check(theater, REGRESSIONS[name], name)
