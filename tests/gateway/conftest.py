@@ -19,6 +19,7 @@ from tests.conftest import MASTER_KEY, Org
 
 from bursar import db
 from bursar.app import create_app
+from bursar.asgi import Protocol
 from bursar.clock import uuid7
 from bursar.credits.grants import GrantSource, add_grant
 from bursar.credits.pools import Pool, list_pools, pool_for
@@ -39,7 +40,8 @@ async def priced(database: db.Database) -> db.Database:
 async def base_url(priced: db.Database, settings: Settings) -> AsyncIterator[str]:
     """The application, served on this event loop."""
     app = create_app(priced, settings)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
+    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, http=Protocol, ws="none")
+    server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)

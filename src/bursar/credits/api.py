@@ -9,6 +9,7 @@ from bursar.credits import explain as explaining
 from bursar.credits import why as asking
 from bursar.identity.api_keys import get_api_key
 from bursar.identity.guards import CurrentPrincipal, NotPermitted, OrgMember, Tx, database_of
+from bursar.identity.memberships import get_membership
 from bursar.identity.principals import Principal
 from bursar.identity.roles import Permission
 from bursar.money import Micros, NotAnAmount, parse_credits
@@ -56,10 +57,13 @@ async def get_why(
     """
     user_id = read_id(user, "usr", "user") if user else principal.user_id
     key_id = read_id(key, "key", "key") if key else principal.api_key_id
-    if key_id is not None and key and not user:
-        user_id = (await get_api_key(tx, organization_id=principal.organization_id, api_key_id=key_id)).user_id
+    if key_id is not None and key_id != principal.api_key_id:
+        owner_id = (await get_api_key(tx, organization_id=principal.organization_id, api_key_id=key_id)).user_id
+        user_id = user_id if user else owner_id
     if user_id != principal.user_id and not principal.may(Permission.LIMITS_READ):
         raise NotPermitted(f"This needs {Permission.LIMITS_READ}")
+    if user_id is not None and user_id != principal.user_id:  # of somebody who never was here nothing is kept
+        await get_membership(tx, organization_id=principal.organization_id, user_id=user_id)
     answer = await asking.why(
         tx,
         organization_id=principal.organization_id,

@@ -10,6 +10,8 @@ from bursar.gateway import tokens, wire
 
 DIRECTIONS_HEADER: Final = "Bursar-Demo"
 
+# Of all choices or calls together: an answer is made in memory, in the process of a server.
+_LONGEST_OUTPUT: Final = 250_000
 _SHORTEST_ANSWER: Final = 16
 _ANSWER_LENGTHS: Final = 240
 
@@ -61,10 +63,10 @@ def read_directions(header: str) -> Directions:
             raise wire.UnreadableRequest(f"{DIRECTIONS_HEADER}: {name!r} is none of {', '.join(sorted(_NAMES))}")
         if name == "usage":
             values[name] = value
-        elif value.isascii() and value.isdigit():
+        elif value.isascii() and value.isdigit() and len(value) <= 8:
             values[name] = int(value)
         else:
-            raise wire.UnreadableRequest(f"{DIRECTIONS_HEADER}: {name} must be a whole number")
+            raise wire.UnreadableRequest(f"{DIRECTIONS_HEADER}: {name} must be a whole number of at most eight digits")
     return Directions(**values)
 
 
@@ -90,7 +92,11 @@ class Answer:
 
 
 def decide(request: wire.WireRequest, directions: Directions, tool_names: list[str]) -> Answer:
-    """Decide the whole answer from the request: its digest gives the length and the place where the text begins."""
+    """Decide the whole answer from the request: its digest gives the length and the place where the text begins.
+
+    Raises:
+        UnreadableRequest: the directions ask for too much.
+    """
     prompt = b"".join(bytes(request.fields[name]) for name in ("model", "system", "messages") if name in request.fields)
     digest = blake2b(prompt, digest_size=12)
     number = int.from_bytes(digest.digest()[:6], "big")
@@ -101,6 +107,8 @@ def decide(request: wire.WireRequest, directions: Directions, tool_names: list[s
         length = directions.output_tokens
     elif is_cut and limit is not None:
         length = limit
+    if length * max(request.choices, directions.tool_calls) + directions.tool_calls > _LONGEST_OUTPUT:
+        raise wire.UnreadableRequest(f"The provider demo puts out at most {_LONGEST_OUTPUT} tokens")
     starts = [_WORD_STARTS[(number + choice) % len(_WORD_STARTS)] for choice in range(request.choices)]
     if directions.tool_calls:
         names = tool_names or ["demo_tool"]

@@ -68,6 +68,7 @@ async def _serve(request: web.Request, vendor: _Vendor) -> web.StreamResponse:
         header = request.headers.get(DIRECTIONS_HEADER)
         directions = read_directions(header) if header else PLAIN_DIRECTIONS
         asked = vendor.format.read_request(await request.read())
+        answer = decide(asked, directions, vendor.tools(asked))
     except wire.UnreadableRequest as problem:
         return _json(vendor.format.refusal(problem), status=problem.status)
     if directions.delay_ms:
@@ -75,7 +76,6 @@ async def _serve(request: web.Request, vendor: _Vendor) -> web.StreamResponse:
     if directions.fail:
         headers = {"Retry-After": "1"} if directions.fail in (429, 529) else None
         return _json(vendor.error(directions.fail), status=directions.fail, headers=headers)
-    answer = decide(asked, directions, vendor.tools(asked))
     if asked.stream:
         return await _stream(request, vendor, answer)
     return await _plain(request, vendor.body(answer), directions)
