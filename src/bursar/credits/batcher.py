@@ -105,8 +105,9 @@ class Lane:
             self.flight = None
             if arguments is not None:
                 self._start(arguments)
-                await asyncio.sleep(0)  # it is on its way before its forerunner's answers are given
             if landed is not None:
+                if arguments is not None:
+                    await asyncio.sleep(0)  # the next is on its way before these answers are given
                 self._answer_all(landed.batch, landed.call.result())
         if self.connection is not None:
             await self.connection.close()
@@ -122,9 +123,12 @@ class Lane:
         if len(self.queue) >= self.ripe or (self.flight is not None and self.flight.call.done()):
             return
         self.wake.clear()
+        if self.flight is not None or not self.parked:
+            await self.wake.wait()
+            return
         # Parked calls are tried again by the clock too: another process may have settled what blocked them.
         with suppress(TimeoutError):
-            async with asyncio.timeout(RETRY_SECONDS if self.parked and self.flight is None else None):
+            async with asyncio.timeout(RETRY_SECONDS):
                 await self.wake.wait()
 
     def _take(self) -> None:
@@ -291,7 +295,11 @@ class Lane:
         if not waiting.parked:
             waiting.parked = True
             WAITING.inc()
-        self.parked.append(waiting)
+        # In order of arrival, also where a later one was parked while this one was tried again.
+        place = len(self.parked)
+        while place > 0 and self.parked[place - 1].give_up_at > waiting.give_up_at:
+            place -= 1
+        self.parked.insert(place, waiting)
 
     def _leave_park(self, waiting: _Waiting) -> None:
         if waiting.parked:
