@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -135,12 +134,6 @@ async def victim(make_org: MakeOrg, priced: db.Database, http: httpx2.AsyncClien
     return Victim(
         org, member, member_key.text, admin_key.text, answer.headers["x-request-id"], member_key.key.api_key_id
     )
-
-
-@pytest.fixture
-async def http(base_url: str) -> AsyncIterator[httpx2.AsyncClient]:
-    async with httpx2.AsyncClient(base_url=base_url, timeout=30) as client:
-        yield client
 
 
 @pytest.fixture
