@@ -193,7 +193,7 @@ def test_any_json_is_read_or_rejected_and_never_raises(model: dict[str, object])
 
 def test_the_examples_of_the_documentation_are_read() -> None:
     page = (Path(__file__).parents[2] / "docs" / "prices.md").read_text(encoding="utf-8")
-    examples = re.findall(r"```(?:csv|json)\n(.*?)```", page, re.DOTALL)
+    examples = re.findall(r"```(?:csv|json)[^\n]*\n(.*?)```", page, re.DOTALL)
     of_csv, of_json = (read(example) for example in examples)
     assert of_csv.errors == of_json.errors == ()
     assert of_csv.prices.models == of_json.prices.models
