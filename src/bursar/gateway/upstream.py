@@ -140,6 +140,8 @@ class Answer:
             return body
         if self.status in (401, 402, 403):
             raise ProviderRefusesUs(f"{self._target.provider.name} answered {self.status}. Tell the operator.")
+        if self._target.secret is not None:
+            body = body.replace(self._target.secret.encode(), b"[removed]")
         return without_account(body)
 
     async def pieces(self) -> AsyncIterator[bytes]:
