@@ -208,8 +208,8 @@ async def test_an_authorize_whose_caller_has_gone_before_it_went_out_holds_nothi
 async def test_one_move_that_the_database_refuses_does_not_take_the_others_with_it(org: Org) -> None:
     await fund(org, 100)
     async with Batcher(org.database.dsn("bursar_lane"), lanes=1) as batcher:
-        bad = move(org, Action.DEDUCT, 5)
-        object.__setattr__(bad, "usage", (2**31 - 1,) * 14)  # one count is missing: the arrays do not fit
+        # One count is missing: the arrays do not fit.
+        bad = move(org, Action.DEDUCT, 5)._replace(usage=(2**31 - 1,) * 14)
         answers = await asyncio.gather(
             batcher.move(move(org, Action.DEDUCT, 5)),
             batcher.move(bad),

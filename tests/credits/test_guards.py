@@ -473,6 +473,18 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
         rules.test_one_request_asked_twice_in_one_batch_is_answered_once,
     ),
     (
+        "take",
+        "b.used_amount + b.held_amount + w.amount > b.limit_amount",
+        "true",
+        rules.test_who_was_refused_is_judged_anew_each_time,
+    ),
+    (
+        "refuse",
+        "f.may_wait and f.limits_wait and f.leg_waits",
+        "false",
+        rules.test_who_was_refused_is_judged_anew_each_time,
+    ),
+    (
         "decide_tight",
         "continue when v_row.action = 2 and v_need = 0;",
         "",

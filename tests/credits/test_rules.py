@@ -47,6 +47,22 @@ def test_a_call_that_only_open_holds_block_may_wait(scene: Scene) -> None:
     assert scene.authorize(101, scene.user(), flags=Flag.MAY_WAIT).outcome is REFUSED
 
 
+def test_who_was_refused_is_judged_anew_each_time(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    scene.grant(pool, 100)
+    request = scene.hold(80, user)
+    for _ in range(3):
+        verdict = scene.authorize(30, user)
+        assert (verdict.outcome, verdict.binding_id, verdict.available_micros) == (REFUSED, pool, 20)
+        assert scene.authorize(30, user, flags=Flag.MAY_WAIT).outcome is WAIT
+        assert scene.authorize(101, user, flags=Flag.MAY_WAIT).outcome is REFUSED
+    deductions = [scene.asked(Action.DEDUCT, None, amount, user_id=user) for amount in (30, 20, 1)]
+    assert outcomes(scene.move(*deductions)) == [REFUSED, ACCEPTED, REFUSED]
+    scene.release(request)
+    assert scene.authorize(80, user).outcome is ACCEPTED
+    assert scene.findings() == []
+
+
 def test_a_settle_above_its_hold_is_charged_in_full_and_blocks_what_follows(scene: Scene) -> None:
     pool, user = scene.pool(), scene.user()
     scene.grant(pool, 100)
