@@ -1,7 +1,6 @@
 """One request to move credits, the verdict on it, and a batch of them as one call of credits.move_batch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import IntEnum, IntFlag
 from itertools import chain
@@ -56,9 +55,8 @@ class Outcome(IntEnum):
 OUTCOMES: Final = tuple(Outcome)  # by number
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
-    """One request to move credits.
+class Move(NamedTuple):
+    """One request to move credits. (A tuple is made in a fifth of the time that a frozen dataclass takes.)
 
     amount_micros: to hold (authorize), to hold in addition (extend), to charge (settle, deduct).
     tokens: the same, for limits that count tokens. cost_nano_usd: provider cost that the amount stands for.
@@ -88,11 +86,11 @@ class Move:
 
     def repeated(self) -> "Move":
         """The same move, after an answer that never came."""
-        return replace(self, flags=self.flags | Flag.REPEATED)
+        return self._replace(flags=self.flags | Flag.REPEATED)
 
     def impatient(self) -> "Move":
         """The same move, to be refused where it would have to wait."""
-        return replace(self, flags=self.flags & ~Flag.MAY_WAIT)
+        return self._replace(flags=self.flags & ~Flag.MAY_WAIT)
 
 
 class Verdict(NamedTuple):

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from datetime import datetime, timedelta
 from itertools import count
 from typing import Any, Final
@@ -170,8 +169,7 @@ class Teller:
 
     async def _book(self, batch: Batch) -> None:
         moves = [
-            replace(
-                self._move(call.request),
+            self._move(call.request)._replace(
                 user_id=self._user_id(call.person),
                 api_key_id=None if call.key is None else self._site.keys[call.key],
                 conversation_id=call.conversation_id,
@@ -187,15 +185,15 @@ class Teller:
     async def _hold_and_settle(self, moves: Sequence[Move]) -> None:
         """As the gateway does it: hold somewhat more than it will cost, then settle; a failed one is released."""
         last = max(move.used_at for move in moves if move.used_at is not None)
-        failed = [replace(move, request_id=uuid7_at(last)) for move in moves[::FAILED_EVERY]]
+        failed = [move._replace(request_id=uuid7_at(last)) for move in moves[::FAILED_EVERY]]
         _all_accepted(await self._decide([_held(move) for move in (*moves, *failed)], last))
-        ends = [replace(move, action=Action.SETTLE) for move in moves]
-        ends += [replace(move, action=Action.RELEASE) for move in failed]
+        ends = [move._replace(action=Action.SETTLE) for move in moves]
+        ends += [move._replace(action=Action.RELEASE) for move in failed]
         _all_accepted(await self._decide(ends, min(last + ANSWER_TIME, self._as_of)))
 
     async def _stray(self, step: Strayed) -> None:
         """The provider's bill names a key that is none of ours: what was used is always charged."""
-        move = replace(self._move(step.request), action=Action.SETTLE, api_key_id=uuid4())
+        move = self._move(step.request)._replace(action=Action.SETTLE, api_key_id=uuid4())
         _all_accepted(await self._decide([move], step.at))
 
     async def _refuse(self, step: Refused) -> None:
@@ -253,8 +251,7 @@ class Teller:
 
 def _held(move: Move) -> Move:
     """The hold for a request: a quarter more than it will cost, a third of it for the input."""
-    return replace(
-        move,
+    return move._replace(
         action=Action.AUTHORIZE,
         amount_micros=Micros(divide_up(5 * move.amount_micros, 4)),
         tokens=divide_up(5 * move.tokens, 4),
