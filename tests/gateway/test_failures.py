@@ -464,8 +464,10 @@ async def test_a_settle_is_booked_when_the_database_is_back_although_its_caller_
     client: Payer, scene: Scene, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     monkeypatch.setattr("bursar.credits.batcher.GIVE_UP_SECONDS", 0.3)
-    calling = asyncio.create_task(client.post({**CALL, "stream": stream}, bursar_demo="delay_ms=400"))
-    await asyncio.sleep(0.2)
+    calls = scene.provider.calls
+    calling = asyncio.create_task(client.post({**CALL, "stream": stream}, bursar_demo="delay_ms=1000"))
+    while scene.provider.calls == calls:  # the hold is placed, and the provider at work
+        await asyncio.sleep(0.01)
     scene.cable.cut()
     try:
         answer = await calling
