@@ -861,7 +861,7 @@ class Organization:
                 continue
             elder = elders.setdefault(key, n)
             stored = self.stored.get(key)
-            if stored is not None and stored.kept_until > now:
+            if stored is not None and stored.kept_until > now and not self._came_to_nothing(stored):
                 same = stored.body == move.body
                 answer.outcome = (
                     KEY_REUSED if not same else KNOWN_REFUSED if stored.outcome in (REFUSED, NOT_ALLOWED) else KNOWN
@@ -872,6 +872,11 @@ class Organization:
                 if moves[elder].body == move.body:
                     answer.elder = elder
                 answer.outcome = KEY_REUSED
+
+    def _came_to_nothing(self, stored: Stored) -> bool:
+        """Its request was released, or its lease ended before it was sent: the key is free again."""
+        is_open = stored.outcome == ACCEPTED and stored.request is not None
+        return is_open and stored.request not in self.holds and stored.request not in self.charged
 
     def _repeated(self, moves: list[Move], answers: list[Answer]) -> None:
         """A hold or deduction asked again after an unknown answer may have been booked the first time."""

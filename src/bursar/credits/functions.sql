@@ -1451,6 +1451,16 @@ begin
 end $$;
 comment on function credits.decide_tight is 'Decides one by one, in arrival order, the requests of a batch that touch a balance without room for all of them';
 
+-- came_to_nothing: the request of an accepted command is neither held nor charged: it was released, or its lease ended before it was sent.
+create or replace function credits.came_to_nothing(p_command credits.commands) returns boolean
+language sql stable set search_path = credits, pg_temp as $$
+    select p_command.request_id is not null and p_command.outcome ->> 'outcome' = '0'
+        and not exists (select from holds h where h.organization_id = p_command.organization_id and h.request_id = p_command.request_id)
+        and not exists (select from ledger.attribution a
+                        where a.organization_id = p_command.organization_id and a.request_id = p_command.request_id);
+$$;
+comment on function credits.came_to_nothing is 'Whether the request of a stored command left nothing behind, so that its key is free again';
+
 -- post_batch: write what move_batch decided: holds, attribution, requests that cost nothing, stored results; one insert each.
 create or replace function credits.post_batch(
     p_organization_ids uuid[], p_actions smallint[], p_request_ids uuid[], p_amounts bigint[], p_tokens bigint[], p_costs bigint[],
@@ -1614,10 +1624,11 @@ begin
     end if;
 
     if array_remove(p_keys, null) <> '{}' then
-        -- A released request had no outcome: its key may be used again.
+        -- A released or expired request had no outcome: its key may be used again.
         delete from credits.commands k using unnest(p_organization_ids, p_keys, p_actions, p_request_ids, p_outcomes) w(org, key, action, request_id, outcome)
         where k.organization_id = w.org and k.idempotency_key = w.key
-          and (k.kept_until <= p_now or (w.action = 4 and w.outcome in (-1, 9) and k.request_id = w.request_id));
+          and (k.kept_until <= p_now or (w.action = 4 and w.outcome in (-1, 9) and k.request_id = w.request_id)
+               or (k.request_id <> w.request_id and credits.came_to_nothing(k)));
         insert into credits.commands (organization_id, idempotency_key, body_hash, request_id, outcome, answered_at, kept_until)
         select w.org, w.key, w.body_hash, w.request_id,
             jsonb_build_object('outcome', greatest(w.outcome, 0), 'request_id', w.request_id, 'detail', w.detail, 'binding_id', w.binding_id,
@@ -1849,6 +1860,7 @@ begin
                        first_value(w.place) over twins as elder, first_value(w.body_hash) over twins = w.body_hash as same_as_elder
                 from unnest(p_organization_ids, p_keys, p_body_hashes, p_actions) with ordinality w(org, key, body_hash, action, place)
                 left join commands k on k.organization_id = w.org and k.idempotency_key = w.key and k.kept_until > v_now
+                    and not credits.came_to_nothing(k)
                 where w.key is not null and w.action <> 4 and v_details[w.place] is distinct from 'request_invalid'
                 window twins as (partition by w.org, w.key order by w.place)
                 order by w.place
