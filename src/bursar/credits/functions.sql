@@ -1624,11 +1624,12 @@ begin
     end if;
 
     if array_remove(p_keys, null) <> '{}' then
-        -- A released or expired request had no outcome: its key may be used again.
-        delete from credits.commands k using unnest(p_organization_ids, p_keys, p_actions, p_request_ids, p_outcomes) w(org, key, action, request_id, outcome)
+        -- A released or expired request had no outcome: its key may be used again. Whatever lies under a key that was found free goes.
+        delete from credits.commands k
+        using unnest(p_organization_ids, p_keys, p_actions, p_request_ids, p_outcomes, p_details) w(org, key, action, request_id, outcome, detail)
         where k.organization_id = w.org and k.idempotency_key = w.key
-          and (k.kept_until <= p_now or (w.action = 4 and w.outcome in (-1, 9) and k.request_id = w.request_id)
-               or (k.request_id <> w.request_id and credits.came_to_nothing(k)));
+          and (k.kept_until <= p_now or case when w.action = 4 then w.outcome in (-1, 9) and k.request_id = w.request_id
+                                             else w.outcome in (-1, 1, 9) or (w.outcome = 6 and w.detail <> 'request_invalid') end);
         insert into credits.commands (organization_id, idempotency_key, body_hash, request_id, outcome, answered_at, kept_until)
         select w.org, w.key, w.body_hash, w.request_id,
             jsonb_build_object('outcome', greatest(w.outcome, 0), 'request_id', w.request_id, 'detail', w.detail, 'binding_id', w.binding_id,
