@@ -31,6 +31,14 @@ async def scratch_database(admin_dsn: str, settings: Settings, purpose: str) -> 
         conn.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
 
 
+@pytest.fixture(scope="session", autouse=True)
+async def the_books_agree_in_the_end(database: db.Database) -> AsyncIterator[None]:
+    """Every invariant is put to everything that all tests wrote."""
+    yield
+    async with database.platform() as conn:
+        assert await verify(conn) == []
+
+
 @pytest.fixture(scope="session")
 async def books(database: db.Database, admin_dsn: str, settings: Settings) -> AsyncIterator[db.Database]:
     """A database of this worker's own, whose books agree in the end. After `database`, which made the roles."""

@@ -541,15 +541,27 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     (
         "post_batch",
-        "and w.outcome in (-1, 9) and k.request_id",
-        "and k.request_id",
+        "then w.outcome in (-1, 9) and k.request_id",
+        "then k.request_id",
         rules.test_a_release_frees_its_key_but_only_when_something_was_released,
     ),
     (
         "post_batch",
-        "w.outcome in (-1, 1, 9) or (w.outcome = 6",
-        "w.outcome in (-1, 9) or (w.outcome = 6",
+        "and (w.outcome in (-1, 1, 9) or (w.outcome = 6",
+        "and (w.outcome in (-1, 9) or (w.outcome = 6",
         rules.test_what_was_refused_under_a_key_stays_refused,
+    ),
+    (
+        "post_batch",
+        "(w.outcome = 6 and w.detail <> 'request_invalid')",
+        "w.outcome = 6",
+        rules.test_a_request_without_sense_leaves_its_key_as_it_was,
+    ),
+    (
+        "move_batch",
+        "and not credits.came_to_nothing(k)",
+        "",
+        rules.test_a_key_whose_call_came_to_nothing_is_free_again,
     ),
     # batches
     (

@@ -904,6 +904,37 @@ def test_a_release_frees_its_key_but_only_when_something_was_released(scene: Sce
     assert scene.authorize(10, user, idempotency_key="b", body_hash=b"").outcome is KNOWN
 
 
+def test_a_key_whose_call_came_to_nothing_is_free_again(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    scene.grant(pool, 100)
+    request = scene.hold(10, user, idempotency_key="k", body_hash=b"", lease_seconds=60)
+    scene.later(seconds=60)
+    scene.expire()
+    again = scene.authorize(10, user, request, idempotency_key="k", body_hash=b"")  # by the same request
+    assert again.outcome is ACCEPTED
+    scene.release(request)
+    other = scene.hold(10, user, idempotency_key="k", body_hash=b"")  # and by another
+    assert scene.authorize(10, user, idempotency_key="k", body_hash=b"").request_id == other
+    # The very batch that charges the first call after all finds the key free.
+    scene.release(other)
+    verdicts = scene.move(
+        scene.asked(Action.SETTLE, other, 10, user_id=user),
+        scene.asked(Action.AUTHORIZE, None, 10, user_id=user, idempotency_key="k", body_hash=b""),
+    )
+    assert outcomes(verdicts) == [ACCEPTED, ACCEPTED]
+    assert scene.used(pool) == (10, 10)
+
+
+def test_a_request_without_sense_leaves_its_key_as_it_was(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    scene.grant(pool, 100)
+    first = scene.deduct(10, user, idempotency_key="k", body_hash=b"")
+    assert scene.deduct(-1, user, idempotency_key="k", body_hash=b"").detail == "request_invalid"
+    again = scene.deduct(10, user, idempotency_key="k", body_hash=b"")
+    assert (again.outcome, again.request_id) == (KNOWN, first.request_id)
+    assert scene.used(pool) == (10, 0)
+
+
 def test_a_deduction_asked_again_after_an_unknown_answer_is_not_booked_again(scene: Scene) -> None:
     pool, user = scene.pool(), scene.user()
     scene.grant(pool, 100)
