@@ -12,6 +12,8 @@ from typing import Any
 from bursar.errors import BursarError
 
 SHORTEST_MASTER_KEY = 32
+LOWEST = {"port": 0, "workers": 1, "pool_size": 1, "lease_seconds": 2}
+"""The least value of each setting that is a number."""
 
 
 class SettingError(BursarError):
@@ -60,6 +62,13 @@ class Settings:
     workers: int = field(default=1, metadata=_setting("BURSAR_WORKERS", "Number of server processes"))
     pool_size: int = field(
         default=10, metadata=_setting("BURSAR_POOL_SIZE", "Most database connections of one process as bursar_app")
+    )
+    lease_seconds: int = field(
+        default=30,
+        metadata=_setting(
+            "BURSAR_LEASE_SECONDS",
+            "How long a hold outlives the last sign of life of the process that placed it; from 2",
+        ),
     )
     log_format: str = field(default="console", metadata=_setting("BURSAR_LOG_FORMAT", "console or json"))
     log_level: str = field(default="info", metadata=_setting("BURSAR_LOG_LEVEL", "debug, info, warning or error"))
@@ -119,8 +128,8 @@ def make_data_dir(path: Path) -> None:
 def _parse(name: str, variable: str, text: str) -> Any:
     if name in ("data_dir", "pg_bin"):
         return Path(text).expanduser().absolute()
-    if name in ("port", "workers", "pool_size"):
-        lowest = 0 if name == "port" else 1
+    if name in LOWEST:
+        lowest = LOWEST[name]
         if not text.isascii() or not text.isdigit() or not lowest <= int(text) <= 65535:
             raise SettingError(f"{variable} is {text!r}", why=f"It must be a whole number from {lowest} to 65535")
         return int(text)

@@ -29,8 +29,10 @@ from bursar.problems import Problem
 PRIOR_OUTPUT_TOKENS: Final = 1_000
 """What a call that names no limit is held for, until its own history says better; streams extend their hold."""
 
-LEASE_SECONDS: Final = 30
 PROGRESS_SECONDS: Final = 2.0
+PROGRESS_A_LEASE: Final = 4
+"""A lease is renewed at least so often before it ends."""
+
 EXTEND_AT_PERCENT: Final = 80
 TWIN_SECONDS: Final = 10.0
 DRAIN_SECONDS: Final = 10.0
@@ -138,6 +140,7 @@ class Till:
     def __init__(self, database: db.Database, batcher: Batcher) -> None:
         self._database = database
         self._batcher = batcher
+        self._lease_seconds = database.settings.lease_seconds
         self._running: dict[UUID, Call] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -160,7 +163,7 @@ class Till:
             tokens=usage.total_tokens,
             cost_nano_usd=estimate.provider_cost_nano_usd,
             mark_micros=call.charge(call.price(call.request.estimate, Rounding.UP)),
-            lease_seconds=LEASE_SECONDS,
+            lease_seconds=self._lease_seconds,
             flags=call.flags | Flag.MAY_WAIT,
             idempotency_key=call.idempotency_key,
             body_hash=call.body_hash if call.idempotency_key else None,
@@ -181,7 +184,9 @@ class Till:
     def sent(self, call: Call) -> None:
         """The provider call goes out: from here an expired hold is charged. Not waited for; it is in the next batch."""
         self._soon(
-            self._batcher.move(call.move(Action.EXTEND, flags=call.flags | Flag.SENT, lease_seconds=LEASE_SECONDS))
+            self._batcher.move(
+                call.move(Action.EXTEND, flags=call.flags | Flag.SENT, lease_seconds=self._lease_seconds)
+            )
         )
 
     async def settle(self, call: Call, usage: Usage, *, estimated: bool) -> Verdict:
@@ -222,9 +227,11 @@ class Till:
         return call.request_id in self._running
 
     async def run(self) -> None:
-        """Every 2 s: renew the leases of what runs, mark progress, and hold more where a stream outgrows its hold."""
+        """Every 2 s, or more often where leases are short: renew the leases of what runs, mark progress, and hold more
+        where a stream outgrows its hold.
+        """
         while True:
-            await asyncio.sleep(PROGRESS_SECONDS)
+            await asyncio.sleep(min(PROGRESS_SECONDS, self._lease_seconds / PROGRESS_A_LEASE))
             await asyncio.gather(*(self._progress(call) for call in list(self._running.values())))
 
     async def drain(self) -> None:
@@ -257,7 +264,7 @@ class Till:
             amount_micros=more,
             cost_nano_usd=NanoUsd(so_far.provider_cost_nano_usd * more // mark) if mark else NanoUsd(0),
             mark_micros=mark,
-            lease_seconds=LEASE_SECONDS,
+            lease_seconds=self._lease_seconds,
             flags=call.flags | Flag.SENT,
         )
         verdict = await self._batcher.move(move)
