@@ -18,7 +18,7 @@ from bursar.money import Micros, NanoUsd
 
 AMOUNT: Final = Micros(1_234)
 COST: Final = NanoUsd(12_340)
-USAGE: Final = (120, 0, 0, 0, 80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1)
+USAGE: Final = (120, 0, 0, 0, 80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0)
 PROVIDER: Final = "openai"
 MODEL: Final = "gpt-4o-mini"
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]

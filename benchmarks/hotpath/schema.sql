@@ -67,16 +67,17 @@ begin
     insert into ledger.attribution (organization_id, request_id, booked_at, used_at, kind, user_id, api_key_id, provider, model, chain_id,
         pool_id, position_micros, charged_micros, hold_micros, provider_cost_nano_usd, customer_cost_nano_usd, flags, input_tokens,
         cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens, output_tokens, reasoning_tokens, audio_input_tokens,
-        audio_output_tokens, image_input_tokens, image_output_tokens, images, web_searches, audio_milliseconds, characters, requests)
+        audio_output_tokens, image_input_tokens, image_output_tokens, images, web_searches, audio_milliseconds, characters, requests,
+        file_searches, code_sessions)
     select w.org, w.request_id, v_now, v_now, 0, w.user_id, w.api_key_id, w.provider, w.model, w.chain_id, w.pool_id, w.position, w.amount, 0,
         w.cost, 0, 0, p_usages[w.at + 1], p_usages[w.at + 2], p_usages[w.at + 3], p_usages[w.at + 4], p_usages[w.at + 5], p_usages[w.at + 6],
         p_usages[w.at + 7], p_usages[w.at + 8], p_usages[w.at + 9], p_usages[w.at + 10], p_usages[w.at + 11], p_usages[w.at + 12],
-        p_usages[w.at + 13], p_usages[w.at + 14], p_usages[w.at + 15]
+        p_usages[w.at + 13], p_usages[w.at + 14], p_usages[w.at + 15], p_usages[w.at + 16], p_usages[w.at + 17]
     from (
         select unnest(p_organization_ids) as org, unnest(p_request_ids) as request_id, unnest(p_user_ids) as user_id,
             unnest(p_api_key_ids) as api_key_id, unnest(p_chain_ids) as chain_id, unnest(p_pool_ids) as pool_id, unnest(p_positions) as position,
             unnest(p_amounts) as amount, unnest(p_costs) as cost, unnest(p_providers) as provider, unnest(p_models) as model,
-            generate_series(0, 15 * cardinality(p_amounts) - 15, 15) as at
+            generate_series(0, 17 * (cardinality(p_amounts) - 1), 17) as at
     ) w;
     return cardinality(p_request_ids);
 end $$;

@@ -209,7 +209,7 @@ async def test_one_move_that_the_database_refuses_does_not_take_the_others_with_
     await fund(org, 100)
     async with Batcher(org.database.dsn("bursar_lane"), lanes=1) as batcher:
         # One count is missing: the arrays do not fit.
-        bad = move(org, Action.DEDUCT, 5)._replace(usage=(2**31 - 1,) * 14)
+        bad = move(org, Action.DEDUCT, 5)._replace(usage=(2**31 - 1,) * 16)
         answers = await asyncio.gather(
             batcher.move(move(org, Action.DEDUCT, 5)),
             batcher.move(bad),

@@ -566,7 +566,7 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     # batches
     (
         "move_batch",
-        "or cardinality(p_usages) % 15 <> 0 or array_position(p_usages, null) is not null or 0 > any (p_usages)",
+        "or cardinality(p_usages) % v_width <> 0 or array_position(p_usages, null) is not null or 0 > any (p_usages)",
         "",
         rules.test_arrays_that_do_not_match_are_refused_as_a_whole,
     ),
@@ -659,8 +659,8 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     (
         "expire_holds",
-        "case when i % 15 = 0 then 1 else 0 end",
-        "0",
+        "unnest(credits.no_usage())",
+        "unnest(array_fill(0, array[credits.usage_width()]))",
         rules.test_an_expired_hold_that_was_sent_is_charged_by_estimate_and_corrected_once,
     ),
 ]

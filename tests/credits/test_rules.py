@@ -1019,7 +1019,7 @@ def test_arrays_that_do_not_match_are_refused_as_a_whole(scene: Scene) -> None:
         "select count(*) from credits.move_batch(%s, %s, '{5}', %s, %s, '{null}', '{1}', '{0}', '{0}', <usage>, '{0}', "
         "'{0}', '{0}', '{null}', <models>, '{null}', '{null}', <conversations>, '{null}', '{null}', '{null}')"
     )
-    good = {"usage": "'{0,0,0,0,0,0,0,0,0,0,0,0,0,0,1}'", "models": "'{m}'", "conversations": "'{null}'"}
+    good = {"usage": "'{0,0,0,0,0,0,0,0,0,0,0,0,0,0,1,0,0}'", "models": "'{m}'", "conversations": "'{null}'"}
 
     def count(**other: str) -> int:
         sql = call
@@ -1028,9 +1028,9 @@ def test_arrays_that_do_not_match_are_refused_as_a_whole(scene: Scene) -> None:
         return int(scene.call(sql, scene.organization, [scene.organization], [uuid7()], [user]))
 
     for wrong in (
-        {"usage": "'{0,0,0,0,0,0,0,0,0,0,0,0,0,1}'"},
-        {"usage": "'{0,0,0,0,0,0,0,0,0,0,0,0,0,0,null}'"},
-        {"usage": "'{0,0,0,0,0,0,0,0,0,0,0,0,0,0,-1}'"},
+        {"usage": "'{0,0,0,0,0,0,0,0,0,0,0,0,0,0,1,0}'"},
+        {"usage": "'{0,0,0,0,0,0,0,0,0,0,0,0,0,0,1,0,null}'"},
+        {"usage": "'{0,0,0,0,0,0,0,0,0,0,0,0,0,0,1,0,-1}'"},
         {"usage": "null"},
         {"conversations": "'{}'"},
         {"conversations": "'{null,null}'"},
@@ -1102,8 +1102,8 @@ def test_only_the_simulator_dates_money(scene: Scene) -> None:
     with scene.refusal("BR403"), scene.acting_as("bursar_lane"):
         scene.conn.execute(
             "select * from credits.move_batch(%(o)s, %(os)s, '{5}', %(rs)s, '{null}', '{null}', '{1}', '{0}', '{0}', "
-            "'{0,0,0,0,0,0,0,0,0,0,0,0,0,0,1}', '{0}', '{0}', '{0}', '{null}', '{m}', '{null}', '{null}', '{null}', "
-            "'{null}', '{null}', '{null}', now())",
+            "'{0,0,0,0,0,0,0,0,0,0,0,0,0,0,1,0,0}', '{0}', '{0}', '{0}', '{null}', '{m}', '{null}', '{null}', "
+            "'{null}', '{null}', '{null}', '{null}', now())",
             {"o": scene.organization, "os": [scene.organization], "rs": [uuid7()]},
         )
 

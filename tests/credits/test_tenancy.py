@@ -129,7 +129,7 @@ def _argument(name: str, kind: str, victim: Victim, organization: UUID) -> Any:
         "p_action": 5 if kind == "smallint" else "stops",
         "p_when_empty": "stops",
         "p_expires_at": None,
-        "p_usage": [0] * 14 + [1],
+        "p_usage": [0] * 14 + [1, 0, 0],
         "p_at": None,
         "p_idempotency_key": uuid7().hex,
         "p_key": None,

@@ -66,6 +66,8 @@ class Attribution:
     audio_milliseconds: int
     characters: int
     requests: int
+    file_searches: int
+    code_sessions: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,6 +91,12 @@ create or replace function credits.most_micros() returns bigint
 language sql immutable set search_path = pg_catalog, pg_temp as $$ select 1000000000000000 $$;
 comment on function credits.most_micros is 'Largest amount that one request or command may name: a billion credits';
 
+-- usage_width: how many counts of usage a request has, one for each row of pricing.kinds, in the order of the attribution's columns. It has
+-- no search_path of its own, so that it is a constant wherever it stands.
+create or replace function credits.usage_width() returns integer
+language sql immutable parallel safe as $$ select 17 $$;
+comment on function credits.usage_width is 'Counts of usage that a request has: the kinds of pricing.kinds';
+
 -- require_amount: commands take whole amounts from p_least to the largest one.
 create or replace function credits.require_amount(p_amount bigint, p_least bigint) returns void
 language plpgsql immutable set search_path = credits, pg_temp as $$
@@ -1047,6 +1053,7 @@ begin
     v_row.audio_input_tokens := p_usage[7]; v_row.audio_output_tokens := p_usage[8]; v_row.image_input_tokens := p_usage[9];
     v_row.image_output_tokens := p_usage[10]; v_row.images := p_usage[11]; v_row.web_searches := p_usage[12];
     v_row.audio_milliseconds := p_usage[13]; v_row.characters := p_usage[14]; v_row.requests := p_usage[15];
+    v_row.file_searches := p_usage[16]; v_row.code_sessions := p_usage[17];
     return v_row;
 end $$;
 comment on function credits.attribution_of is 'Builds the caller''s half of an attribution row from the arrays of a batch';
@@ -1473,6 +1480,7 @@ create or replace function credits.post_batch(
 language plpgsql volatile as $$
 declare
     v_zero constant uuid := '00000000-0000-0000-0000-000000000000';
+    v_width constant integer := credits.usage_width();
     v_take_places integer[];
     v_take_pools uuid[];
     v_take_positions bigint[];
@@ -1572,13 +1580,13 @@ begin
             team_id, department_id, department_name, conversation_id, chain_id, price_version_id, pool_id, position_micros, charged_micros, hold_micros,
             provider_cost_nano_usd, customer_cost_nano_usd, flags, input_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens,
             output_tokens, reasoning_tokens, audio_input_tokens, audio_output_tokens, image_input_tokens, image_output_tokens, images, web_searches,
-            audio_milliseconds, characters, requests)
+            audio_milliseconds, characters, requests, file_searches, code_sessions)
         select w.org, w.request_id, p_now, coalesce(w.used_at, p_now), 0, nullif(w.user_id, v_zero), nullif(w.api_key_id, v_zero), w.provider_key_id,
             w.provider, w.model, w.team_id, w.department_id, w.department_name, w.conversation_id, w.chain_id, w.price_version_id, w.pool_id, w.position,
             w.charged, w.held, case when w.flags & 2 = 2 then 0 else w.cost end, case when w.flags & 2 = 2 then w.cost else 0 end, w.flags & ~49,
             p_usages[w.at + 1], p_usages[w.at + 2], p_usages[w.at + 3], p_usages[w.at + 4], p_usages[w.at + 5], p_usages[w.at + 6], p_usages[w.at + 7],
             p_usages[w.at + 8], p_usages[w.at + 9], p_usages[w.at + 10], p_usages[w.at + 11], p_usages[w.at + 12], p_usages[w.at + 13],
-            p_usages[w.at + 14], p_usages[w.at + 15]
+            p_usages[w.at + 14], p_usages[w.at + 15], p_usages[w.at + 16], p_usages[w.at + 17]
         from (
             select unnest(p_organization_ids) as org, unnest(p_actions) as action, unnest(p_request_ids) as request_id, unnest(p_user_ids) as user_id,
                 unnest(p_api_key_ids) as api_key_id, unnest(p_costs) as cost, unnest(p_flags) as flags, unnest(p_providers) as provider,
@@ -1586,7 +1594,7 @@ begin
                 unnest(p_conversation_ids) as conversation_id, unnest(p_used_at) as used_at, unnest(p_chains) as chain_id,
                 unnest(p_outcomes) as outcome, unnest(p_held) as held, unnest(p_charged) as charged, unnest(p_teams) as team_id,
                 unnest(p_departments) as department_id, unnest(p_department_names) as department_name, unnest(p_pools) as pool_id,
-                unnest(p_positions) as position, generate_series(0, 15 * cardinality(p_actions) - 15, 15) as at
+                unnest(p_positions) as position, generate_series(0, v_width * (cardinality(p_actions) - 1), v_width) as at
         ) w
         where w.action in (3, 5) and w.outcome = -1;
 
@@ -1652,7 +1660,7 @@ comment on function credits.post_batch is 'Writes what a batch decided: holds, a
 --   p_amounts        micros: to hold, to hold in addition, charged, -, charged
 --   p_tokens         the same in tokens, for limits that count them
 --   p_costs          provider cost in nano-dollars that the amount stands for
---   p_usages         15 integers a place in the order of the attribution's columns, for settle and deduct
+--   p_usages         usage_width() integers a place in the order of the attribution's columns, for settle and deduct
 --   p_marks          micros: authorize: cost of the input alone; extend: cost so far
 --   p_leases         seconds until an authorized or extended hold ends by itself
 --   p_flags          bits: 1 sent, 2 customer's own key, 4 estimated, 8 streamed, 16 may wait, 32 repeated after an unknown answer,
@@ -1675,6 +1683,7 @@ as $$
 declare
     v_zero constant uuid := '00000000-0000-0000-0000-000000000000';
     v_n constant integer := coalesce(cardinality(p_request_ids), 0);
+    v_width constant integer := credits.usage_width();
     v_most constant bigint := credits.most_micros();
     v_now timestamptz;
     v_due uuid[];
@@ -1712,12 +1721,12 @@ declare
     v_booked record;
 begin
     if array[cardinality(p_organization_ids), cardinality(p_actions), cardinality(p_user_ids), cardinality(p_api_key_ids), cardinality(p_amounts),
-             cardinality(p_tokens), cardinality(p_costs), cardinality(p_usages) / 15, cardinality(p_marks), cardinality(p_leases),
+             cardinality(p_tokens), cardinality(p_costs), cardinality(p_usages) / v_width, cardinality(p_marks), cardinality(p_leases),
              cardinality(p_flags), cardinality(p_providers), cardinality(p_models), coalesce(cardinality(p_price_version_ids), v_n),
              coalesce(cardinality(p_provider_key_ids), v_n), coalesce(cardinality(p_conversation_ids), v_n), coalesce(cardinality(p_used_at), v_n),
              coalesce(cardinality(p_keys), v_n), coalesce(cardinality(p_body_hashes), v_n)] <> array_fill(v_n, array[19])
-       or cardinality(p_usages) % 15 <> 0 or array_position(p_usages, null) is not null or 0 > any (p_usages) then
-        raise exception 'the arrays of a batch need one place a request, and 15 counts of usage' using errcode = 'BR400';
+       or cardinality(p_usages) % v_width <> 0 or array_position(p_usages, null) is not null or 0 > any (p_usages) then
+        raise exception 'the arrays of a batch need one place a request, and % counts of usage', v_width using errcode = 'BR400';
     end if;
     if v_n = 0 then
         return;
@@ -1766,7 +1775,7 @@ begin
                 from credits.move_batch(p_route, p_organization_ids[v_row.place:v_row.place], p_actions[v_row.place:v_row.place],
                     p_request_ids[v_row.place:v_row.place], p_user_ids[v_row.place:v_row.place], p_api_key_ids[v_row.place:v_row.place],
                     p_amounts[v_row.place:v_row.place], p_tokens[v_row.place:v_row.place], p_costs[v_row.place:v_row.place],
-                    p_usages[v_row.place * 15 - 14:v_row.place * 15], p_marks[v_row.place:v_row.place], p_leases[v_row.place:v_row.place],
+                    p_usages[(v_row.place - 1) * v_width + 1:v_row.place * v_width], p_marks[v_row.place:v_row.place], p_leases[v_row.place:v_row.place],
                     array[p_flags[v_row.place] | 32], p_providers[v_row.place:v_row.place], p_models[v_row.place:v_row.place],
                     p_price_version_ids[v_row.place:v_row.place], p_provider_key_ids[v_row.place:v_row.place],
                     p_conversation_ids[v_row.place:v_row.place], p_used_at[v_row.place:v_row.place], p_keys[v_row.place:v_row.place],
@@ -1905,7 +1914,7 @@ begin
                         p_organization_ids[v_row.place], p_request_ids[v_row.place], p_actions[v_row.place] = 4,
                         coalesce(p_user_ids[v_row.place], v_zero), coalesce(p_api_key_ids[v_row.place], v_zero), p_amounts[v_row.place],
                         p_tokens[v_row.place], p_flags[v_row.place],
-                        credits.attribution_of(p_usages[(v_row.place - 1) * 15 + 1 : v_row.place * 15], p_costs[v_row.place], p_flags[v_row.place],
+                        credits.attribution_of(p_usages[(v_row.place - 1) * v_width + 1:v_row.place * v_width], p_costs[v_row.place], p_flags[v_row.place],
                             p_providers[v_row.place], p_models[v_row.place], p_price_version_ids[v_row.place], p_provider_key_ids[v_row.place],
                             p_conversation_ids[v_row.place], p_used_at[v_row.place]),
                         v_now);
@@ -2064,7 +2073,7 @@ begin
         having count(*) > 0
     ) b
     cross join lateral credits.move_batch(b.orgs[1], b.orgs, b.actions, b.requests, b.users, b.keys, b.amounts, b.tokens, b.costs,
-        array(select case when i % 15 = 0 then 1 else 0 end from generate_series(1, b.n * 15) i order by i),  -- one provider call each
+        array(select u.count from generate_series(1, b.n) i, unnest(credits.no_usage()) with ordinality u(count, place) order by i, u.place),
         array_fill(0::bigint, array[b.n]), array_fill(0, array[b.n]), b.flags, b.providers, b.models, b.prices,
         b.provider_keys, b.conversations, array_fill(null::timestamptz, array[b.n]), array_fill(null::text, array[b.n]),
         array_fill(null::bytea, array[b.n]), p_at) v;
@@ -2092,7 +2101,7 @@ end $$;
 comment on function credits.move_one is 'A batch of one for the organization that is set';
 
 create or replace function credits.no_usage() returns integer[]
-language sql immutable set search_path = pg_catalog, pg_temp as $$ select array[0,0,0,0,0,0,0,0,0,0,0,0,0,0,1] $$;
+language sql immutable set search_path = pg_catalog, pg_temp as $$ select array[0,0,0,0,0,0,0,0,0,0,0,0,0,0,1,0,0] $$;
 comment on function credits.no_usage is 'Usage of a request of which only the amount is known';
 
 -- authorize, extend, settle, release: by name, for SQL callers; the gateway batches.

@@ -91,7 +91,7 @@ select request_id, booked_at, used_at, kind, user_id, api_key_id, provider_key_i
     conversation_id, chain_id, price_version_id, pool_id, position_micros, charged_micros, hold_micros, provider_cost_nano_usd,
     customer_cost_nano_usd, flags, input_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens, output_tokens,
     reasoning_tokens, audio_input_tokens, audio_output_tokens, image_input_tokens, image_output_tokens, images, web_searches,
-    audio_milliseconds, characters, requests
+    audio_milliseconds, characters, requests, file_searches, code_sessions
 from ledger.attribution where organization_id = %(organization_id)s and request_id = %(request_id)s
 order by booked_at, kind
 

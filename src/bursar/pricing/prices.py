@@ -46,6 +46,8 @@ PER: Final[Mapping[str, int]] = {
     "audio_milliseconds": 3_600_000,
     "characters": _MILLION,
     "requests": 1,
+    "file_searches": 1000,
+    "code_sessions": 1,
 }
 """For how many of a kind its unit price is. The table pricing.kinds holds the same."""
 
@@ -56,6 +58,8 @@ UNITS: Final[Mapping[str, str]] = {
     "audio_milliseconds": "hour",
     "characters": "1M characters",
     "requests": "request",
+    "file_searches": "1K searches",
+    "code_sessions": "session",
 }
 """The same in words, as price files name it."""
 

@@ -29,6 +29,8 @@ USAGE_KINDS: Final = (
     "audio_milliseconds",
     "characters",
     "requests",
+    "file_searches",
+    "code_sessions",
 )
 (
     INPUT_TOKENS,
@@ -46,10 +48,12 @@ USAGE_KINDS: Final = (
     AUDIO_MILLISECONDS,
     CHARACTERS,
     REQUESTS,
+    FILE_SEARCHES,
+    CODE_SESSIONS,
 ) = range(len(USAGE_KINDS))
 """Positions in `as_array()`; the first, INPUT_TOKENS, is 0 (PostgreSQL's arrays begin at 1)."""
 
-UsageArray = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int, int, int]
+UsageArray = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int, int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,8 @@ class Usage:
     audio_milliseconds     sound heard (transcription) or made (speech) where billed by time
     characters             text spoken, where billed by characters
     requests               calls of the provider; 1 for one request
+    file_searches          searches of the provider's own stores of files
+    code_sessions          containers in which the provider ran code
     """
 
     input_tokens: int = 0
@@ -85,6 +91,8 @@ class Usage:
     audio_milliseconds: int = 0
     characters: int = 0
     requests: int = 1
+    file_searches: int = 0
+    code_sessions: int = 0
 
     def __post_init__(self) -> None:
         """Counts are never negative, and what was thought is part of what was put out."""
@@ -111,6 +119,8 @@ class Usage:
             self.audio_milliseconds,
             self.characters,
             self.requests,
+            self.file_searches,
+            self.code_sessions,
         )
 
     @property
