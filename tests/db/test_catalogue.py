@@ -12,6 +12,7 @@ from bursar import db
 GLOBAL_TABLES = {
     "gateway.providers": "who sells models is the same for all",
     "gateway.model_routes": "which provider serves a model is the platform's decision",
+    "gateway.route_fallbacks": "as the routes",
     "pricing.book": "the state of the one price book",
     "pricing.imports": "where the price book came from",
     "pricing.kinds": "the kinds of usage there are",

@@ -150,7 +150,7 @@ async def served(
             patch.setattr("bursar.gateway.opening.Batcher", lambda _: Batcher(dsn))
             patch.setattr("bursar.gateway.opening.demo_provider", SimpleNamespace(running=provider.running))
             patch.setattr("bursar.gateway.opening.Upstream", lambda: Upstream(HURRIED))
-            patch.setattr("bursar.gateway.front.MOST_SEND_SECONDS", send_seconds)
+            patch.setattr("bursar.gateway.exchange.MOST_SEND_SECONDS", send_seconds)
             app = create_app(database, settings)
             config = uvicorn.Config(app, port=0, log_config=None, access_log=False, http=Protocol, ws="none")
             server = uvicorn.Server(config)

@@ -35,7 +35,7 @@ def messages(*contents: Any) -> list[dict[str, Any]]:
 def test_a_request_is_read_as_far_as_metering_needs() -> None:
     request = request_of(stream=True, max_tokens=100, n=3, service_tier="priority")
     assert (request.model, request.stream, request.max_output_tokens, request.choices) == ("gpt-4o", True, 100, 3)
-    assert (request.wants_usage, request.audio_output, request.service_tier) == (False, False, "priority")
+    assert (request.wants_usage, request.output_kind, request.service_tier) == (False, "output_tokens", "priority")
     assert request.hold_for(100) == Usage(input_tokens=request.input_tokens, output_tokens=300)
 
 

@@ -21,7 +21,7 @@ from bursar.gateway.provider_keys import (
     revoke_provider_key,
 )
 from bursar.gateway.providers import Provider, list_providers, put_provider
-from bursar.gateway.routes import ModelRoute, list_model_routes, put_model_route
+from bursar.gateway.routes import MOST_RETRIES, ModelRoute, list_model_routes, put_model_route
 from bursar.gateway.sealing import Keyring
 from bursar.identity.organizations import PLATFORM_ORGANIZATION_ID, ensure_platform
 
@@ -54,6 +54,8 @@ ROUTE_COLUMNS = [
     Column("provider", "Provider"),
     Column("upstream_model", "Stands for"),
     Column("enabled", "On", show=lambda enabled: "yes" if enabled else "no"),
+    Column("retries", "Retries", right=True),
+    Column("fallbacks", "Then", show=", ".join),
 ]
 
 
@@ -185,18 +187,30 @@ def route(
     provider: ProviderArgument,
     upstream_model: Annotated[str, typer.Argument(help="The provider's model that it stands for.")],
     on: Annotated[bool, typer.Option("--on/--off", help="Off refuses the name.")] = True,
+    retries: Annotated[int, typer.Option(min=0, max=MOST_RETRIES, help="Ask again so often when it fails.")] = 0,
+    fallback: Annotated[
+        list[str] | None, typer.Option(help="provider/model to ask when it still fails; may be given again, in order.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let a model name stand for a provider's model, or change what it stands for.
+    """Let a model name stand for a provider's model, or change what it stands for; states the whole route.
 
-    Examples: `bursar providers route fast openai gpt-4o-mini`, `bursar providers route gpt-3 openai gpt-3 --off`
+    Examples: `bursar providers route fast openai gpt-4o-mini --retries 1 --fallback azure/gpt-4o-mini`,
+    `bursar providers route gpt-3 openai gpt-3 --off`
     """
 
     async def run(database: db.Database) -> ModelRoute:
         await _make_platform(database)
         async with database.platform() as conn:
             return await put_model_route(
-                conn, model=model, provider=provider, upstream_model=upstream_model, enabled=on, by=OPERATOR
+                conn,
+                model=model,
+                provider=provider,
+                upstream_model=upstream_model,
+                enabled=on,
+                retries=retries,
+                fallbacks=fallback or (),
+                by=OPERATOR,
             )
 
     print_fields(with_database(run), as_json=as_json)

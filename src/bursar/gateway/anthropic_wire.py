@@ -30,7 +30,7 @@ _METERED: Final = frozenset(
 )
 
 
-def read_request(body: bytes) -> WireRequest:
+def read_request(body: bytes, content_type: str = wire.JSON) -> WireRequest:
     """Read what metering needs of a message request.
 
     Raises:
@@ -49,7 +49,6 @@ def read_request(body: bytes) -> WireRequest:
         choices=1,
         estimate=_estimate(fields),
         wants_usage=True,
-        audio_output=False,
         service_tier=wire.read_optional_text(fields, "service_tier"),
         fields=fields,
     )

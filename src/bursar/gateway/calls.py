@@ -53,17 +53,28 @@ class TwinInFlight(Problem):
     status, code, title = 503, "twin_in_flight", "The same request is still running"
 
 
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A provider that may answer a call: whom to ask, by which name of the model, with whose key, at which price."""
+
+    target: Target
+    model: str
+    quote: Quote
+    provider_key_id: UUID | None = None
+
+
 @dataclass(slots=True, eq=False)
 class Call:
-    """A metered call: who pays, by which price, and how far it is."""
+    """A metered call: who pays, by which price, and how far it is.
+
+    attempts: who is asked, in turn, until one answers; one that is to be asked again is there twice.
+    """
 
     principal: Principal
     request: WireRequest
-    quote: Quote
+    attempts: tuple[Attempt, ...]
     body_hash: bytes
-    upstream_model: str
-    target: Target
-    provider_key_id: UUID | None = None
+    tried: int = 0
     context: Context = field(default_factory=dict)
     opened_at: datetime = field(default_factory=now)
     conversation_id: UUID | None = None
@@ -73,6 +84,26 @@ class Call:
     available_micros: Micros | None = None
     meter: UsageMeter | None = None
     stopped_by: Verdict | None = None
+
+    @property
+    def attempt(self) -> Attempt:
+        """Who is asked at the moment."""
+        return self.attempts[self.tried]
+
+    def skip_same(self) -> None:
+        """Ask who is asked now no more: it wants to be left alone for longer than anybody waits here."""
+        while self.tried + 1 < len(self.attempts) and self.attempts[self.tried + 1] is self.attempt:
+            self.tried += 1
+
+    @property
+    def quote(self) -> Quote:
+        """The price of who is asked."""
+        return self.attempt.quote
+
+    @property
+    def target(self) -> Target:
+        """Who is asked."""
+        return self.attempt.target
 
     @property
     def own_key(self) -> bool:
@@ -112,7 +143,7 @@ class Call:
             provider=self.quote.provider,
             model=self.quote.model,
             price_version_id=self.quote.price_version_id,
-            provider_key_id=self.provider_key_id,
+            provider_key_id=self.attempt.provider_key_id,
             conversation_id=self.conversation_id,
             **{"flags": self.flags, **fields},
         )
@@ -188,6 +219,33 @@ class Till:
                 call.move(Action.EXTEND, flags=call.flags | Flag.SENT, lease_seconds=self._lease_seconds)
             )
         )
+
+    async def turn_to_next(self, call: Call) -> bool:
+        """Hold for the next attempt in place of the last one, which failed and costs nothing.
+
+        Another provider's model has another price and passes other limits, so it has a hold of its own. One that the
+        books refuse is passed over. False: there is none that may be asked, and nothing is held any more.
+
+        Raises:
+            Unavailable: the books cannot be reached; nothing is held.
+        """
+        while call.tried + 1 < len(call.attempts):
+            failed = call.attempt
+            call.tried += 1
+            if call.attempt is failed and self.is_running(call):
+                return True
+            if self.is_running(call):
+                await self.release(call)
+            try:
+                await self.hold(call)
+            except Unavailable:
+                raise
+            except Problem as refusal:
+                log.warning("a fallback was refused", request_id=str(call.request_id), code=refusal.code)
+            else:
+                self.sent(call)
+                return True
+        return False
 
     async def settle(self, call: Call, usage: Usage, *, estimated: bool) -> Verdict:
         """Charge what was used; committed when it returns, and done even when the caller is cancelled meanwhile."""

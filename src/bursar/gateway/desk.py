@@ -10,7 +10,7 @@ import structlog
 
 from bursar import db
 from bursar.clock import now
-from bursar.gateway.calls import Call
+from bursar.gateway.calls import Attempt, Call
 from bursar.gateway.provider_keys import KeyFinder, UsableKey
 from bursar.gateway.routes import Format, ModelNotFound, Route, RouteTable, load_routes, not_found
 from bursar.gateway.sealing import SealBroken
@@ -19,6 +19,7 @@ from bursar.gateway.wire import WireRequest
 from bursar.identity.principals import Principal
 from bursar.pricing.book import LONGEST_NAME, ModelNotPriced, PriceBook
 from bursar.pricing.versions import prices_in_force
+from bursar.problems import Problem
 
 log = structlog.get_logger(__name__)
 REFRESH_SECONDS: Final = 5.0
@@ -50,27 +51,46 @@ class Desk:
         self._loading = asyncio.Lock()
 
     async def open(self, principal: Principal, request: WireRequest, format: Format, body_hash: bytes) -> Call:
-        """A call with its provider, key and price; nothing is held yet.
+        """A call with who may answer it, by which keys and prices; nothing is held yet.
 
         Raises:
-            ModelNotFound, ModelNotPriced, NoProviderKey
+            ModelNotFound, ModelNotPriced, NoProviderKey: of who is asked first.
         """
         route = await self._route(request.model, format)
-        organization_id = principal.organization_id
-        quote = await self._book.quote(organization_id=organization_id, provider=route.provider.name, model=route.model)
-        context = {"service_tier": request.service_tier} if request.service_tier else {}
-        quote.require_priced(request.hold_for(1), context=context)
-        key = await self._key(organization_id, route)
+        first = await self._attempt(principal.organization_id, request, route)
+        attempts: tuple[Attempt, ...] = (first,)
+        if route.retries or route.fallbacks:
+            attempts = (first,) * (1 + route.retries) + await self._fallbacks(principal, request, route, first)
         return Call(
             principal=principal,
             request=request,
-            quote=quote,
+            attempts=attempts,
             body_hash=body_hash,
-            upstream_model=route.model,
-            target=Target(route.provider, key.secret if key else None, key.is_own if key else False),
-            provider_key_id=key.provider_key_id if key else None,
-            context=context,
+            context=request.price_context,
         )
+
+    async def _attempt(self, organization_id: UUID, request: WireRequest, route: Route) -> Attempt:
+        quote = await self._book.quote(organization_id=organization_id, provider=route.provider.name, model=route.model)
+        quote.require_priced(request.hold_for(1), context=request.price_context)
+        key = await self._key(organization_id, route)
+        if key is None:
+            return Attempt(Target(route.provider), route.model, quote)
+        return Attempt(Target(route.provider, key.secret, key.is_own), route.model, quote, key.provider_key_id)
+
+    async def _fallbacks(
+        self, principal: Principal, request: WireRequest, route: Route, first: Attempt
+    ) -> tuple[Attempt, ...]:
+        """Who is asked after the first has failed. What the customer's own key pays never becomes a charge."""
+        attempts = []
+        for fallback in route.fallbacks:
+            try:
+                attempt = await self._attempt(principal.organization_id, request, fallback)
+            except Problem as refusal:
+                log.info("fallback left out", provider=fallback.provider.name, code=refusal.code)
+                continue
+            if attempt.target.is_own_key or not first.target.is_own_key:
+                attempts.append(attempt)
+        return tuple(attempts)
 
     async def models(self, principal: Principal) -> list[dict[str, Any]]:
         """Models that this organization can call by name, in OpenAI's list form, by name."""

@@ -47,7 +47,7 @@ _REASONING_DELTAS: Final = ("reasoning_content", "reasoning")  # DeepSeek, vLLM;
 _SEARCH_MODELS: Final = ("-search-preview", "-search-api")
 
 
-def read_request(body: bytes) -> WireRequest:
+def read_request(body: bytes, content_type: str = wire.JSON) -> WireRequest:
     """Read what metering needs of a chat completion request.
 
     Raises:
@@ -63,9 +63,9 @@ def read_request(body: bytes) -> WireRequest:
         choices=wire.read_count(fields, "n", least=1, most=wire.MAX_CHOICES) or 1,
         estimate=_estimate(fields, model),
         wants_usage=not stream or _wants_usage(fields),
-        audio_output=b'"audio"' in bytes(fields.get("modalities", b"")),
         service_tier=wire.read_optional_text(fields, "service_tier"),
         fields=fields,
+        output_kind="audio_output_tokens" if b'"audio"' in bytes(fields.get("modalities", b"")) else "output_tokens",
     )
 
 

@@ -12,6 +12,7 @@ from bursar.gateway.calls import Till
 from bursar.gateway.desk import Desk
 from bursar.gateway.front import Front
 from bursar.gateway.provider_keys import KeyFinder
+from bursar.gateway.relay import Relay
 from bursar.gateway.sealing import Keyring
 from bursar.gateway.upstream import Upstream
 from bursar.identity.principals import KeyCache
@@ -34,7 +35,8 @@ async def opened(database: db.Database) -> AsyncIterator[Front]:
         stack.push_async_callback(_stop, asyncio.create_task(till.run(), name="progress of running calls"))
         stack.push_async_callback(_stop, asyncio.create_task(_note_last_use(database, keys), name="last use of keys"))
         finder = KeyFinder(database, Keyring(database.settings.master_key))
-        yield Front(keys, Desk(database, PriceBook(database), finder, demo_base_url=demo_base_url), till, upstream)
+        desk = Desk(database, PriceBook(database), finder, demo_base_url=demo_base_url)
+        yield Front(keys, desk, till, Relay(till, upstream))
 
 
 async def _note_last_use(database: db.Database, keys: KeyCache) -> None:

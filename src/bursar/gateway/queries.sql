@@ -21,16 +21,32 @@ set kind = excluded.kind,
 returning provider as name, provider_id, kind, base_url, auth, asks_for_usage, position, enabled;
 
 -- name: model_routes
-select model, route_id, provider, upstream_model, enabled
-from gateway.model_routes
+select model, route_id, provider, upstream_model, enabled, retries,
+    array(
+        select f.provider || '/' || f.upstream_model
+        from gateway.route_fallbacks f
+        where f.model = r.model
+        order by f.position
+    ) as fallbacks
+from gateway.model_routes r
 order by model;
 
 -- name: put_model_route
-insert into gateway.model_routes (model, route_id, provider, upstream_model, enabled)
-values (%(model)s, %(route_id)s, %(provider)s, %(upstream_model)s, %(enabled)s)
+insert into gateway.model_routes (model, route_id, provider, upstream_model, enabled, retries)
+values (%(model)s, %(route_id)s, %(provider)s, %(upstream_model)s, %(enabled)s, %(retries)s)
 on conflict (model) do update
-set provider = excluded.provider, upstream_model = excluded.upstream_model, enabled = excluded.enabled
-returning model, route_id, provider, upstream_model, enabled;
+set provider = excluded.provider,
+    upstream_model = excluded.upstream_model,
+    enabled = excluded.enabled,
+    retries = excluded.retries;
+
+-- name: remove_route_fallbacks
+delete from gateway.route_fallbacks
+where model = %(model)s;
+
+-- name: add_route_fallback
+insert into gateway.route_fallbacks (model, position, provider, upstream_model)
+values (%(model)s, %(position)s, %(provider)s, %(upstream_model)s);
 
 -- name: add_provider_key
 insert into gateway.provider_keys (

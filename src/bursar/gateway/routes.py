@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Final, Literal
 from uuid import UUID
 
 from bursar import db
@@ -15,6 +15,8 @@ from bursar.identity.organizations import PLATFORM_ORGANIZATION_ID
 from bursar.problems import Problem
 
 Format = Literal["openai", "anthropic"]
+MOST_RETRIES: Final = 3
+MOST_FALLBACKS: Final = 5
 Knows = Callable[[str, str], bool]
 """(provider, model) -> whether the price book has this model at this provider."""
 
@@ -26,28 +28,40 @@ class ModelNotFound(Problem):
 
 
 class InvalidModelRoute(Problem):
-    """A route needs a name and a provider's model, each of 1 to 200 characters."""
+    """A route needs a name and a provider's model, each of 1 to 200 characters, and few retries and fallbacks."""
 
     status, code, title = 422, "invalid_model_route", "This route cannot be added"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRoute:
-    """A public model name and what it stands for. enabled: false refuses the name."""
+    """A public model name and what it stands for.
+
+    enabled: false refuses the name. retries: how often the provider is asked again when it fails. fallbacks: who is
+    asked then, in turn, each as 'provider/model'.
+    """
 
     model: str
     route_id: UUID
     provider: str
     upstream_model: str
     enabled: bool = True
+    retries: int = 0
+    fallbacks: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a call goes. model: the provider's name of the model, by which it is priced."""
+    """Where a call goes.
+
+    model: the provider's name of the model, by which it is priced. retries: how often it is asked again when it fails
+    before an answer began. fallbacks: who is asked after that, in turn.
+    """
 
     provider: Provider
     model: str
+    retries: int = 0
+    fallbacks: tuple[Route, ...] = ()
 
 
 class RouteTable:
@@ -65,15 +79,14 @@ class RouteTable:
         1. a route of exactly this name; 2. 'provider/model', where a provider of that name is enabled; 3. the first
         provider, by position, that has the name in the price book.
 
+        Of a route, a provider that is off or does not speak the format is passed over for the next fallback.
+
         Raises:
-            ModelNotFound: none applies, the route is off, or its provider is off or does not speak the format.
+            ModelNotFound: none applies, the route is off, or its providers are off or do not speak the format.
         """
         route = self.routes.get(model)
         if route is not None:
-            provider = self.providers.get(route.provider)
-            if not route.enabled or provider is None or not provider.speaks(format):
-                raise not_found(model, format)
-            return Route(provider, route.upstream_model)
+            return self._by_route(route, format)
         prefix, _, rest = model.partition("/")
         provider = self.providers.get(prefix)
         if provider is not None and rest and provider.speaks(format):
@@ -82,6 +95,29 @@ class RouteTable:
             if provider.speaks(format) and knows(provider.name, model):
                 return Route(provider, model)
         raise not_found(model, format)
+
+    def _by_route(self, route: ModelRoute, format: Format) -> Route:
+        named = [(route.provider, route.upstream_model), *map(split_fallback, route.fallbacks)]
+        usable = [
+            Route(provider, model)
+            for name, model in named
+            if (provider := self.providers.get(name)) is not None and provider.speaks(format)
+        ]
+        if not route.enabled or not usable:
+            raise not_found(route.model, format)
+        return replace(usable[0], retries=route.retries, fallbacks=tuple(usable[1:]))
+
+
+def split_fallback(text: str) -> tuple[str, str]:
+    """'provider/model' in its two parts; names of providers have no slash.
+
+    Raises:
+        InvalidModelRoute
+    """
+    provider, slash, model = text.partition("/")
+    if not slash or not provider or not 1 <= len(model) <= 200 or not model.isprintable():
+        raise InvalidModelRoute(f"A fallback is written provider/model, as in azure/gpt-4o; {text[:200]!r} is not.")
+    return provider, model
 
 
 def not_found(model: str, format: Format) -> ModelNotFound:
@@ -112,9 +148,19 @@ async def list_model_routes(conn: db.Connection) -> list[ModelRoute]:
 
 
 async def put_model_route(
-    conn: db.Connection, *, model: str, provider: str, upstream_model: str, by: Actor, enabled: bool = True
+    conn: db.Connection,
+    *,
+    model: str,
+    provider: str,
+    upstream_model: str,
+    by: Actor,
+    enabled: bool = True,
+    retries: int = 0,
+    fallbacks: Sequence[str] = (),
 ) -> ModelRoute:
     """Let a public name stand for a provider's model, from now on. conn: as bursar_platform.
+
+    fallbacks: in the place of those that it has, each as 'provider/model'.
 
     Raises:
         ProviderNotFound, InvalidModelRoute
@@ -122,18 +168,29 @@ async def put_model_route(
     for name in (model, upstream_model):
         if not 1 <= len(name) <= 200 or not name.isprintable():
             raise InvalidModelRoute("A model's name has 1 to 200 printable characters.")
-    await get_provider(conn, name=provider)
-    old = {route.model: route for route in await list_model_routes(conn)}.get(model)
-    new = await db.fetch_one(
+    if not 0 <= retries <= MOST_RETRIES or len(fallbacks) > MOST_FALLBACKS:
+        raise InvalidModelRoute(f"A route has at most {MOST_RETRIES} retries and {MOST_FALLBACKS} fallbacks.")
+    targets = [split_fallback(each) for each in fallbacks]
+    for name in (provider, *(name for name, _ in targets)):
+        await get_provider(conn, name=name)
+    old = await _model_route(conn, model)
+    await db.execute(
         conn,
-        ModelRoute,
         QUERIES.put_model_route,
         model=model,
         route_id=uuid7() if old is None else old.route_id,
         provider=provider,
         upstream_model=upstream_model,
         enabled=enabled,
+        retries=retries,
     )
+    await db.execute(conn, QUERIES.remove_route_fallbacks, model=model)
+    for position, (name, target) in enumerate(targets, 1):
+        await db.execute(
+            conn, QUERIES.add_route_fallback, model=model, position=position, provider=name, upstream_model=target
+        )
+    new = await _model_route(conn, model)
+    assert new is not None
     if new != old:
         await record(
             conn,
@@ -147,10 +204,16 @@ async def put_model_route(
     return new
 
 
-def _audited(route: ModelRoute) -> dict[str, str | bool]:
+async def _model_route(conn: db.Connection, model: str) -> ModelRoute | None:
+    return {route.model: route for route in await list_model_routes(conn)}.get(model)
+
+
+def _audited(route: ModelRoute) -> dict[str, str | bool | int | list[str]]:
     return {
         "model": route.model,
         "provider": route.provider,
         "upstream_model": route.upstream_model,
         "enabled": route.enabled,
+        "retries": route.retries,
+        "fallbacks": list(route.fallbacks),
     }

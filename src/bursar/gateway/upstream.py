@@ -8,7 +8,8 @@ To the client come: status, body, and of the provider's headers only those of RE
 `openai-organization` do not: they tell of the account at the provider. The provider's own request id comes back as
 `bursar-provider-request-id`, since `x-request-id` is ours. Compression is undone here.
 
-Redirects are never followed, no proxy or cookie is taken from the environment, and no call is repeated.
+Redirects are never followed, no proxy or cookie is taken from the environment, and no call is repeated here (`relay`
+asks again, where a route says so).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from yarl import URL
 
 from bursar.gateway.demo_answers import DIRECTIONS_HEADER
 from bursar.gateway.providers import DEMO, Provider
+from bursar.gateway.wire import JSON
 from bursar.problems import Problem
 
 FORWARDED: Final = (b"anthropic-version", b"anthropic-beta", b"openai-beta")
@@ -182,8 +184,16 @@ class Upstream:
         self._limits = limits or Limits()
         self._session: aiohttp.ClientSession | None = None
 
-    async def call(self, target: Target, path: str, body: bytes, client_headers: Mapping[bytes, str]) -> Answer:
-        """POST a JSON body; returns when status and headers have come.
+    async def call(
+        self,
+        target: Target,
+        path: str,
+        body: bytes,
+        client_headers: Mapping[bytes, str],
+        *,
+        content_type: str = JSON,
+    ) -> Answer:
+        """POST a body; returns when status and headers have come.
 
         path: as `wire.PATH`. client_headers: names in lower case.
 
@@ -192,7 +202,7 @@ class Upstream:
                 have worked all the same.
         """
         headers = _forwarded(target, path, client_headers)
-        headers["Content-Type"] = "application/json"
+        headers["Content-Type"] = content_type
         return await self._request("POST", target, path, headers, body)
 
     async def get(self, target: Target, path: str) -> Answer:

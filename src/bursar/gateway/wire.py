@@ -1,8 +1,8 @@
-"""What both wire formats share: the request as metering sees it, the splice of its body, and the meter of an answer.
+"""What all wire formats share: the request as metering sees it, the splice of its body, and the meter of an answer.
 
-`openai_wire` and `anthropic_wire` have the same functions (`Wire`), so that the caller picks one by path:
+Every `…_wire` module has the same functions (`Wire`), so that the caller picks one by path (`endpoints`):
 
-    request = wire.read_request(body)                     refuses with UnreadableRequest
+    request = wire.read_request(body, content_type)       refuses with UnreadableRequest
     sent = wire.upstream_body(request, model=…)           the body for the provider
     meter = wire.UsageMeter(request)
     piece_for_the_client = meter.feed(piece)              streams; `meter.read_body(body)` for plain answers
@@ -12,8 +12,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, Protocol
 
 import msgspec
 
@@ -22,6 +23,9 @@ from bursar.pricing.usage import Usage
 from bursar.problems import FieldError, Problem
 
 Fields = dict[str, msgspec.Raw]
+OutputKind = Literal["output_tokens", "audio_output_tokens", "image_output_tokens"]
+
+JSON: Final = "application/json"
 
 MAX_OUTPUT_TOKENS: Final = 10_000_000
 MAX_CHOICES: Final = 128
@@ -46,9 +50,13 @@ class WireRequest:
     choices            answers asked for at once (OpenAI's `n`)
     estimate           input by our own counting rule, output 0; web searches where each call is one
     wants_usage        whether the client asked for a usage chunk in its stream (always true outside of OpenAI streams)
-    audio_output       whether the output is held for as audio
     service_tier       as asked for ('priority', 'flex', …); '' where nothing was asked
-    fields             every top-level field of the body as it was written
+    fields             every top-level field of a JSON body as it was written; empty for a form
+    context            conditions of the price beside the service tier: {'size': '1024x1024', 'quality': 'hd'}
+    content_type       of the body for the provider; a form keeps its boundary
+    has_output         false: `estimate` is all that there is to hold for (embeddings, images by piece)
+    output_kind        the kind that output is held for as
+    is_events          false: a stream of this call is raw bytes, and nothing of ours can follow in it
     """
 
     model: str
@@ -57,9 +65,13 @@ class WireRequest:
     choices: int
     estimate: Usage
     wants_usage: bool
-    audio_output: bool
     service_tier: str
     fields: Fields
+    context: Mapping[str, str] = field(default_factory=dict)
+    content_type: str = JSON
+    has_output: bool = True
+    output_kind: OutputKind = "output_tokens"
+    is_events: bool = True
 
     @property
     def input_tokens(self) -> int:
@@ -68,10 +80,15 @@ class WireRequest:
 
     def hold_for(self, output_tokens: int) -> Usage:
         """The usage to hold for when each choice puts out at most `output_tokens`."""
-        total = output_tokens * self.choices
-        if self.audio_output:
-            return replace(self.estimate, audio_output_tokens=total)
-        return replace(self.estimate, output_tokens=total)
+        if not self.has_output:
+            return self.estimate
+        return replace(self.estimate, **{self.output_kind: output_tokens * self.choices})
+
+    @property
+    def price_context(self) -> dict[str, str]:
+        """What of the request its price depends on."""
+        tier = {"service_tier": self.service_tier} if self.service_tier else {}
+        return {**self.context, **tier}
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +167,7 @@ class UsageMeter(ABC):
 
 
 class Wire(Protocol):
-    """What `openai_wire` and `anthropic_wire` offer as modules."""
+    """What each `…_wire` offers as a module."""
 
     PATH: str
     """The provider's path of the call, after its base URL."""
@@ -159,8 +176,8 @@ class Wire(Protocol):
     def UsageMeter(self) -> type[UsageMeter]:  # noqa: N802
         """The meter of this format."""
 
-    def read_request(self, body: bytes) -> WireRequest:
-        """Read what metering needs; raises UnreadableRequest."""
+    def read_request(self, body: bytes, content_type: str = JSON) -> WireRequest:
+        """Read what metering needs; raises UnreadableRequest. content_type: of the client, for forms."""
 
     def upstream_body(self, request: WireRequest, *, model: str, asks_for_usage: bool = True) -> bytes:
         """The body for the provider: the client's fields as written, with the provider's model name."""

@@ -1,0 +1,139 @@
+"""One HTTP request and its answer, in the manners of the vendor whose client it is."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, Final, TypeVar
+
+from bursar.asgi import Message, Receive, Scope, Send, read_body
+from bursar.gateway.wire import JSON, Wire
+from bursar.problems import Problem
+
+Headers = list[tuple[bytes, bytes]]
+Result = TypeVar("Result")
+
+MOST_BODY_BYTES: Final = 20 * 1024 * 1024
+MOST_SEND_SECONDS: Final = 120.0
+"""A client that has not taken a piece by then has gone: its hold and the provider's connection do not wait for it."""
+
+
+class ClientGone(Exception):
+    """The client hung up."""
+
+
+class Exchange:
+    """One HTTP request and its answer, in the vendor's manners.
+
+    status: of the answer, 0 until it begins. is_events: false once an answer of raw bytes has begun, in which nothing
+    of ours can follow.
+    """
+
+    def __init__(self, scope: Scope, headers: dict[bytes, str], wire: Wire, receive: Receive, send: Send) -> None:
+        self.path: str = scope["path"]
+        self.headers = headers
+        self.wire = wire
+        self.request_id: str = scope["state"]["request_id"]
+        self.status = 0
+        self.is_events = True
+        self._scope = scope
+        self._receive = receive
+        self._send_message = send
+        self._gone: asyncio.Task[None] | None = None
+
+    @property
+    def content_type(self) -> str:
+        """Of the request's body, as the client names it."""
+        return self.headers.get(b"content-type", JSON)
+
+    async def body(self) -> bytes:
+        """The whole body.
+
+        Raises:
+            BodyTooLarge, ClientGone
+        """
+        body = await read_body(self._scope, self._receive, MOST_BODY_BYTES)
+        if body is None:
+            raise ClientGone
+        return body
+
+    async def unless_gone(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """What work gives; it is cancelled when the client hangs up first. Only after the body was read.
+
+        Raises:
+            ClientGone
+        """
+        if self._gone is None:
+            self._gone = asyncio.create_task(self._wait_until_gone())
+        task = asyncio.create_task(work)
+        try:
+            await asyncio.wait({task, self._gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+        if task.cancelled():
+            raise ClientGone
+        return task.result()
+
+    async def _wait_until_gone(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the client is known to have hung up."""
+        return self._gone is not None and self._gone.done()
+
+    def close(self) -> None:
+        """Nothing is waited for any more."""
+        if self._gone is not None:
+            self._gone.cancel()
+
+    async def start(self, status: int, headers: Headers) -> None:
+        """Status and headers of an answer."""
+        self.status = status
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def send_piece(self, piece: bytes) -> None:
+        """A piece of the body; an empty one is left out, as it would end the answer."""
+        if piece:
+            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+
+    async def end_stream(self, comment: bytes) -> None:
+        """The proper end, with a comment where one can be."""
+        await self._send({"type": "http.response.body", "body": comment if self.is_events else b"", "more_body": False})
+
+    async def break_stream(self, problem: Problem, comment: bytes = b"") -> None:
+        """The answer ends before its time: with an error event, or, where that cannot be, without a proper end.
+
+        The server closes the connection of an answer that has no end, and the client sees that it is cut.
+        """
+        if self.is_events:
+            refusal = self.wire.stream_refusal(problem, request_id=self.request_id)
+            await self._send({"type": "http.response.body", "body": refusal + comment, "more_body": False})
+
+    async def _send(self, message: Message) -> None:
+        """Hand a message to the server, which waits while the client does not read.
+
+        Raises:
+            ClientGone: it has not read for MOST_SEND_SECONDS.
+        """
+        try:
+            async with asyncio.timeout(MOST_SEND_SECONDS):
+                await self._send_message(message)
+        except TimeoutError:
+            raise ClientGone from None
+
+    async def send_whole(self, status: int, headers: Headers, body: bytes) -> None:
+        """An answer in one piece."""
+        await self.start(status, [*headers, (b"content-length", str(len(body)).encode())])
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def refuse(self, problem: Problem) -> None:
+        """Our own refusal in the vendor's error shape; after the answer has begun, as the last event of the stream."""
+        if self.status:
+            await self.break_stream(problem)
+            return
+        headers = [(b"content-type", b"application/json")]
+        named = {"x-should-retry": "false"} if problem.status in (401, 402, 403, 404, 422) else {}
+        headers += [(name.lower().encode(), value.encode()) for name, value in {**named, **problem.headers}.items()]
+        await self.send_whole(problem.status, headers, self.wire.refusal(problem, request_id=self.request_id))
