@@ -21,6 +21,7 @@ from bursar.pricing.prices import (
     exact_nano_usd,
     price,
     price_apart,
+    price_in_batch,
 )
 from bursar.pricing.usage import NO_USAGE, USAGE_KINDS, Usage
 
@@ -178,6 +179,41 @@ def test_of_the_conditions_that_hold_the_first_counts_for_each_kind() -> None:
     assert cost(service_tier="flex") == 2 + 8
     assert cost(processing="batch") == 1 + 3
     assert cost(processing="batch", service_tier="flex") == 2 + 3
+
+
+def test_in_a_batch_a_kind_costs_its_batch_price_or_else_the_named_share_but_tools_their_full_price() -> None:
+    book = version(
+        Rate("input_tokens", 4 * USD),
+        Rate("output_tokens", 10 * USD),
+        Rate("cache_read_tokens", 1 * USD),
+        Rate("web_searches", 10 * USD),
+        variants=(Variant((("processing", "batch"),), (Rate("input_tokens", 3 * USD),)),),
+    )
+    half = {"batch_ppm": 500_000}
+
+    def cost(usage: Usage, **options: object) -> int:
+        return price_in_batch(book, book, usage, **{**half, "context": {}, **options}).provider_cost_nano_usd  # type: ignore[arg-type]
+
+    assert cost(Usage(input_tokens=1_000_000)) == 3 * USD
+    assert cost(Usage(output_tokens=1_000_000)) == 5 * USD
+    assert cost(Usage(cache_read_tokens=1_000_000)) == USD // 2
+    assert cost(Usage(web_searches=1_000)) == 10 * USD
+    assert cost(Usage(output_tokens=1_000_000), batch_ppm=1_000_000) == 10 * USD
+    # A price that is borrowed from another provider says nothing of this one's batches.
+    assert cost(Usage(input_tokens=1_000_000), context=None) == 2 * USD
+    # The standard price is not touched by having been asked for a batch.
+    assert price(book, Usage(input_tokens=1_000_000)).provider_cost_nano_usd == 4 * USD
+
+
+def test_a_batch_is_rounded_once_from_the_exact_amount() -> None:
+    # Half of 5 nano-dollars are 2.5, which is 3; at a mark-up of 1.5 half of 5 are 0.375 micros, which is 0, held as 1.
+    book = version(Rate("input_tokens", 5_000_000))
+    one = Usage(input_tokens=1_000)
+    assert charged(price_in_batch(book, book, one, batch_ppm=500_000)) == (250, 2_500)
+    tiny = version(Rate("input_tokens", 5 * 1_000_000))
+    assert charged(price_in_batch(tiny, tiny, Usage(input_tokens=1), 1_500_000, batch_ppm=500_000)) == (0, 3)
+    up = price_in_batch(tiny, tiny, Usage(input_tokens=1), 1_500_000, batch_ppm=500_000, rounding=Rounding.UP)
+    assert charged(up) == (1, 3)
 
 
 def test_an_image_costs_what_its_size_and_quality_cost() -> None:

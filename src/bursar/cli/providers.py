@@ -71,6 +71,10 @@ def add(
     stream_usage: Annotated[
         bool | None, typer.Option("--stream-usage/--no-stream-usage", help="Whether it takes stream_options.")
     ] = None,
+    batch_price: Annotated[
+        float | None,
+        typer.Option(help="Price inside a batch where the price list has none, as a part of the usual one: 0.5"),
+    ] = None,
     on: Annotated[bool, typer.Option("--on/--off", help="Whether it is called.")] = True,
     as_json: JsonOption = False,
 ) -> None:
@@ -91,6 +95,7 @@ def add(
                 auth=auth,
                 position=position,
                 asks_for_usage=stream_usage,
+                batch_price_ppm=None if batch_price is None else round(batch_price * 1_000_000),
                 enabled=on,
                 by=OPERATOR,
             )

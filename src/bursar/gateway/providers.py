@@ -23,6 +23,8 @@ Auth = Literal["vendor", "bearer", "api-key", "none"]
 
 DEMO: Final = "demo"
 FIRST_POSITION: Final = 100
+USUAL_BATCH_PRICE_PPM: Final = 500_000
+"""Half. Source: OpenAI, "Batch API"; Anthropic, "Batch processing"."""
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 
 
@@ -53,6 +55,7 @@ class Provider:
     auth            how it takes its key; 'vendor' is a bearer token for OpenAI's format and x-api-key for Anthropic's
     asks_for_usage  whether it takes stream_options.include_usage
     position        of two that serve a model, the lower is called
+    batch_price_ppm what a kind without a batch price costs inside a batch, in millionths of its usual price
     """
 
     name: str
@@ -62,6 +65,7 @@ class Provider:
     auth: Auth = "vendor"
     asks_for_usage: bool = True
     position: int = FIRST_POSITION
+    batch_price_ppm: int = USUAL_BATCH_PRICE_PPM
     enabled: bool = True
 
     def speaks(self, format: Literal["openai", "anthropic"]) -> bool:
@@ -121,6 +125,7 @@ async def put_provider(
     auth: str | None = None,
     asks_for_usage: bool | None = None,
     position: int | None = None,
+    batch_price_ppm: int | None = None,
     enabled: bool = True,
 ) -> Provider:
     """Add a provider, or change it where it is there already. conn: as bursar_platform.
@@ -133,7 +138,14 @@ async def put_provider(
     if not _NAME.fullmatch(name):
         raise InvalidProvider(f"{name[:100]!r}: a name has lower-case letters, digits, '.', '_' and '-'.")
     old = await db.fetch_optional(conn, Provider, QUERIES.provider, name=name)
-    given = {"kind": kind, "base_url": base_url, "auth": auth, "asks_for_usage": asks_for_usage, "position": position}
+    given = {
+        "kind": kind,
+        "base_url": base_url,
+        "auth": auth,
+        "asks_for_usage": asks_for_usage,
+        "position": position,
+        "batch_price_ppm": batch_price_ppm,
+    }
     values = {**_defaults(name, old), **{key: value for key, value in given.items() if value is not None}}
     if name == DEMO and values["base_url"] is not None:
         raise InvalidProvider("The provider demo is built in; its address is not set.")
@@ -158,13 +170,21 @@ async def put_provider(
 def _defaults(name: str, old: Provider | None) -> dict[str, Any]:
     source: Provider | Known | None = old or KNOWN.get(name)
     if source is None:
-        return {"kind": None, "base_url": None, "auth": "vendor", "asks_for_usage": True, "position": FIRST_POSITION}
+        return {
+            "kind": None,
+            "base_url": None,
+            "auth": "vendor",
+            "asks_for_usage": True,
+            "position": FIRST_POSITION,
+            "batch_price_ppm": USUAL_BATCH_PRICE_PPM,
+        }
     return {
         "kind": source.kind,
         "base_url": source.base_url,
         "auth": source.auth,
         "asks_for_usage": source.asks_for_usage,
         "position": FIRST_POSITION if old is None else old.position,
+        "batch_price_ppm": USUAL_BATCH_PRICE_PPM if old is None else old.batch_price_ppm,
     }
 
 
@@ -173,12 +193,14 @@ def _check(name: str, values: Mapping[str, Any]) -> None:
         raise InvalidProvider(f"{name}: the kind is openai, anthropic or both, not {values['kind']!r}.")
     if values["auth"] not in ("vendor", "bearer", "api-key", "none"):
         raise InvalidProvider(f"{name}: auth is vendor, bearer, api-key or none, not {values['auth']!r}.")
+    if not 1 <= values["batch_price_ppm"] <= 1_000_000:
+        raise InvalidProvider(f"{name}: a batch costs more than nothing and at most the usual price.")
     if name != DEMO:
         check_base_url(values["base_url"] or "")
 
 
 def _audited(provider: Provider) -> dict[str, Any]:
-    names = ("kind", "base_url", "auth", "asks_for_usage", "position", "enabled")
+    names = ("kind", "base_url", "auth", "asks_for_usage", "position", "batch_price_ppm", "enabled")
     return {"provider": provider.name, **{name: getattr(provider, name) for name in names}}
 
 

@@ -1,24 +1,25 @@
 -- name: providers
-select provider as name, provider_id, kind, base_url, auth, asks_for_usage, position, enabled
+select provider as name, provider_id, kind, base_url, auth, asks_for_usage, position, batch_price_ppm, enabled
 from gateway.providers
 order by position, provider;
 
 -- name: provider
-select provider as name, provider_id, kind, base_url, auth, asks_for_usage, position, enabled
+select provider as name, provider_id, kind, base_url, auth, asks_for_usage, position, batch_price_ppm, enabled
 from gateway.providers
 where provider = %(name)s;
 
 -- name: put_provider
-insert into gateway.providers (provider, provider_id, kind, base_url, auth, asks_for_usage, position, enabled)
-values (%(name)s, %(provider_id)s, %(kind)s, %(base_url)s, %(auth)s, %(asks_for_usage)s, %(position)s, %(enabled)s)
+insert into gateway.providers (provider, provider_id, kind, base_url, auth, asks_for_usage, position, batch_price_ppm, enabled)
+values (%(name)s, %(provider_id)s, %(kind)s, %(base_url)s, %(auth)s, %(asks_for_usage)s, %(position)s, %(batch_price_ppm)s, %(enabled)s)
 on conflict (provider) do update
 set kind = excluded.kind,
     base_url = excluded.base_url,
     auth = excluded.auth,
     asks_for_usage = excluded.asks_for_usage,
     position = excluded.position,
+    batch_price_ppm = excluded.batch_price_ppm,
     enabled = excluded.enabled
-returning provider as name, provider_id, kind, base_url, auth, asks_for_usage, position, enabled;
+returning provider as name, provider_id, kind, base_url, auth, asks_for_usage, position, batch_price_ppm, enabled;
 
 -- name: model_routes
 select model, route_id, provider, upstream_model, enabled, retries,

@@ -19,7 +19,7 @@ from uuid import UUID
 from bursar import clock, db
 from bursar.money import Micros, NanoUsd
 from bursar.pricing.models import Candidate, ModelName, NameIndex, ProviderName
-from bursar.pricing.prices import PAR_PPM, Context, Priced, PriceVersion, Rounding, price_apart
+from bursar.pricing.prices import PAR_PPM, Context, Priced, PriceVersion, Rounding, price_apart, price_in_batch
 from bursar.pricing.terms import Terms, UnknownModelPolicy, load_terms
 from bursar.pricing.usage import REASONING_TOKENS, REQUESTS, USAGE_KINDS, Usage
 from bursar.pricing.versions import QUERIES, VersionRow
@@ -94,6 +94,32 @@ class Quote:
             self.markup_ppm,
             context=context if self.has_context else None,
             at=at or clock.now(),
+            rounding=rounding,
+        )
+
+    def price_in_batch(
+        self,
+        usage: Usage,
+        *,
+        batch_ppm: int,
+        at: datetime,
+        context: Context | None = None,
+        rounding: Rounding = Rounding.HALF_UP,
+    ) -> Priced:
+        """What a request inside a batch comes to. batch_ppm: for kinds that have no batch price: see `price_in_batch`.
+
+        at: when the batch was made.
+        """
+        if self.charge is None or self.cost is None:
+            return Priced(Micros(0), NanoUsd(0), _used_kinds(usage))
+        return price_in_batch(
+            self.cost,
+            self.charge,
+            usage,
+            self.markup_ppm,
+            batch_ppm=batch_ppm,
+            context=(context or {}) if self.has_context else None,
+            at=at,
             rounding=rounding,
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, time
 from enum import Enum
 from fractions import Fraction
@@ -66,6 +66,12 @@ UNITS: Final[Mapping[str, str]] = {
 SCALE: Final = lcm(*PER.values())
 PAR_PPM: Final = 1_000_000
 """Mark-up 1.0, in parts per million."""
+
+BATCH: Final[Mapping[str, str]] = {"processing": "batch", "service_tier": "batch"}
+"""Context of a request inside a batch, in the words of every price list."""
+
+_CALLS: Final = frozenset(("requests", "web_searches", "file_searches", "code_sessions"))
+"""What costs inside a batch what it costs anywhere. Source: Anthropic, "Web search tool", on batches."""
 
 UTC_TIME: Final = "utc_time"
 """The one condition that the clock decides, not the request: '00:30-16:30', UTC, the end excluded."""
@@ -149,6 +155,11 @@ class Variant:
         if not self.when:
             raise ValueError("a variant without conditions is the standard price")
 
+    @property
+    def is_for_batches(self) -> bool:
+        """Whether these are prices of batches."""
+        return any(condition in BATCH.items() for condition in self.when)
+
     def holds(self, context: Context, at: datetime | None) -> bool:
         return all(_in_window(value, at) if key == UTC_TIME else context.get(key) == value for key, value in self.when)
 
@@ -184,6 +195,22 @@ class PriceVersion:
         table = self._compiled.get(active)
         if table is None:
             table = self._compiled[active] = _compile(self.rates, [self.variants[place].rates for place in active])
+        return table
+
+    def _batch_table(self, batch_ppm: int, context: Context | None, at: datetime | None) -> _Table:
+        """As `_table`, of a request inside a batch: its weights are x PAR_PPM.
+
+        A kind that has a batch price costs that; any other kind of token, sound or image costs batch_ppm of its price.
+        """
+        active = self._active({**(context or {}), **BATCH}, at) if context is not None else ()
+        place = (-batch_ppm, *active)
+        table = self._compiled.get(place)
+        if table is None:
+            overrides = [self.variants[each] for each in active]
+            table = self._compiled[place] = _compile(
+                _scaled(self.rates, batch_ppm),
+                [_scaled(each.rates, PAR_PPM if each.is_for_batches else batch_ppm) for each in overrides],
+            )
         return table
 
     def _active(self, context: Context, at: datetime | None) -> tuple[int, ...]:
@@ -244,6 +271,34 @@ def price_apart(
     )
 
 
+def price_in_batch(
+    cost: PriceVersion,
+    charge: PriceVersion,
+    usage: Usage,
+    markup_ppm: int = PAR_PPM,
+    *,
+    batch_ppm: int,
+    context: Context | None = None,
+    at: datetime | None = None,
+    rounding: Rounding = Rounding.HALF_UP,
+) -> Priced:
+    """As `price_apart`, of a request inside a batch.
+
+    batch_ppm: what a kind without a batch price costs there, in millionths of its usual price; from 1 to PAR_PPM.
+    context: None where the price is not the provider's own, so that its conditions say nothing.
+    """
+    assert 0 < batch_ppm <= PAR_PPM
+    counts = usage.as_array()
+    charge_table = charge._batch_table(batch_ppm, context, at)
+    charged = charge_table.amount(counts, usage.total_input_tokens)
+    spent = cost._batch_table(batch_ppm, context, at).amount(counts, usage.total_input_tokens)
+    return Priced(
+        charged_micros=Micros(rounding.divide(charged * markup_ppm, SCALE * NANO_USD_PER_MICRO * PAR_PPM * PAR_PPM)),
+        provider_cost_nano_usd=NanoUsd(rounding.divide(spent, SCALE * PAR_PPM)),
+        unpriced_kinds=tuple(charge_table.unpriced(counts)),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Table:
     """Rates made ready: one row of weights (nano-dollars x SCALE per unit) for each tier, in the order of USAGE_KINDS.
@@ -271,6 +326,13 @@ class _Table:
 
     def unpriced(self, counts: UsageArray) -> list[str]:
         return [USAGE_KINDS[place] for place in self.without_price if counts[place]]
+
+
+def _scaled(rates: Iterable[Rate], ppm: int) -> tuple[Rate, ...]:
+    """Rates x PAR_PPM of a batch that costs so many millionths; tools and calls cost what they cost anywhere."""
+    return tuple(
+        replace(rate, price_nano_usd=rate.price_nano_usd * (PAR_PPM if rate.kind in _CALLS else ppm)) for rate in rates
+    )
 
 
 def _compile(standard: Iterable[Rate], overrides: Iterable[Iterable[Rate]]) -> _Table:
