@@ -2,10 +2,11 @@
 #   make demo          a running Bursar with sample companies     make demo ARGS="--port 9000 --reset"
 #   make serve         the server                                 make serve ARGS="--workers 2"
 #   make test          the tests                                  make test ARGS="tests/db -k embedded"
+#   make promises      the tests of tests/promises in their full form, for hours
 #   make check         ruff, mypy, import-linter and the tests
 #   make reference     the pages in docs/reference, from the program itself
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint check reference clean
+.PHONY: help demo serve test promises lint check reference clean
 
 RUN := .venv/installed-run
 DEV := .venv/installed-dev
@@ -28,6 +29,9 @@ serve: $(RUN)
 
 test: $(DEV)
 	@.venv/bin/pytest -q -n 2 $(ARGS)
+
+promises: $(DEV)
+	@BURSAR_TEST_FULL=1 .venv/bin/pytest -rP -n 2 tests/promises $(ARGS)
 
 lint: $(DEV)
 	@.venv/bin/ruff check

@@ -43,7 +43,7 @@ MASTER_KEY = "a master key that only the tests of Bursar use"
 FOLDER_PREFIX = "bursar-tests-"
 # Crash tests use servers of their own, with everything durable.
 FAST_BUT_NOT_DURABLE = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
-SERVER_OPTIONS = {**FAST_BUT_NOT_DURABLE, "max_connections": "400", "shared_buffers": "256MB"}
+SERVER_OPTIONS = {**FAST_BUT_NOT_DURABLE, "max_connections": "600", "shared_buffers": "256MB"}
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,11 @@ from typing import Any
 import psycopg
 import pytest
 from tests.credits import test_hopeless as hopeless
-from tests.credits import test_races as races
 from tests.credits import test_rules as rules
 from tests.credits import test_tenancy as tenancy
 from tests.credits.conftest import scratch_database
 from tests.credits.scenes import Scene
+from tests.promises import test_races as races
 
 from bursar import clock, db
 from bursar.clock import uuid7
@@ -698,7 +698,7 @@ def test_without_its_guard_a_rule_does_not_hold(
 # ---------------------------------------------------------------------------------------------- locks
 
 LOCKS: list[tuple[str, Callable[[db.Database, Scene], None]]] = [
-    ("move_batch", races.test_of_500_deductions_from_100_connections_exactly_the_100_that_fit_are_accepted),
+    ("move_batch", races.test_of_many_deductions_at_once_exactly_the_100_that_fit_are_accepted),
     ("lock_gate", races.test_of_parallel_reservations_that_do_not_fit_together_one_is_made),
 ]
 

@@ -106,7 +106,7 @@ async def payer(org: Org, base_url: str) -> Payer:
 @pytest.fixture(scope="module")
 def two_servers(priced: db.Database, admin_dsn: str, run_dir: Path) -> Iterator[list[str]]:
     """Base URLs of two server processes on the run's database."""
-    ports = [_free_port(), _free_port()]
+    ports = [free_port(), free_port()]
     environment = {
         **os.environ,
         "DATABASE_URL": admin_dsn,
@@ -121,7 +121,7 @@ def two_servers(priced: db.Database, admin_dsn: str, run_dir: Path) -> Iterator[
     urls = [f"http://127.0.0.1:{port}" for port in ports]
     try:
         for url, server in zip(urls, servers, strict=True):
-            _wait_until_ready(url, server)
+            wait_until_ready(url, server)
         yield urls
     finally:
         for server in servers:
@@ -130,13 +130,15 @@ def two_servers(priced: db.Database, admin_dsn: str, run_dir: Path) -> Iterator[
             server.wait(timeout=40)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _wait_until_ready(url: str, server: "subprocess.Popen[bytes]") -> None:
+def wait_until_ready(url: str, server: "subprocess.Popen[bytes]") -> None:
+    """Until the server's database answers; fails when the process ends, and after a minute."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         assert server.poll() is None, f"the server ended with {server.returncode}"

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -225,20 +226,33 @@ async def test_a_model_that_gets_a_price_is_known_after_the_refresh(
     assert (await book.quote(**asked)).price(MILLION_IN).charged_micros == 200_000_000
 
 
-async def test_many_who_ask_at_once_share_one_look(
-    shipped: db.Database, org: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    book = PriceBook(shipped, refresh_seconds=3600)
-    looks: list[str] = []
-    for name in ("tenant", "untenanted"):
-        real = getattr(shipped, name)
-        monkeypatch.setattr(shipped, name, lambda *args, real=real, name=name: looks.append(name) or real(*args))
+class Watched(db.Database):
+    """Another opening of a database, which notes who looks into it."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.looks: list[str] = []
+
+    def tenant(self, organization_id: UUID) -> AbstractAsyncContextManager[db.Connection]:
+        self.looks.append("tenant")
+        return super().tenant(organization_id)
+
+    def untenanted(self) -> AbstractAsyncContextManager[db.Connection]:
+        self.looks.append("untenanted")
+        return super().untenanted()
+
+
+async def test_many_who_ask_at_once_share_one_look(shipped: db.Database, org: Any) -> None:
+    watched = Watched(shipped.settings, shipped.dsn("admin"))  # others look into `shipped` meanwhile
+    await watched.open()
+    book = PriceBook(watched, refresh_seconds=3600)
     asked = {"organization_id": org.organization_id, "provider": "openai", "model": "gpt-5"}
     quotes: list[Quote] = await asyncio.gather(*(book.quote(**asked) for _ in range(200)))
     assert len({quote.price_version_id for quote in quotes}) == 1
-    assert sorted(looks) == ["tenant", "untenanted", "untenanted", "untenanted"]  # revision, names, versions
+    assert sorted(watched.looks) == ["tenant", "untenanted", "untenanted", "untenanted"]  # revision, names, versions
     await asyncio.gather(*(book.quote(**asked) for _ in range(200)))
-    assert len(looks) == 4
+    assert len(watched.looks) == 4
+    await watched.close()
 
 
 async def test_names_that_nobody_prices_do_not_fill_the_memory(

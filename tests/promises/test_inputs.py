@@ -1,7 +1,4 @@
-"""No input of any kind is answered with a 5xx, a stack trace or SQL; and what is refused changes nothing.
-
-BURSAR_TEST_REQUESTS=200000 plays the full form.
-"""
+"""R12: no input of any kind is answered with a 5xx, a stack trace or SQL; and what is refused changes nothing."""
 
 import asyncio
 import json
@@ -18,10 +15,11 @@ import httpx2
 import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from tests.conftest import Org
 from tests.gateway.conftest import Payer
+from tests.promises.figures import IS_FULL, SEED, figure, tell
 
 from bursar import asgi
 from bursar.app import ROUTERS, create_app
@@ -30,7 +28,7 @@ from bursar.credits.pools import PoolKind, open_pool
 from bursar.money import Micros
 from bursar.settings import Settings
 
-REQUESTS = int(os.environ.get("BURSAR_TEST_REQUESTS", "1200"))
+REQUESTS = figure("requests")
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
 CALL: dict[str, Any] = {"model": "demo-1", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}
 TELLTALES = re.compile(r"Traceback|psycopg|\.py\b|relation \"|SELECT |select \w+ from|/home/|/root/|errcode|plpgsql")
@@ -111,7 +109,7 @@ some_headers = st.dictionaries(
 quick = settings(
     deadline=None,
     database=None,
-    derandomize="BURSAR_TEST_SEED" not in os.environ,
+    derandomize=not IS_FULL and "BURSAR_TEST_SEED" not in os.environ,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -188,12 +186,14 @@ async def try_each(given_by: st.SearchStrategy[Any], most: int, one: Callable[[A
     """Hypothesis finds and shortens examples in a thread of its own; each is tried on this event loop."""
     loop = asyncio.get_running_loop()
 
+    @seed(SEED)
     @settings(quick, max_examples=most)
     @given(given_by)
     def fuzz(example: Any) -> None:
         asyncio.run_coroutine_threadsafe(one(example), loop).result()
 
     await asyncio.to_thread(fuzz)
+    tell(f"{most} requests")
 
 
 @st.composite

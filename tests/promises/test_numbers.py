@@ -1,11 +1,10 @@
 """Header, attribution, pool and the story of a request agree to the micro-credit, for whatever a provider reports.
 
 The expected price is worked out here anew, with fractions, from what the client sees as usage and the list in the
-package. BURSAR_TEST_CALLS=5000 plays the full form; BURSAR_TEST_SEED starts it at a seed of one's own.
+package.
 """
 
 import json
-import os
 import random
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +14,7 @@ import httpx2
 import pytest
 from tests.conftest import Org
 from tests.gateway.conftest import Payer, fund
+from tests.promises.figures import SEED, figure
 
 import bursar.pricing
 from bursar import db
@@ -22,8 +22,7 @@ from bursar.audit.events import OPERATOR
 from bursar.money import Micros, format_credits
 from bursar.pricing.terms import set_markup
 
-CALLS = int(os.environ.get("BURSAR_TEST_CALLS", "40"))
-SEED = int(os.environ.get("BURSAR_TEST_SEED", "20261120"))
+CALLS = figure("priced calls")
 PATHS = {"openai": "/v1/chat/completions", "anthropic": "/v1/messages"}
 LIST = json.loads((Path(bursar.pricing.__file__).parent / "shipped.json").read_text())
 TOOLS = {

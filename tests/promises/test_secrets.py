@@ -18,7 +18,7 @@ from aiohttp import web
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 from tests.conftest import MASTER_KEY, Org
-from tests.gateway.conftest import _free_port, _wait_until_ready, fund
+from tests.gateway.conftest import free_port, fund, wait_until_ready
 
 from bursar import db
 from bursar.audit.events import OPERATOR
@@ -97,7 +97,7 @@ async def echoing() -> AsyncIterator[str]:
 @asynccontextmanager
 async def serving(admin_dsn: str, run_dir: Path, log: Path, log_format: str) -> AsyncIterator[str]:
     """A server process that logs all that it can into a file."""
-    port = _free_port()
+    port = free_port()
     environment = {
         **os.environ,
         "DATABASE_URL": admin_dsn,
@@ -111,7 +111,7 @@ async def serving(admin_dsn: str, run_dir: Path, log: Path, log_format: str) -> 
     server = _started(command, environment, log)
     try:
         url = f"http://127.0.0.1:{port}"
-        await asyncio.to_thread(_wait_until_ready, url, server)
+        await asyncio.to_thread(wait_until_ready, url, server)
         yield url
     finally:
         server.terminate()

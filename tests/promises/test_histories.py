@@ -1,10 +1,5 @@
-"""Any history of batches and commands leaves the database and the reference with the same balances, holds and grants.
+"""R8: any history of batches and commands leaves database and reference with the same balances, holds and grants."""
 
-BURSAR_TEST_HISTORIES=10000x200 plays the full form; BURSAR_TEST_SEED starts it at a seed of one's own.
-"""
-
-import os
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,14 +7,13 @@ from typing import Any
 import psycopg
 import pytest
 from tests.credits.histories import Connection, Disagreement, Stage, Step, random_steps, shrunk
+from tests.promises.figures import SEED, figure, tell
 
 from bursar import db
 
 Theater = tuple[Connection, Connection]
 
 SHARDS = 4
-HISTORIES, STEPS = (int(each) for each in os.environ.get("BURSAR_TEST_HISTORIES", "200x40").split("x"))
-FIRST_SEED = int(os.environ.get("BURSAR_TEST_SEED", random.SystemRandom().randrange(10**9)))
 
 # Histories that once failed, as the shrinker printed them.
 REGRESSIONS: dict[str, list[Step]] = {
@@ -88,9 +82,11 @@ def _program(steps: list[Any]) -> str:
 
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_any_history_ends_as_the_reference_says(books: db.Database, shard: int) -> None:
+    histories, steps = figure("histories"), figure("steps of a history")
     with _theater(books) as theater:
-        for n in range(shard, HISTORIES, SHARDS):
-            _check(theater, random_steps(FIRST_SEED + n, STEPS), f"BURSAR_TEST_SEED={FIRST_SEED + n}")
+        for n in range(shard, histories, SHARDS):
+            _check(theater, random_steps(SEED + n, steps), f"BURSAR_TEST_SEED={SEED + n}")
+    tell(f"{histories // SHARDS} histories of {steps} steps")
 
 
 @pytest.mark.parametrize("name", REGRESSIONS)
