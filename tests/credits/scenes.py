@@ -189,11 +189,12 @@ class Scene:
         period: str = "none",
         models: str | None = None,
         action: str = "stops",
+        strict: bool = False,
     ) -> UUID:
         """A cap."""
         return self.call(  # type: ignore[no-any-return]
-            "select credits.set_limit(%s, %s, %s, %s, %s, %s, %s, %s, %s, null, %s)",
-            self.organization, uuid7(), scope, of, metric, models, period, amount, action, self.now,
+            "select credits.set_limit(%s, %s, %s, %s, %s, %s, %s, %s, %s, null, %s, %s)",
+            self.organization, uuid7(), scope, of, metric, models, period, amount, action, self.now, strict,
         )  # fmt: skip
 
     # ------------------------------------------------------------------ moves

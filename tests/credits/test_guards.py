@@ -166,6 +166,72 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
         rules.test_a_limit_lowered_below_its_use_blocks_until_it_is_raised_again,
     ),
     (
+        "set_limit",
+        "set amount = p_amount, is_strict = p_is_strict",
+        "set amount = p_amount",
+        rules.test_a_limit_that_becomes_strict_takes_no_guess_from_the_next_batch_on,
+    ),
+    (
+        "build_chain",
+        "v_chain.is_strict or v_row.is_strict",
+        "v_chain.is_strict",
+        rules.test_a_strict_limit_takes_no_guess_and_nothing_of_it_stays,
+    ),
+    (
+        "take",
+        " and (w.flags & 512 = 0 or not c.is_strict)",
+        "",
+        rules.test_a_strict_limit_takes_no_guess_and_nothing_of_it_stays,
+    ),
+    (
+        "move_batch",
+        "when s.is_guess_under_strict then 10",
+        "when false then 10",
+        rules.test_a_strict_limit_takes_no_guess_and_nothing_of_it_stays,
+    ),
+    (
+        "is_strict_for",
+        "(e.filter is null or p_model like e.filter)",
+        "true",
+        rules.test_a_strict_limit_on_other_models_or_on_what_the_customers_own_key_does_not_use_takes_guesses,
+    ),
+    (
+        "is_strict_for",
+        "not (e.metric = 0 and p_is_own_key)",
+        "true",
+        rules.test_a_strict_limit_on_other_models_or_on_what_the_customers_own_key_does_not_use_takes_guesses,
+    ),
+    (
+        "move_batch",
+        "when u.action = 1 and u.outcome = 1 and u.flags & 1024 = 1024 then 10",
+        "when false then 10",
+        rules.test_a_guess_without_room_may_be_made_again_and_its_refusal_is_not_final,
+    ),
+    (
+        "move_batch",
+        "u.action = 1 and u.outcome = 1 and u.flags & 1024 = 1024",
+        "u.action = 1 and u.outcome = 1",
+        rules.test_a_guess_without_room_may_be_made_again_and_its_refusal_is_not_final,
+    ),
+    (
+        "move_batch",
+        "w.action = 2 and w.flags & 2048 = 2048 and h.chain_id is not null as is_total",
+        "false as is_total",
+        rules.test_an_extension_to_a_total_asked_again_after_an_unknown_answer_holds_nothing_twice,
+    ),
+    (
+        "move_batch",
+        "when w.tokens > h.tokens then w.tokens - h.tokens else 0",
+        "else w.tokens",
+        rules.test_an_extension_to_a_total_asked_again_after_an_unknown_answer_holds_nothing_twice,
+    ),
+    (
+        "move_batch",
+        "when w.cost > h.cost_nano_usd then w.cost - h.cost_nano_usd else 0",
+        "else w.cost",
+        rules.test_an_extension_to_a_total_asked_again_after_an_unknown_answer_holds_nothing_twice,
+    ),
+    (
         "set_current_limit",
         "and period_start <= p_now and period_end > p_now",
         "",
@@ -759,6 +825,8 @@ CONSTRAINTS = {
     "burns_forward": """
         insert into credits.burns (organization_id, pool_id, start_micros, end_micros, grant_id, poured_at)
         select organization_id, pool_id, 5, 5, grant_id, now() from credits.grants where organization_id = %(org)s""",
+    "limits_strict_fits": """
+        update credits.limits set is_strict = true, metric = 'calls' where organization_id = %(org)s""",
     "limits_amount": "update credits.limits set amount = -1 where organization_id = %(org)s",
     "limits_model_filter_readable": r"update credits.limits set model_filter = 'a\' where organization_id = %(org)s",
     "pools_model_filter_readable": r"update credits.pools set model_filter = 'a\' where organization_id = %(org)s",

@@ -9,13 +9,15 @@ from tests.credits.scenes import NOON, Balance, Scene, outcomes
 
 from bursar.clock import uuid7
 from bursar.credits.moves import Action, Flag, Outcome
+from bursar.money import Micros
 
 ACCEPTED, REFUSED, WAIT, KNOWN = Outcome.ACCEPTED, Outcome.REFUSED, Outcome.WAIT, Outcome.KNOWN
-NO_HOLD, KEY_REUSED, NOT_ALLOWED, KNOWN_REFUSED = (
+NO_HOLD, KEY_REUSED, NOT_ALLOWED, KNOWN_REFUSED, RESIZE = (
     Outcome.NO_HOLD,
     Outcome.KEY_REUSED,
     Outcome.NOT_ALLOWED,
     Outcome.KNOWN_REFUSED,
+    Outcome.RESIZE,
 )
 
 
@@ -767,6 +769,91 @@ def test_a_settle_that_no_pool_could_pay_harms_nobody_else_in_its_batch(scene: S
         scene.asked(Action.SETTLE, None, 5, user_id=scene.user()), other.asked(Action.DEDUCT, None, 5, user_id=user)
     )
     assert [(verdict.outcome, verdict.detail) for verdict in verdicts] == [(NOT_ALLOWED, "no_pool"), (ACCEPTED, None)]
+
+
+# ---------------------------------------------------------------------------------------------- guesses
+
+
+def test_a_strict_limit_takes_no_guess_and_nothing_of_it_stays(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    scene.grant(pool, 100)
+    guess = {"user_id": user, "flags": Flag.UNLIMITED, "idempotency_key": "once", "body_hash": b"same"}
+    for models in (None, "m%"):  # decided set-based, and entry by entry
+        limit = scene.limit(90, models=models, strict=True)
+        verdict = scene.move(scene.asked(Action.AUTHORIZE, None, 10, **guess))[0]
+        assert (verdict.outcome, verdict.detail) == (RESIZE, "strict")
+        assert scene.authorize(10, user, flags=Flag.UNLIMITED).outcome is RESIZE
+        assert scene.used(limit) == (0, 0)
+        assert scene.limit(90, models=models) == limit, "set again without: no longer strict"
+        assert scene.authorize(10, user, scene.hold(10, user), flags=Flag.UNLIMITED).outcome is KNOWN
+    assert scene.admin("select 1 from credits.unbilled_requests where organization_id = %s", scene.organization) == []
+    assert scene.move(scene.asked(Action.AUTHORIZE, None, 10, **guess))[0].outcome is ACCEPTED, "its key is free"
+    assert scene.findings() == []
+
+
+def test_a_limit_that_becomes_strict_takes_no_guess_from_the_next_batch_on(scene: Scene) -> None:
+    user = scene.user()
+    scene.grant(scene.pool(), 100)
+    scene.limit(90)
+    assert scene.authorize(10, user, flags=Flag.UNLIMITED).outcome is ACCEPTED
+    scene.limit(90, strict=True)
+    verdicts = scene.move(
+        scene.asked(Action.AUTHORIZE, None, 10, user_id=user, flags=Flag.UNLIMITED),
+        scene.asked(Action.AUTHORIZE, None, 10, user_id=user),
+        scene.asked(Action.DEDUCT, None, 10, user_id=user),
+    )
+    assert outcomes(verdicts) == [RESIZE, ACCEPTED, ACCEPTED]
+
+
+def test_a_strict_limit_on_other_models_or_on_what_the_customers_own_key_does_not_use_takes_guesses(
+    scene: Scene,
+) -> None:
+    user = scene.user()
+    scene.grant(scene.pool(), 100)
+    scene.limit(90, models="big%", strict=True)
+    assert scene.authorize(10, user, flags=Flag.UNLIMITED).outcome is ACCEPTED
+    assert scene.authorize(10, user, flags=Flag.UNLIMITED, model="big-1").outcome is RESIZE
+    assert scene.authorize(0, user, flags=Flag.UNLIMITED | Flag.OWN_KEY, model="big-1").outcome is ACCEPTED
+    scene.limit(90, metric="tokens", strict=True)
+    assert scene.authorize(0, user, flags=Flag.UNLIMITED | Flag.OWN_KEY, tokens=1).outcome is RESIZE
+
+
+def test_a_guess_without_room_may_be_made_again_and_its_refusal_is_not_final(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    scene.grant(pool, 100)
+    scene.deduct(80, user)
+    guess = {"user_id": user, "idempotency_key": "once", "body_hash": b"same"}
+    guesses = Flag.UNLIMITED | Flag.MAY_WAIT | Flag.MAY_RESIZE
+    first = scene.move(scene.asked(Action.AUTHORIZE, None, 30, flags=guesses, **guess))[0]
+    assert (first.outcome, first.detail, first.binding_id) == (RESIZE, "pool_exhausted", pool)
+    assert first.available_micros == 20
+    assert scene.admin("select 1 from credits.unbilled_requests where organization_id = %s", scene.organization) == []
+    assert scene.move(scene.asked(Action.AUTHORIZE, first.request_id, 20, flags=guesses, **guess))[0].held_micros == 20
+    assert scene.authorize(20, user, flags=guesses).outcome is WAIT
+    final = [
+        scene.asked(Action.AUTHORIZE, None, 21, user_id=user, flags=f) for f in (guesses, guesses & ~Flag.MAY_RESIZE)
+    ]
+    assert outcomes(scene.move(*final)) == [RESIZE, REFUSED]
+    assert scene.findings() == []
+
+
+def test_an_extension_to_a_total_asked_again_after_an_unknown_answer_holds_nothing_twice(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    scene.grant(pool, 100)
+    limit = scene.limit(90, metric="tokens")
+    request = scene.hold(20, user, tokens=5, cost_nano_usd=50)
+    wanted = scene.asked(Action.EXTEND, request, 60, tokens=25, cost_nano_usd=150, flags=Flag.IN_ALL)
+    for again in (wanted, wanted.repeated(), wanted):
+        assert scene.move(again)[0].held_micros == 60
+    assert scene.move(wanted, wanted._replace(amount_micros=Micros(70)))[1].held_micros == 70
+    assert (scene.used(pool), scene.used(limit)) == ((0, 70), (0, 25))
+    held = "select amount_micros, tokens, cost_nano_usd from credits.holds where request_id = %s"
+    assert scene.admin(held, request) == [(70, 25, 150)]
+    less = scene.move(wanted._replace(amount_micros=Micros(10), tokens=1))[0]
+    assert (less.outcome, less.held_micros) == (ACCEPTED, 70), "a hold is never taken down"
+    assert scene.extend(request, 101, flags=Flag.IN_ALL).outcome is REFUSED
+    assert scene.extend(request, 100, flags=Flag.IN_ALL).held_micros == 100
+    assert scene.findings() == []
 
 
 # ---------------------------------------------------------------------------------------------- who may spend

@@ -255,6 +255,9 @@ def set_cap(
     team: Annotated[str | None, typer.Option(help="A team's name.")] = None,
     department: Annotated[str | None, typer.Option(help="A department's name.")] = None,
     model: Annotated[str | None, typer.Option(help="Only these models, with % for anything: gpt-%.")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Hold calls without max_tokens by the most their model puts out.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Set a cap; without user, key, team or department on the whole organization.
@@ -279,8 +282,15 @@ def set_cap(
             period=per,
             model_filter=model,
             action=LimitAction.STOPS if stop is not None else LimitAction.WARNS,
+            is_strict=strict,
         )
-        return {"limit_id": f"lim_{limit_id.hex}", "scope": scope.value, "amount": text, "per": per.value}
+        return {
+            "limit_id": f"lim_{limit_id.hex}",
+            "scope": scope.value,
+            "amount": text,
+            "per": per.value,
+            "strict": strict,
+        }
 
     print_fields(within(org, work), as_json=as_json)
 
@@ -304,12 +314,14 @@ def list_caps(org: OrgOption, as_json: JsonOption = False) -> None:
                 "period": each.period.value,
                 "models": each.model_filter,
                 "does": each.action.value,
+                "strict": each.is_strict,
             }
             for each in found
         ]
 
     columns = [Column("limit_id", "Cap"), Column("scope", "Scope"), Column("metric", "Counts")]
     columns += [Column("amount", "Amount", right=True), Column("period", "Per"), Column("does", "Does")]
+    columns += [Column("strict", "Strict", show=lambda strict: "yes" if strict else "")]
     print_rows(within(org, work), columns, as_json=as_json, empty="No caps.")
 
 

@@ -65,7 +65,7 @@ def _print_why(answer: asking.Why) -> None:
             "limit": each["name"],
             **{name: each[name]["amount"] for name in ("used", "held", "limit", "available")},
             "name": each["name"],
-            "does": each["does"],
+            "does": f"{each['does']}, strict" if each["strict"] else each["does"],
             "resets": each["resets_at"] or "",
         }
         for each in document["limits"]

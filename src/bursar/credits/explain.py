@@ -22,6 +22,7 @@ FLAG_NAMES: Final = {
     64: "booked_by_expiry",
     128: "late",
     256: "unpriced",
+    512: "no_output_limit",
 }
 
 

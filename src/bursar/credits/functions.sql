@@ -555,7 +555,7 @@ comment on function credits.end_allocation is 'Ends a user''s share; its open ho
 -- set_limit: the cap of a scope, metric, period and model filter; setting it again changes its amount.
 create or replace function credits.set_limit(
     p_organization_id uuid, p_limit_id uuid, p_scope text, p_scope_id uuid, p_metric text, p_model_filter text, p_period text,
-    p_amount bigint, p_action text, p_created_by uuid, p_at timestamptz default null
+    p_amount bigint, p_action text, p_created_by uuid, p_at timestamptz default null, p_is_strict boolean default false
 ) returns uuid
 language plpgsql volatile security definer set search_path = credits, pg_temp as $$
 declare
@@ -567,17 +567,17 @@ begin
     where organization_id = p_organization_id and scope = p_scope and scope_id is not distinct from p_scope_id and metric = p_metric
       and period = p_period and model_filter is not distinct from p_model_filter and action = p_action and ended_at is null;
     if found then
-        update limits set amount = p_amount where organization_id = p_organization_id and limit_id = v_id;
+        update limits set amount = p_amount, is_strict = p_is_strict where organization_id = p_organization_id and limit_id = v_id;
         perform credits.set_current_limit(p_organization_id, v_id, p_amount, v_now);
     else
         v_id := p_limit_id;
-        insert into limits (organization_id, limit_id, scope, scope_id, metric, model_filter, period, amount, action, created_at, created_by)
-        values (p_organization_id, v_id, p_scope, p_scope_id, p_metric, p_model_filter, p_period, p_amount, p_action, v_now, p_created_by);
+        insert into limits (organization_id, limit_id, scope, scope_id, metric, model_filter, period, amount, action, is_strict, created_at, created_by)
+        values (p_organization_id, v_id, p_scope, p_scope_id, p_metric, p_model_filter, p_period, p_amount, p_action, p_is_strict, v_now, p_created_by);
     end if;
     perform credits.limits_changed(p_organization_id);
     return v_id;
 end $$;
-comment on function credits.set_limit is 'Sets a cap; with the same scope, metric, period, filter and action it changes the amount';
+comment on function credits.set_limit is 'Sets a cap; with the same scope, metric, period, filter and action it changes amount and strictness';
 
 create or replace function credits.end_limit(p_organization_id uuid, p_limit_id uuid, p_at timestamptz default null) returns void
 language plpgsql volatile security definer set search_path = credits, pg_temp as $$
@@ -697,7 +697,7 @@ begin
     v_chain.department_id := coalesce(case when v_key.organization_id = p_organization_id then v_key.department_id end, v_member.department_id);
     select name into v_chain.department_name from identity.departments
     where organization_id = p_organization_id and department_id = v_chain.department_id;
-    v_chain.leg_pool_ids := '{}'; v_chain.leg_filters := '{}';
+    v_chain.leg_pool_ids := '{}'; v_chain.leg_filters := '{}'; v_chain.is_strict := false;
     v_chain.entry_ids := '{}'; v_chain.entry_starts := '{}'; v_chain.entry_metrics := '{}'; v_chain.entry_legs := '{}'; v_chain.entry_filters := '{}';
 
     perform credits.open_period(a.organization_id, a.allocation_id, 'allocation', true, a.amount_micros, a.period, v_organization.zone, p_now)
@@ -751,7 +751,7 @@ begin
     end if;
 
     for v_row in
-        select l.limit_id as id, array_position(array['credits', 'calls', 'tokens'], l.metric) - 1 as metric, l.model_filter,
+        select l.limit_id as id, array_position(array['credits', 'calls', 'tokens'], l.metric) - 1 as metric, l.model_filter, l.is_strict,
                t.period_start, t.period_end
         from limits l
         cross join lateral credits.open_period(l.organization_id, l.limit_id, 'limit', l.action = 'stops', l.amount, l.period,
@@ -767,6 +767,7 @@ begin
         v_chain.entry_legs := v_chain.entry_legs || 0::smallint;
         v_chain.entry_filters := v_chain.entry_filters || v_row.model_filter;
         v_chain.valid_until := least(v_chain.valid_until, v_row.period_end);
+        v_chain.is_strict := v_chain.is_strict or v_row.is_strict;
     end loop;
 
     v_chain.is_plain := v_leg = 1 and v_chain.leg_filters[1] is null and 0 = all (v_chain.entry_metrics)
@@ -785,6 +786,16 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
     select coalesce((select min(nr) from unnest(p_filters) with ordinality f(filter, nr) where filter is null or p_model like filter), 0)::smallint;
 $$;
 comment on function credits.first_leg is 'First leg of a chain that may pay for a model; 0: none';
+
+-- is_strict_for: whether a strict limit of a chain counts a request for this model.
+create or replace function credits.is_strict_for(p_chain credits.chains, p_model text, p_is_own_key boolean) returns boolean
+language sql stable set search_path = credits, pg_temp as $$
+    select exists (
+        select from unnest(p_chain.entry_ids, p_chain.entry_metrics, p_chain.entry_filters) e(id, metric, filter)
+        join limits l on l.organization_id = p_chain.organization_id and l.limit_id = e.id
+        where l.is_strict and (e.filter is null or p_model like e.filter) and not (e.metric = 0 and p_is_own_key));
+$$;
+comment on function credits.is_strict_for is 'Whether a strict limit of a chain counts requests for a model: their holds must not be guesses';
 
 -- ------------------------------------------------------------------------------------------------ move_batch
 
@@ -1148,7 +1159,7 @@ begin
                  else coalesce(w.flags & 98 = 0 and c.refusal is null and c.valid_until > p_now and c.limits_version =
                         case when w.org = p_organization_ids[1] then p_version
                              else (select g.limits_version from credits.gates g where g.organization_id = w.org) end
-                    and l.leg > 0, false) and h.request_id is null end as is_asked,
+                    and l.leg > 0 and (w.flags & 512 = 0 or not c.is_strict), false) and h.request_id is null end as is_asked,
             c.tight_id is not null and coalesce((
                 select b.stops and (b.excess_amount > 0 or b.used_amount + b.held_amount + w.amount > b.limit_amount)
                 from credits.balances b where b.organization_id = w.org and b.balance_id = c.tight_id and b.period_start = c.tight_start
@@ -1156,13 +1167,13 @@ begin
         from w
         left join lateral (
             select c.chain_id, c.limits_version, c.valid_until, c.team_id, c.department_id, c.department_name, c.refusal, c.leg_pool_ids, c.leg_filters,
-                c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters, c.is_plain, c.tight_id, c.tight_start
+                c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters, c.is_plain, c.is_strict, c.tight_id, c.tight_start
             from credits.chains c
             where p_chains is null and c.organization_id = w.org and c.user_id = coalesce(w.user_id, v_zero)
               and c.api_key_id = coalesce(w.api_key_id, v_zero) and c.replaced_at is null
             union all
             select c.chain_id, c.limits_version, c.valid_until, c.team_id, c.department_id, c.department_name, c.refusal, c.leg_pool_ids, c.leg_filters,
-                c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters, c.is_plain, null, null
+                c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters, c.is_plain, c.is_strict, null, null
             from credits.chains c
             where p_chains is not null and c.organization_id = w.org and c.chain_id = w.chain_id
         ) c on true
@@ -1657,18 +1668,21 @@ comment on function credits.post_batch is 'Writes what a batch decided: holds, a
 --   p_route          the organization that routes the call (Citus); on plain PostgreSQL the arrays may name many
 --   p_actions        1 authorize, 2 extend, 3 settle, 4 release, 5 deduct (authorize and settle in one)
 --   p_request_ids    UUIDv7; a batch that names one twice is decided one request at a time
---   p_amounts        micros: to hold, to hold in addition, charged, -, charged
+--   p_amounts        micros: to hold, to hold in addition (with flag 2048: in all), charged, -, charged
 --   p_tokens         the same in tokens, for limits that count them
 --   p_costs          provider cost in nano-dollars that the amount stands for
 --   p_usages         usage_width() integers a place in the order of the attribution's columns, for settle and deduct
 --   p_marks          micros: authorize: cost of the input alone; extend: cost so far
 --   p_leases         seconds until an authorized or extended hold ends by itself
 --   p_flags          bits: 1 sent, 2 customer's own key, 4 estimated, 8 streamed, 16 may wait, 32 repeated after an unknown answer,
---                    64 by expiry, 256 unpriced by policy
+--                    64 by expiry, 256 unpriced by policy, 512 the request names no limit of output (of a hold: its amount is a guess),
+--                    1024 of a hold: where it would be refused for want of room nothing is final, 2048 of an extension: amount, tokens and
+--                    cost are what shall be held in all, so that asking again holds nothing twice
 --   p_keys, p_body_hashes   idempotency key of the command and hash of its body; with a release: the key that it sets free
 --   p_at             null; the simulator's instant
 -- Returns one verdict a place: 0 accepted, 1 refused by a balance, 2 wait (only open holds stand in the way), 3 known: the stored
--- acceptance, 4 there is no such hold, 5 the key was used with another body, 6 not allowed at all, 7 known: the stored refusal.
+-- acceptance, 4 there is no such hold, 5 the key was used with another body, 6 not allowed at all, 7 known: the stored refusal, 8 ask again
+-- with another amount, nothing was stored: a strict limit takes no guess (detail strict), or there is no room (flag 1024).
 create or replace function credits.move_batch(
     p_route uuid, p_organization_ids uuid[], p_actions smallint[], p_request_ids uuid[], p_user_ids uuid[], p_api_key_ids uuid[],
     p_amounts bigint[], p_tokens bigint[], p_costs bigint[], p_usages integer[], p_marks bigint[], p_leases integer[], p_flags integer[],
@@ -1802,10 +1816,13 @@ begin
                          when w.action in (2, 4) and h.chain_id is null then 4
                          when w.action in (3, 4) and w.flags & 64 = 64 and (h.chain_id is null or h.lease_expires_at > v_now) then 4
                          when w.action in (1, 5) and c.refusal is not null and not (c.refusal = 'no_pool' and w.flags & 2 = 2) then 6
+                         when s.is_guess_under_strict then 10  -- told as 8
                          else -1 end::smallint as outcome,
                     case when v.is_valid is not true or (w.action = 5 and h.chain_id is not null) then 'request_invalid'
                          when g.organization_id is null then 'organization_unknown'
-                         when w.action in (1, 5) and h.chain_id is null and not (c.refusal = 'no_pool' and w.flags & 2 = 2) then c.refusal end as detail,
+                         when w.action in (1, 5) and h.chain_id is null and c.refusal is not null and not (c.refusal = 'no_pool' and w.flags & 2 = 2)
+                             then c.refusal
+                         when s.is_guess_under_strict and h.chain_id is null then 'strict' end as detail,
                     coalesce(h.amount_micros, 0) as held,
                     v.is_valid and g.organization_id is not null and (w.flags & 64 = 0 or h.lease_expires_at <= v_now) and (
                         (w.action = 3 and (h.chain_id is null or h.leg_micros is not null or (w.amount > h.amount_micros
@@ -1814,7 +1831,7 @@ begin
                     w.action in (1, 5) and h.chain_id is null and g.organization_id is not null
                         and (c.chain_id is null or c.limits_version <> g.limits_version or c.valid_until <= v_now) as is_stale,
                     (h.chain_id is not null and w.action <> 1 and (h.model is distinct from w.model or (h.flags & 2) <> (w.flags & 2)))
-                        or (w.flags & 2 = 2 and w.amount > 0) as is_bent
+                        or (w.flags & 2 = 2 and w.amount > 0) or (w.action = 2 and w.flags & 2048 = 2048) as is_bent
                 from unnest(p_organization_ids, p_actions, p_request_ids, p_user_ids, p_api_key_ids, p_amounts, p_tokens, p_costs, p_marks, p_leases,
                         p_flags, p_models, p_keys, p_body_hashes)
                     with ordinality as w(org, action, request_id, user_id, api_key_id, amount, tokens, cost, mark, lease, flags, model, key, body_hash, place)
@@ -1826,6 +1843,8 @@ begin
                 left join holds h on h.organization_id = w.org and h.request_id = w.request_id
                 left join chains c on w.action in (1, 5) and c.organization_id = w.org and c.user_id = coalesce(w.user_id, v_zero)
                     and c.api_key_id = coalesce(w.api_key_id, v_zero) and c.replaced_at is null
+                cross join lateral (select case when w.action = 1 and w.flags & 512 = 512 and c.is_strict
+                    then credits.is_strict_for(c, w.model, w.flags & 2 = 2) else false end as is_guess_under_strict) s
             ) r;
             exit when not v_stale;
             assert v_try = 1, 'a chain was stale right after it was built';
@@ -1844,15 +1863,20 @@ begin
             end loop;
         end loop;
         if v_bent then
-            -- A request goes on as it was held: on its model, and at no charge where the customer's own key pays.
-            select array_agg(case when t.is_own then 0 else w.amount end order by w.place),
+            -- A request goes on as it was held: on its model, and at no charge where the customer's own key pays. Of what an extension wants
+            -- held in all, only what is not held yet is asked for.
+            select array_agg(case when t.is_own then 0 when not t.is_total then w.amount
+                                  when w.amount > h.amount_micros then w.amount - h.amount_micros else 0 end order by w.place),
+                array_agg(case when not t.is_total then w.tokens when w.tokens > h.tokens then w.tokens - h.tokens else 0 end order by w.place),
+                array_agg(case when not t.is_total then w.cost when w.cost > h.cost_nano_usd then w.cost - h.cost_nano_usd else 0 end order by w.place),
                 array_agg((w.flags & ~2) | case when t.is_own then 2 else 0 end order by w.place),
                 array_agg(case when h.chain_id is null or w.action = 1 then w.model else h.model end order by w.place)
-            into p_amounts, p_flags, p_models
-            from unnest(p_organization_ids, p_actions, p_request_ids, p_amounts, p_flags, p_models) with ordinality
-                w(org, action, request_id, amount, flags, model, place)
+            into p_amounts, p_tokens, p_costs, p_flags, p_models
+            from unnest(p_organization_ids, p_actions, p_request_ids, p_amounts, p_tokens, p_costs, p_flags, p_models) with ordinality
+                w(org, action, request_id, amount, tokens, cost, flags, model, place)
             left join holds h on h.organization_id = w.org and h.request_id = w.request_id
-            cross join lateral (select case when h.chain_id is null or w.action = 1 then w.flags else h.flags end & 2 = 2 as is_own) t;
+            cross join lateral (select case when h.chain_id is null or w.action = 1 then w.flags else h.flags end & 2 = 2 as is_own,
+                w.action = 2 and w.flags & 2048 = 2048 and h.chain_id is not null as is_total) t;
             v_charged := p_amounts;
         end if;
         if 'request_invalid' = any (v_details) then  -- refused already: its numbers must not reach any sum
@@ -1995,6 +2019,11 @@ begin
         v_rooms := null;
     end if;
 
+    if 1 = any (v_outcomes) and exists (select from unnest(p_flags) f where f & 1024 = 1024) then
+        v_outcomes := array(select case when u.action = 1 and u.outcome = 1 and u.flags & 1024 = 1024 then 10 else u.outcome end
+            from unnest(p_actions, v_outcomes, p_flags) with ordinality u(action, outcome, flags, place) order by u.place);
+    end if;
+
     -- (8) what was decided, in one insert each
     perform credits.post_batch(p_organization_ids, p_actions, p_request_ids, p_amounts, p_tokens, p_costs, p_usages, p_marks, p_leases, p_flags,
         p_providers, p_models, p_price_version_ids, p_provider_key_ids, p_conversation_ids, p_used_at, p_keys, p_body_hashes,
@@ -2021,7 +2050,7 @@ begin
                 from (select unnest(v_rooms) as r, unnest(v_chains) as c) m), p_models)) as other) u);
     end if;
     return query
-    select w.place, case when w.outcome in (-1, 9) then 0 else w.outcome end::smallint, w.request_id,
+    select w.place, case when w.outcome in (-1, 9) then 0 when w.outcome = 10 then 8 else w.outcome end::smallint, w.request_id,
         case when w.action in (1, 2) and w.outcome = -1 then w.held + w.amount when w.action in (1, 2) and w.outcome = 3 then w.held else 0 end,
         case when w.action in (3, 5) and w.outcome in (-1, 9, 3) then w.charged else 0 end,
         w.room, w.binding_id, w.detail

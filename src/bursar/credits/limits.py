@@ -62,6 +62,12 @@ class LimitAction(StrEnum):
     WARNS = "warns"
 
 
+class NotStrict(Problem):
+    """Only a limit that stops, on credits or tokens, can be strict."""
+
+    status, code, title = 422, "limit_cannot_be_strict", "This limit cannot be strict"
+
+
 class OverAllocated(Problem):
     """More would be reserved than the pool has that nobody reserved."""
 
@@ -96,6 +102,7 @@ class Limit:
     period: Period
     amount: int
     action: LimitAction
+    is_strict: bool
     created_at: datetime
 
 
@@ -163,12 +170,19 @@ async def set_limit(
     period: Period = Period.MONTH,
     model_filter: str | None = None,
     action: LimitAction = LimitAction.STOPS,
+    is_strict: bool = False,
     created_by: UUID | None = None,
 ) -> UUID:
-    """Set a cap; with the same scope, metric, period, filter and action it changes the amount. Returns its id.
+    """Set a cap; with the same scope, metric, period, filter and action it changes amount and strictness.
 
-    amount: micros for credits, else a count.
+    Returns its id. amount: micros for credits, else a count. is_strict: a call that names no limit of output is held by
+    the most that its model puts out, never by a guess.
+
+    Raises:
+        NotStrict: it warns only, or counts calls.
     """
+    if is_strict and (action is not LimitAction.STOPS or metric is Metric.CALLS):
+        raise NotStrict("A strict limit stops, and counts credits or tokens")
     limit_id = await db.fetch_value(
         conn,
         QUERIES.set_limit,
@@ -181,6 +195,7 @@ async def set_limit(
         period=period,
         amount=amount,
         action=action,
+        is_strict=is_strict,
         created_by=created_by,
     )
     assert isinstance(limit_id, UUID)

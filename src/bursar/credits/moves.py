@@ -37,6 +37,9 @@ class Flag(IntFlag):
     MAY_WAIT = 16
     REPEATED = 32
     UNPRICED = 256
+    UNLIMITED = 512  # the request names no limit of output; of an authorize: its amount is a guess
+    MAY_RESIZE = 1024  # where an authorize would be refused for want of room: RESIZE, and nothing is final
+    IN_ALL = 2048  # of an extend: what shall be held in all, not in addition
 
 
 class Outcome(IntEnum):
@@ -50,6 +53,7 @@ class Outcome(IntEnum):
     KEY_REUSED = 5
     NOT_ALLOWED = 6
     KNOWN_REFUSED = 7
+    RESIZE = 8
 
 
 OUTCOMES: Final = tuple(Outcome)  # by number
@@ -58,7 +62,8 @@ OUTCOMES: Final = tuple(Outcome)  # by number
 class Move(NamedTuple):
     """One request to move credits. (A tuple is made in a fifth of the time that a frozen dataclass takes.)
 
-    amount_micros: to hold (authorize), to hold in addition (extend), to charge (settle, deduct).
+    amount_micros: to hold (authorize), to hold in addition, or in all with Flag.IN_ALL (extend), to charge (settle,
+    deduct).
     tokens: the same, for limits that count tokens. cost_nano_usd: provider cost that the amount stands for.
     mark_micros: cost of the input alone (authorize), cost so far (extend).
     """

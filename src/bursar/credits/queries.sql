@@ -50,13 +50,13 @@ order by a.created_at, a.allocation_id
 
 -- name: set_limit
 select credits.set_limit(%(organization_id)s, %(limit_id)s, %(scope)s, %(scope_id)s, %(metric)s, %(model_filter)s, %(period)s, %(amount)s,
-    %(action)s, %(created_by)s)
+    %(action)s, %(created_by)s, null, %(is_strict)s)
 
 -- name: end_limit
 select credits.end_limit(%(organization_id)s, %(limit_id)s)
 
 -- name: limits
-select limit_id, scope, scope_id, metric, model_filter, period, amount, action, created_at
+select limit_id, scope, scope_id, metric, model_filter, period, amount, action, is_strict, created_at
 from credits.limits where organization_id = %(organization_id)s and ended_at is null
 order by created_at, limit_id
 
@@ -66,6 +66,7 @@ select credits.current_chain(%(organization_id)s, %(user_id)s, %(api_key_id)s)
 -- name: chain
 -- The pools and limits that a chain checks for a model, each with its balance now and who set it.
 select c.refusal, e.id as balance_id, e.leg, (array['credits', 'calls', 'tokens'])[e.metric + 1] as metric, b.kind, b.stops,
+    coalesce(l.is_strict, false) as is_strict,
     b.limit_amount, b.used_amount, b.held_amount, b.excess_amount,
     coalesce(l.scope, case when a.allocation_id is not null then 'user' when p.kind in ('personal', 'individual') then 'user' else 'organization' end) as scope,
     coalesce(l.scope_id, a.user_id, p.owner_user_id) as scope_id,

@@ -51,6 +51,7 @@ class LimitState:
     metric: str | None
     kind: str | None
     stops: bool | None
+    is_strict: bool
     limit_amount: int
     used_amount: int
     held_amount: int
@@ -94,6 +95,7 @@ class LimitState:
             "kind": self.kind,
             "period": self.period,
             "does": "stops" if self.stops else "warns",
+            "strict": self.is_strict,
             "binding": binding,
             "used": self._amount(self.used_amount),
             "held": self._amount(self.held_amount),
