@@ -159,7 +159,11 @@ class Answer:
         until = min(self._deadline, asyncio.get_running_loop().time() + self._limits.idle_seconds)
         with _translated(self._target):
             async with asyncio.timeout_at(until):
-                return await self._response.content.readany()
+                content = self._response.content
+                # A stream that has broken gives only its error, but what came before is used, and paid for, too.
+                if content.exception() is not None and (rest := content._read_nowait(-1)):
+                    return rest
+                return await content.readany()
 
     async def close(self) -> None:
         """Give the connection back; one whose answer was not read to its end is closed, which ends the call."""
