@@ -20,7 +20,7 @@ from bursar.gateway.provider_keys import (
     reseal_provider_keys,
     revoke_provider_key,
 )
-from bursar.gateway.providers import Provider, list_providers, put_provider
+from bursar.gateway.providers import InvalidProviderHeader, Provider, list_providers, put_provider
 from bursar.gateway.routes import MOST_RETRIES, ModelRoute, list_model_routes, put_model_route
 from bursar.gateway.sealing import Keyring
 from bursar.identity.organizations import PLATFORM_ORGANIZATION_ID, ensure_platform
@@ -65,7 +65,9 @@ def add(
     base_url: Annotated[
         str | None, typer.Option(help="Where its paths begin: https://…/v1; known for the large vendors.")
     ] = None,
-    kind: Annotated[str | None, typer.Option(help="Formats it speaks: openai, anthropic or both.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="Formats it speaks: openai, anthropic or both; litellm: through LiteLLM.")
+    ] = None,
     auth: Annotated[str | None, typer.Option(help="How it takes its key: vendor, bearer, api-key or none.")] = None,
     position: Annotated[int | None, typer.Option(help="Of two that serve a model the lower is called.")] = None,
     stream_usage: Annotated[
@@ -75,6 +77,14 @@ def add(
         float | None,
         typer.Option(help="Price inside a batch where the price list has none, as a part of the usual one: 0.5"),
     ] = None,
+    query: Annotated[str | None, typer.Option(help="What every address ends with, such as api-version=….")] = None,
+    header: Annotated[
+        list[str] | None,
+        typer.Option(help="Name: value, sent with every call; may be given again; '' for none. No secrets."),
+    ] = None,
+    litellm_provider: Annotated[
+        str | None, typer.Option(help="What LiteLLM calls it, where that is another name.")
+    ] = None,
     on: Annotated[bool, typer.Option("--on/--off", help="Whether it is called.")] = True,
     as_json: JsonOption = False,
 ) -> None:
@@ -83,6 +93,7 @@ def add(
     Examples: `bursar providers add anthropic`,
     `bursar providers add our-vllm --kind openai --base-url http://127.0.0.1:8000/v1 --auth none`
     """
+    headers = None if header is None else _headers_of(header)
 
     async def run(database: db.Database) -> Provider:
         await _make_platform(database)
@@ -96,6 +107,9 @@ def add(
                 position=position,
                 asks_for_usage=stream_usage,
                 batch_price_ppm=None if batch_price is None else round(batch_price * 1_000_000),
+                query=query,
+                headers=headers,
+                litellm_provider=litellm_provider,
                 enabled=on,
                 by=OPERATOR,
             )
@@ -255,6 +269,17 @@ def reseal(
         print_json({"resealed": resealed})
     else:
         typer.echo(f"{resealed} provider keys are sealed under the present master key.")
+
+
+def _headers_of(lines: list[str]) -> dict[str, str]:
+    """Headers as typed, 'Name: value'; an empty line is none."""
+    headers = {}
+    for line in filter(None, lines):
+        name, colon, value = line.partition(":")
+        if not colon:
+            raise InvalidProviderHeader(f"“{line[:100]}” is no header: write Name: value.")
+        headers[name.strip()] = value.strip()
+    return headers
 
 
 async def _owner(database: db.Database, org: str | None) -> UUID:

@@ -74,8 +74,9 @@ class Desk:
         quote.require_priced(request.hold_for(1), context=request.price_context)
         key = await self._key(organization_id, route)
         if key is None:
-            return Attempt(Target(route.provider), route.model, quote)
-        return Attempt(Target(route.provider, key.secret, key.is_own), route.model, quote, key.provider_key_id)
+            return Attempt(Target(route.provider, model=route.model), route.model, quote)
+        target = Target(route.provider, key.secret, key.is_own, route.model)
+        return Attempt(target, route.model, quote, key.provider_key_id)
 
     async def _fallbacks(
         self, principal: Principal, request: WireRequest, route: Route, first: Attempt

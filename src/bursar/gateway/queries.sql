@@ -1,16 +1,23 @@
 -- name: providers
-select provider as name, provider_id, kind, base_url, auth, asks_for_usage, position, batch_price_ppm, enabled
+select provider as name, provider_id, kind, base_url, auth, asks_for_usage, position, batch_price_ppm, enabled, query,
+    headers, litellm_provider
 from gateway.providers
 order by position, provider;
 
 -- name: provider
-select provider as name, provider_id, kind, base_url, auth, asks_for_usage, position, batch_price_ppm, enabled
+select provider as name, provider_id, kind, base_url, auth, asks_for_usage, position, batch_price_ppm, enabled, query,
+    headers, litellm_provider
 from gateway.providers
 where provider = %(name)s;
 
 -- name: put_provider
-insert into gateway.providers (provider, provider_id, kind, base_url, auth, asks_for_usage, position, batch_price_ppm, enabled)
-values (%(name)s, %(provider_id)s, %(kind)s, %(base_url)s, %(auth)s, %(asks_for_usage)s, %(position)s, %(batch_price_ppm)s, %(enabled)s)
+insert into gateway.providers (
+    provider, provider_id, kind, base_url, auth, asks_for_usage, position, batch_price_ppm, enabled, query, headers,
+    litellm_provider
+) values (
+    %(name)s, %(provider_id)s, %(kind)s, %(base_url)s, %(auth)s, %(asks_for_usage)s, %(position)s,
+    %(batch_price_ppm)s, %(enabled)s, %(query)s, %(headers)s, %(litellm_provider)s
+)
 on conflict (provider) do update
 set kind = excluded.kind,
     base_url = excluded.base_url,
@@ -18,8 +25,12 @@ set kind = excluded.kind,
     asks_for_usage = excluded.asks_for_usage,
     position = excluded.position,
     batch_price_ppm = excluded.batch_price_ppm,
-    enabled = excluded.enabled
-returning provider as name, provider_id, kind, base_url, auth, asks_for_usage, position, batch_price_ppm, enabled;
+    enabled = excluded.enabled,
+    query = excluded.query,
+    headers = excluded.headers,
+    litellm_provider = excluded.litellm_provider
+returning provider as name, provider_id, kind, base_url, auth, asks_for_usage, position, batch_price_ppm, enabled,
+    query, headers, litellm_provider;
 
 -- name: model_routes
 select model, route_id, provider, upstream_model, enabled, retries,

@@ -140,6 +140,10 @@ class Relay:
         """The whole answer: settle, then the client gets it; what it was charged is in the headers."""
         assert call.meter is not None
         call.meter.read_body(body)
+        if call.meter.error and call.meter.usage() is None:
+            # A failure under status 200, as OpenRouter tells it when the provider behind it fails late.
+            await self._pass_error(exchange, call, answer, body)
+            return
         measured = call.meter.measure()
         verdict = await self._till.settle(call, measured.usage, estimated=measured.estimated)
         charged = _charge_headers(call, verdict.charged_micros, verdict.available_micros)

@@ -138,6 +138,7 @@ async def load_routes(conn: db.Connection, *, demo_base_url: str | None) -> Rout
     providers = [
         replace(provider, base_url=demo_base_url) if provider.name == DEMO else provider
         for provider in await list_providers(conn)
+        if provider.kind != "litellm"
     ]
     return RouteTable(providers, await list_model_routes(conn))
 

@@ -1,8 +1,8 @@
 """Calls to providers: one pool of connections, time limits, and what headers pass in each direction.
 
-To a provider go: the body, `content-type`, its own key, and of the client's headers only those of FORWARDED. The
-client's credentials, cookies and addresses do not. `openai-organization` and `openai-project` do not either: they would
-choose an account within the key's, which is the operator's to choose.
+To a provider go: the body, `content-type`, its own key, the headers that the operator fixed for it, and of the client's
+headers only those of FORWARDED. The client's credentials, cookies and addresses do not. `openai-organization` and
+`openai-project` do not either: they would choose an account within the key's, which is the operator's to choose.
 
 To the client come: status, body, and of the provider's headers only those of RETURNED. Rate-limit headers and
 `openai-organization` do not: they tell of the account at the provider. The provider's own request id comes back as
@@ -22,12 +22,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self
+from urllib.parse import quote
 
 import aiohttp
 from yarl import URL
 
 from bursar.gateway.demo_answers import DIRECTIONS_HEADER
-from bursar.gateway.providers import DEMO, Provider
+from bursar.gateway.providers import DEMO, MODEL_PLACE, Provider
 from bursar.gateway.wire import JSON
 from bursar.problems import Problem
 
@@ -86,16 +87,22 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Whom to call, and with which key. secret: None where the provider takes none."""
+    """Whom to call, and with which key. secret: None where the provider takes none; model: its name of the model."""
 
     provider: Provider
     secret: str | None = field(default=None, repr=False)
     is_own_key: bool = False
+    model: str = ""
 
     def url(self, path: str) -> URL:
         """The address of a path."""
-        assert self.provider.base_url is not None
-        return URL(self.provider.base_url + path, encoded=True)
+        base_url = self.provider.base_url
+        assert base_url is not None
+        if MODEL_PLACE in base_url:
+            # Encoded whole: a name is one segment, whatever is in it, and leads nowhere else.
+            base_url = base_url.replace(MODEL_PLACE, quote(self.model, safe=""))
+        query = f"?{self.provider.query}" if self.provider.query else ""
+        return URL(f"{base_url}{path}{query}", encoded=True)
 
     def credentials(self, path: str) -> dict[str, str]:
         """The header that opens the provider."""
@@ -264,7 +271,7 @@ def _forwarded(target: Target, path: str, client_headers: Mapping[bytes, str]) -
     directions = client_headers.get(DIRECTIONS_HEADER.lower().encode())
     if directions is not None and target.provider.name == DEMO:
         headers[DIRECTIONS_HEADER] = directions
-    return headers | target.credentials(path)
+    return headers | dict(target.provider.headers) | target.credentials(path)
 
 
 def _returned(response: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:
