@@ -15,9 +15,9 @@ SAFE = {name: {"filtered": False, "severity": "safe"} for name in ("hate", "self
 PROMPT_FILTER = [{"prompt_index": 0, "content_filter_results": SAFE}]
 
 
-def _refused(status: int, code: str, message: str, **more: Any) -> web.Response:
+def _refused(http_status: int, code: str, message: str, **more: Any) -> web.Response:
     error = {"code": code, "message": message, **more}
-    return web.json_response({"error": error}, status=status, headers={"apim-request-id": "a-request"})
+    return web.json_response({"error": error}, status=http_status, headers={"apim-request-id": "a-request"})
 
 
 class Azure:

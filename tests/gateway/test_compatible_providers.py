@@ -30,8 +30,9 @@ Add = Callable[..., Awaitable[str]]
 
 
 @pytest.fixture
-async def add(priced: db.Database) -> Add:
+async def add(priced: db.Database, monkeypatch: pytest.MonkeyPatch) -> Add:
     """Adds a provider with priced models and the platform's key: `await add("azure", base_url, ["gpt-4o"], key)`."""
+    monkeypatch.setattr("bursar.gateway.desk.REFRESH_SECONDS", 0.0)
 
     async def make(name: str, base_url: str, models: list[str], key: str | None = None, **columns: Any) -> str:
         name = f"{name}-{uuid7().hex[-12:]}"
@@ -52,7 +53,7 @@ async def add(priced: db.Database) -> Add:
                     secret=key,
                     by=OPERATOR,
                 )
-        await asyncio.sleep(5.1)  # the served application reads providers that often
+        await asyncio.sleep(2.1)  # the price book looks for new names that often
         return name
 
     return make
