@@ -1,9 +1,13 @@
 """A server process: the application and the worker on one database, from start to stop."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+import multiprocessing
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 
+import structlog
 from fastapi import FastAPI
 
 from bursar import db, worker
@@ -12,6 +16,8 @@ from bursar.asgi import Message, Receive, Scope, Send
 from bursar.logs import configure_logs
 from bursar.pricing.importing import import_shipped
 from bursar.settings import Settings
+
+log = structlog.get_logger(__name__)
 
 
 def from_environment() -> "ServedApp":
@@ -49,13 +55,41 @@ class ServedApp:
             else:
                 await send(message)
 
+        with _ends_with_supervisor():
+            await self._serve(scope, receive, keep_last)
+        for message in last:
+            await send(message)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with db.opened(self._settings, migrate=True) as database:
             await _import_prices(database)
             self._app = create_app(database, self._settings, parts=(*PARTS, _worker))
             self._app.state.is_demo = self._is_demo
-            await self._app(scope, receive, keep_last)
-        for message in last:
-            await send(message)
+            await self._app(scope, receive, send)
+
+
+@contextmanager
+def _ends_with_supervisor() -> Iterator[None]:
+    """Stop as SIGTERM would when the process that started this one (`--workers`) is killed.
+
+    Otherwise it would keep the port, and nobody would stop it or start it again.
+    """
+    supervisor = multiprocessing.parent_process()
+    if supervisor is None:
+        yield
+        return
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        log.warning("the supervisor is gone; this process stops too")
+        loop.remove_reader(supervisor.sentinel)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    loop.add_reader(supervisor.sentinel, stop)
+    try:
+        yield
+    finally:
+        loop.remove_reader(supervisor.sentinel)
 
 
 async def _import_prices(database: db.Database) -> None:

@@ -25,6 +25,10 @@ class Figure:
 FIGURES: Final[Mapping[str, Figure]] = {
     "deductions": Figure(500, 20_000),  # R1
     "steps": Figure(2_000, 100_000),  # R2
+    "kills": Figure(3, 1_000),  # R3: of a server
+    "database kills": Figure(3, 500),  # R4
+    "other kills": Figure(3, 500),  # R5: of each kind
+    "first starts": Figure(2, 25),  # R5: killed while the database is made and migrated
     "seconds": Figure(20, 600),  # R6
     "histories": Figure(200, 10_000),  # R8
     "steps of a history": Figure(40, 200),
