@@ -1,7 +1,8 @@
 """The web application: which capabilities it is made of, and how everything that can go wrong is answered.
 
 A capability takes part by a line in ROUTERS (paths) or PARTS (something that runs as long as the application does,
-such as the batcher's lanes; it may set `app.state.gateway`, the ASGI application of the paths under /v1).
+such as the batcher's lanes; it may set `app.state.gateway`, the ASGI application of the paths under /v1, and
+`app.state.credits`, that of the hot paths under /api/v1/credits).
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -18,6 +19,7 @@ from starlette.exceptions import HTTPException
 from bursar import __version__, db, operation
 from bursar.asgi import Around, BodyLimits, Receive, Scope, Send, is_gateway
 from bursar.credits import api as credits_api
+from bursar.credits.front import OPERATIONS
 from bursar.gateway import opening
 from bursar.identity import api as identity_api
 from bursar.problems import (
@@ -41,13 +43,13 @@ Part: TypeAlias = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 @asynccontextmanager
 async def _gateway(app: FastAPI) -> AsyncIterator[None]:
-    """The paths under /v1, and what runs behind them."""
-    async with opening.opened(app.state.database) as front:
-        app.state.gateway = front
+    """The paths under /v1 and the hot ones of the API, and what runs behind them."""
+    async with opening.opened(app.state.database) as opened:
+        app.state.gateway, app.state.credits = opened.gateway, opened.credits
         try:
             yield
         finally:
-            app.state.gateway = None
+            app.state.gateway = app.state.credits = None
 
 
 # The pages come first: they put a finished page before the bare one that identity signs people in with.
@@ -89,28 +91,33 @@ def create_app(
     )
     app.state.database = database
     app.state.settings = settings
-    app.state.gateway = None
+    app.state.gateway = app.state.credits = None
     for router in routers:
         app.include_router(router)
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
     # The last one added is the outermost.
-    app.add_middleware(_GatewayFirst, state=app.state)
     app.add_middleware(BodyLimits)
+    app.add_middleware(_HotFirst, state=app.state)
     app.add_middleware(Around)
     return app
 
 
-class _GatewayFirst:
-    """Sends the paths under /v1 to the gateway, past FastAPI."""
+class _HotFirst:
+    """Sends the paths under /v1 to the gateway and the hot ones of the API to theirs, past FastAPI."""
 
     def __init__(self, app: Any, state: Any) -> None:
         self._app = app
         self._state = state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        to_gateway = scope["type"] == "http" and is_gateway(scope["path"]) and self._state.gateway is not None
-        await (self._state.gateway if to_gateway else self._app)(scope, receive, send)
+        app = None
+        if scope["type"] == "http":
+            if is_gateway(scope["path"]):
+                app = self._state.gateway
+            elif scope["path"] in OPERATIONS and scope["method"] == "POST":
+                app = self._state.credits
+        await (app or self._app)(scope, receive, send)
 
 
 def answer(request: Request, problem: Problem) -> Response:

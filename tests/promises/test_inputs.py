@@ -18,13 +18,14 @@ from fastapi.routing import APIRoute
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from tests.conftest import Org
-from tests.gateway.conftest import Payer
+from tests.gateway.conftest import Payer, fund
 from tests.promises.figures import IS_FULL, SEED, figure, tell
 
 from bursar import asgi
 from bursar.app import ROUTERS, create_app
 from bursar.credits.grants import GrantSource, add_grant
 from bursar.credits.pools import PoolKind, open_pool
+from bursar.gateway import opening
 from bursar.money import Micros
 from bursar.settings import Settings
 
@@ -129,7 +130,11 @@ async def asker(org: Org, settings: Settings) -> AsyncIterator[Asker]:
     key = await org.key(org.admin)
     headers = {"authorization": f"Bearer {key.text}"}
     transport = httpx2.ASGITransport(app=app)
-    async with httpx2.AsyncClient(transport=transport, base_url="http://localhost", headers=headers) as http:
+    async with (
+        opening.opened(org.database) as opened,
+        httpx2.AsyncClient(transport=transport, base_url="http://localhost", headers=headers) as http,
+    ):
+        app.state.credits = opened.credits
         # What the first question builds is there before anything is counted.
         assert (await http.get(f"/api/v1/organizations/{org.slug}/why")).status_code == 200
         yield Asker(org, http, app.openapi())
@@ -307,6 +312,77 @@ async def test_no_call_of_a_model_breaks_the_gateway_and_each_that_is_answered_i
     assert statuses[200] > 5
     assert sum(count for status, count in statuses.items() if status >= 400) > 20
     print(statuses)
+
+
+CHARGE: dict[str, Any] = {
+    "amount": {"amount": "0.01", "unit": "credit"},
+    "usage": {"input_tokens": 3},
+    "context": {"service_tier": "flex"},
+    "provider_cost": {"amount": "0.00001", "unit": "USD"},
+    "provider": "demo",
+    "model": "demo-1",
+    "conversation_id": "conv_" + "0" * 32,
+}
+# What no caller says: whose it is, who decided, what became of it (mass assignment).
+NOBODY_SAYS = (
+    *("organization_id", "api_key_id", "price_version_id", "pool_id", "charged", "charged_micros", "held", "available"),
+    *("flags", "state", "created_at", "used_at", "idempotency_key", "limit", "role"),
+)
+
+
+@pytest.mark.parametrize("operation", ["authorize", "extend", "settle", "release", "deduct"])
+async def test_no_charge_breaks_and_each_that_is_accepted_is_booked_as_it_was_answered(
+    payer: Payer, operation: str
+) -> None:
+    key = (await payer.org.key()).text
+    headers = {"authorization": f"Bearer {key}"}
+    statuses: Counter[int] = Counter()
+    places = st.sampled_from([*CHARGE, "request_id", "lease_seconds", "stream", "sent", "so_far", "user_id", "", "\0"])
+    inner = st.sampled_from(["amount", "unit", "input_tokens", "requests", "service_tier", "é"])
+    changes = st.lists(st.tuples(places, st.one_of(st.none(), inner), json_values), max_size=3)
+    async with httpx2.AsyncClient(base_url=payer.base_url, timeout=30, headers=headers) as http:
+
+        async def hold() -> str:
+            answer = await http.post("/api/v1/credits/authorize", json={"amount": CHARGE["amount"]})
+            if answer.status_code == 402:  # what was settled or deducted has used everything up
+                await fund(payer.org, Micros(10**15))
+                return await hold()
+            return str(answer.json()["request_id"])
+
+        async def charge(change: list[tuple[str, str | None, Any]]) -> None:
+            held = await hold()
+            body = json.loads(json.dumps(CHARGE))
+            if operation in ("extend", "settle", "release"):
+                body = {"request_id": held, **({} if operation == "release" else {"amount": body["amount"]})}
+            for place, part, value in change:
+                if part is None or not isinstance(body.get(place), dict):
+                    body[place] = value
+                else:
+                    body[place][part] = value
+            answer = await http.post(f"/api/v1/credits/{operation}", content=json.dumps(body).encode())
+            assert_well_answered(answer, body)
+            statuses[answer.status_code] += 1
+            released = await http.post("/api/v1/credits/release", json={"request_id": held})
+            assert released.status_code in (200, 409), answer.text[:900]
+            if answer.status_code == 200 and answer.json()["state"] == "held":
+                await http.post("/api/v1/credits/release", json={"request_id": answer.json()["request_id"]})
+
+        await try_each(changes, max(30, REQUESTS // 40), charge)
+        for name in NOBODY_SAYS:
+            for value in (None, CHARGE["amount"]):
+                answer = await http.post(f"/api/v1/credits/{operation}", json={"request_id": held_of(0), name: value})
+                assert answer.status_code == 422, (name, answer.text)
+    pool = await payer.pool()
+    booked = await payer.rows("select coalesce(sum(charged_micros), 0)::bigint from ledger.attribution")
+    assert (pool.used_micros, pool.held_micros) == (booked[0][0], 0)
+    assert statuses[200] > 0
+    assert sum(count for status, count in statuses.items() if status >= 400) > 5
+    print(statuses)
+
+
+def held_of(number: int) -> str:
+    """The id of a hold that nobody placed."""
+    return f"req_{number:032x}"
 
 
 # -- what a client library never sends

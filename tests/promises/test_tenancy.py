@@ -47,6 +47,11 @@ NEEDS = {
     "GET /api/v1/organizations/{org}/overview.csv": "usage:read",
     "GET /api/v1/organizations/{org}/why": "a member",
     "GET /api/v1/requests/{request_id}": "one's own",
+    "POST /api/v1/credits/authorize": "charges:write",
+    "POST /api/v1/credits/deduct": "charges:write",
+    "POST /api/v1/credits/extend": "a hold",
+    "POST /api/v1/credits/settle": "a hold",
+    "POST /api/v1/credits/release": "a hold",
     "GET /sign-in/{token}": "nothing",
     "POST /sign-in/{token}": "a link",
     "POST /sign-out": "nothing",
@@ -178,6 +183,11 @@ async def ask(http: httpx2.AsyncClient, operation: str, headers: dict[str, str],
     method, template = operation.split(" ")
     path = re.sub(r"\{(\w+)\}", lambda found: names.pop(found[1]), template)
     body = {"json": CALL} if method == "POST" and path.startswith("/v1") else {}
+    if NEEDS[operation] == "charges:write":
+        body = {"json": {"amount": {"amount": "0.01", "unit": "credit"}}}
+    if NEEDS[operation] == "a hold":
+        amount = {"amount": {"amount": "0", "unit": "credit"}} if template.endswith("settle") else {}
+        body = {"json": {"request_id": names.pop("request_id", UNKNOWN["request_id"]), **amount}}
     return await http.request(method, path, headers=headers, params=names, follow_redirects=False, **body)
 
 
@@ -241,6 +251,27 @@ async def test_a_foreign_request_answers_as_an_unknown_one(
     own = await ask(http, operation, bearer(victim.member_key), request_id=victim.request_id)
     of_all = await ask(http, operation, bearer(victim.admin_key), request_id=victim.request_id)
     assert (own.status_code, of_all.status_code) == (200, 200)
+
+
+async def test_a_foreign_hold_answers_as_an_unknown_one(
+    victim: Victim, make_org: MakeOrg, http: httpx2.AsyncClient
+) -> None:
+    """Also to the victim's own administrator, where it is the gateway's; a session is not asked for money."""
+    service = bearer((await victim.org.key()).text)
+    held = (await ask(http, "POST /api/v1/credits/authorize", service)).json()["request_id"]
+    charged = (await ask(http, "POST /api/v1/credits/deduct", service)).json()["request_id"]
+    callers = await strangers(make_org)
+    for operation in (each for each, needs in NEEDS.items() if needs == "a hold"):
+        for caller in (callers[0], callers[2], Caller("of the gateway's call", service)):
+            unknown = await ask(http, operation, caller.headers)
+            foreign = [victim.request_id] if caller.headers == service else [held, charged, victim.request_id]
+            for request_id in foreign:
+                answer = await ask(http, operation, caller.headers, request_id=request_id)
+                assert (answer.status_code, shape(answer)) == (404, shape(unknown)), (caller.name, operation)
+                assert_no_canary(answer, who=caller.name)
+        assert (await ask(http, operation, callers[1].headers, request_id=held)).status_code == 403
+        assert (await ask(http, operation, callers[3].headers, request_id=held)).status_code == 401
+    assert (await ask(http, "POST /api/v1/credits/release", service, request_id=held)).status_code == 200
 
 
 @pytest.mark.parametrize("operation", GATEWAY)
@@ -323,6 +354,7 @@ async def test_roles_and_scopes_decide_inside_of_the_organization(victim: Victim
     }
     may = {
         "usage:read": {"auditor", "administrator", "service", "reading only"},
+        "charges:write": {"administrator", "service"},
         "a member": set(callers),
         "inference": {"member", "administrator", "service", "inference only"},
     }

@@ -6,6 +6,7 @@ from uuid import UUID
 from fastapi import APIRouter, Query, Request
 
 from bursar.credits import explain as explaining
+from bursar.credits import front
 from bursar.credits import why as asking
 from bursar.identity.api_keys import get_api_key
 from bursar.identity.guards import CurrentPrincipal, NotPermitted, OrgMember, Tx, database_of
@@ -16,6 +17,7 @@ from bursar.money import Micros, NotAnAmount, parse_credits
 from bursar.problems import FieldError, NotFound, Problem, documents
 
 router = APIRouter(prefix="/api/v1", tags=["credits"])
+front.document(router)
 
 
 class InvalidQuery(Problem):

@@ -23,6 +23,7 @@ FLAG_NAMES: Final = {
     128: "late",
     256: "unpriced",
     512: "no_output_limit",
+    4096: "reported",
 }
 
 

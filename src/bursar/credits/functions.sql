@@ -1028,7 +1028,7 @@ begin
     p_row.provider_key_id := v_first.provider_key_id; p_row.provider := v_first.provider; p_row.model := v_first.model;
     p_row.team_id := v_first.team_id; p_row.department_id := v_first.department_id; p_row.department_name := v_first.department_name;
     p_row.conversation_id := v_first.conversation_id; p_row.chain_id := v_first.chain_id; p_row.price_version_id := v_first.price_version_id;
-    p_row.charged_micros := v_delta; p_row.hold_micros := 0; p_row.flags := 128 | (p_estimate.flags & 2);
+    p_row.charged_micros := v_delta; p_row.hold_micros := 0; p_row.flags := 128 | (p_estimate.flags & 4098);
     p_row.provider_cost_nano_usd := case when p_estimate.flags & 2 = 2 then 0 else v_cost end;
     p_row.customer_cost_nano_usd := case when p_estimate.flags & 2 = 2 then v_cost else 0 end;
     p_row.requests := p_row.requests - v_first.requests;
@@ -1505,7 +1505,7 @@ begin
                 select array_agg(coalesce(s.micros, 0) order by n.leg)
                 from generate_series(1, (select cardinality(c.leg_filters) from credits.chains c where c.organization_id = w.org and c.chain_id = w.chain_id)) n(leg)
                 left join unnest(p_split_places, p_split_legs, p_split_micros) s(place, leg, micros) on s.place = w.place and s.leg = n.leg) end,
-            w.amount, w.tokens, w.mark, w.mark, w.cost, w.flags & 266, w.provider, w.model, w.price_version_id, w.provider_key_id, w.conversation_id,
+            w.amount, w.tokens, w.mark, w.mark, w.cost, w.flags & 4362, w.provider, w.model, w.price_version_id, w.provider_key_id, w.conversation_id,
             p_now, p_now + make_interval(secs => w.lease)
         from (
             select unnest(p_organization_ids) as org, unnest(p_actions) as action, unnest(p_request_ids) as request_id, unnest(p_amounts) as amount,
@@ -1652,10 +1652,11 @@ begin
         insert into credits.commands (organization_id, idempotency_key, body_hash, request_id, outcome, answered_at, kept_until)
         select w.org, w.key, w.body_hash, w.request_id,
             jsonb_build_object('outcome', greatest(w.outcome, 0), 'request_id', w.request_id, 'detail', w.detail, 'binding_id', w.binding_id,
-                'held_micros', case w.action when 1 then w.amount else 0 end, 'charged_micros', case when w.action in (3, 5) then w.charged else 0 end),
+                'held_micros', case w.action when 1 then w.amount when 2 then w.held + w.amount else 0 end,
+                'charged_micros', case when w.action in (3, 5) then w.charged else 0 end),
             p_now, p_now + case when w.outcome in (1, 6) then interval '24 hours' else interval '35 days' end
-        from unnest(p_organization_ids, p_actions, p_keys, p_body_hashes, p_request_ids, p_amounts, p_outcomes, p_details, p_bindings, p_charged)
-            w(org, action, key, body_hash, request_id, amount, outcome, detail, binding_id, charged)
+        from unnest(p_organization_ids, p_actions, p_keys, p_body_hashes, p_request_ids, p_amounts, p_outcomes, p_details, p_bindings, p_charged, p_held)
+            w(org, action, key, body_hash, request_id, amount, outcome, detail, binding_id, charged, held)
         where w.key is not null and w.action <> 4
           and (w.outcome in (-1, 1, 9) or (w.outcome = 6 and w.detail not in ('request_invalid', 'organization_unknown')));
     end if;
@@ -1677,7 +1678,7 @@ comment on function credits.post_batch is 'Writes what a batch decided: holds, a
 --   p_flags          bits: 1 sent, 2 customer's own key, 4 estimated, 8 streamed, 16 may wait, 32 repeated after an unknown answer,
 --                    64 by expiry, 256 unpriced by policy, 512 the request names no limit of output (of a hold: its amount is a guess),
 --                    1024 of a hold: where it would be refused for want of room nothing is final, 2048 of an extension: amount, tokens and
---                    cost are what shall be held in all, so that asking again holds nothing twice
+--                    cost are what shall be held in all, so that asking again holds nothing twice, 4096 reported by a program
 --   p_keys, p_body_hashes   idempotency key of the command and hash of its body; with a release: the key that it sets free
 --   p_at             null; the simulator's instant
 -- Returns one verdict a place: 0 accepted, 1 refused by a balance, 2 wait (only open holds stand in the way), 3 known: the stored

@@ -40,6 +40,7 @@ class Flag(IntFlag):
     UNLIMITED = 512  # the request names no limit of output; of an authorize: its amount is a guess
     MAY_RESIZE = 1024  # where an authorize would be refused for want of room: RESIZE, and nothing is final
     IN_ALL = 2048  # of an extend: what shall be held in all, not in addition
+    REPORTED = 4096  # by a program that calls models itself
 
 
 class Outcome(IntEnum):

@@ -153,3 +153,20 @@ select organization_id from credits.holds where request_id = %(request_id)s
 union all
 select organization_id from credits.unbilled_requests where request_id = %(request_id)s
 limit 1
+
+-- name: reported_hold
+select h.organization_id, 'held' as state, nullif(c.user_id, '00000000-0000-0000-0000-000000000000') as user_id,
+    nullif(c.api_key_id, '00000000-0000-0000-0000-000000000000') as api_key_id, h.provider, h.model, h.price_version_id,
+    h.conversation_id, h.placed_at
+from credits.holds h join credits.chains c on c.organization_id = h.organization_id and c.chain_id = h.chain_id
+where h.organization_id = %(organization_id)s and h.request_id = %(request_id)s and h.flags & 4096 = 4096
+union all
+select a.organization_id, 'charged', a.user_id, a.api_key_id, a.provider, a.model, a.price_version_id, a.conversation_id, a.used_at
+from ledger.attribution a
+where a.organization_id = %(organization_id)s and a.request_id = %(request_id)s and a.kind = 0 and a.flags & 4096 = 4096
+union all
+select u.organization_id, u.outcome, u.user_id, u.api_key_id, u.provider, u.model, null, u.conversation_id, u.happened_at
+from credits.unbilled_requests u
+where u.organization_id = %(organization_id)s and u.request_id = %(request_id)s and u.outcome in ('released', 'expired')
+    and not exists (select from ledger.attribution a where a.organization_id = u.organization_id and a.request_id = u.request_id)
+limit 1

@@ -3,10 +3,13 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Final
 
 from bursar import db
+from bursar.credits import front as credits_front
 from bursar.credits.batcher import Batcher
+from bursar.credits.charges import Charges
 from bursar.gateway import demo_provider
 from bursar.gateway.calls import Till
 from bursar.gateway.desk import Desk
@@ -21,8 +24,16 @@ from bursar.pricing.book import PriceBook
 LAST_USE_SECONDS: Final = 30.0
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What answers past FastAPI: the paths under /v1, and the hot ones under /api/v1/credits. One batcher for both."""
+
+    gateway: Front
+    credits: credits_front.Front
+
+
 @asynccontextmanager
-async def opened(database: db.Database) -> AsyncIterator[Front]:
+async def opened(database: db.Database) -> AsyncIterator[Opened]:
     """The gateway, ready to answer; leaving drains what runs and waits until every settle is committed."""
     keys = KeyCache(database)
     async with AsyncExitStack() as stack:
@@ -35,8 +46,12 @@ async def opened(database: db.Database) -> AsyncIterator[Front]:
         stack.push_async_callback(_stop, asyncio.create_task(till.run(), name="progress of running calls"))
         stack.push_async_callback(_stop, asyncio.create_task(_note_last_use(database, keys), name="last use of keys"))
         finder = KeyFinder(database, Keyring(database.settings.master_key))
-        desk = Desk(database, PriceBook(database), finder, demo_base_url=demo_base_url)
-        yield Front(keys, desk, till, Relay(till, upstream))
+        book = PriceBook(database)
+        desk = Desk(database, book, finder, demo_base_url=demo_base_url)
+        yield Opened(
+            Front(keys, desk, till, Relay(till, upstream)),
+            credits_front.Front(keys, Charges(database, batcher, book)),
+        )
 
 
 async def _note_last_use(database: db.Database, keys: KeyCache) -> None:

@@ -44,6 +44,7 @@ class Permission(StrEnum):
     CREDITS_ALLOCATE = "credits:allocate"
     CREDITS_BUY = "credits:buy"
     CREDITS_GRANT = "credits:grant"
+    CHARGES_WRITE = "charges:write"
     LIMITS_TEAM = "limits:team"
     LIMITS_READ = "limits:read"
     LIMITS_WRITE = "limits:write"
@@ -89,8 +90,9 @@ _READS_ALL: Final = frozenset(
 )
 
 PERMISSIONS: Final[dict[Role, frozenset[Permission]]] = {
-    # Conversation text is for nobody by role; whoever operates the installation has to say so.
-    Role.SYSTEM_ADMIN: frozenset(Permission) - {_P.CONVERSATIONS_TEXT, _P.MODELS_USE},
+    # Conversation text is for nobody by role; whoever operates the installation has to say so. What an organization
+    # spends is its own to say.
+    Role.SYSTEM_ADMIN: frozenset(Permission) - {_P.CONVERSATIONS_TEXT, _P.MODELS_USE, _P.CHARGES_WRITE},
     Role.ORG_ADMIN: _MEMBER
     | _READS_ALL
     | {
@@ -101,6 +103,7 @@ PERMISSIONS: Final[dict[Role, frozenset[Permission]]] = {
         _P.MARGIN_READ,
         _P.CREDITS_ALLOCATE,
         _P.CREDITS_BUY,
+        _P.CHARGES_WRITE,
         _P.LIMITS_WRITE,
         _P.REQUESTS_DECIDE,
         _P.LICENSES_WRITE,
