@@ -34,6 +34,8 @@ FIGURES: Final[Mapping[str, Figure]] = {
     "steps of a history": Figure(40, 200),
     "keys": Figure(1_000, 50_000),  # R9
     "requests": Figure(1_200, 200_000),  # R12
+    "faults": Figure(20, 200),  # R18: of each kind, on each path, plain and streamed
+    "calls": Figure(1_000, 10_000),  # R21
     "priced calls": Figure(40, 5_000),
 }
 

@@ -239,7 +239,7 @@ class Lane:
         may hold its addition twice, which settling frees.
         """
         # A TimeoutError (of a call that took too long) is an OSError too.
-        log.warning("lane lost its connection", error=str(error), moves=len(batch))
+        log.warning("lane lost its connection", error=_first_line(error), moves=len(batch))
         if self.connection is not None:
             await self.connection.close()
             self.connection = None
@@ -269,7 +269,7 @@ class Lane:
         if len(batch) == 1:
             self._fail(batch[0], error)
             return
-        log.warning("batch failed, asking one by one", error=str(error), moves=len(batch))
+        log.warning("batch failed, asking one by one", error=_first_line(error), moves=len(batch))
         for waiting in batch:
             await self._decide_alone(waiting)
 
@@ -372,6 +372,11 @@ def _can_be_packed(move: Move) -> bool:
     except Exception:
         return False
     return True
+
+
+def _first_line(error: Exception) -> str:
+    """What went wrong, without the statements that PostgreSQL adds as context."""
+    return str(error).partition("\n")[0]
 
 
 def _unavailable() -> Unavailable:

@@ -122,9 +122,9 @@ def split_fallback(text: str) -> tuple[str, str]:
 
 def not_found(model: str, format: Format) -> ModelNotFound:
     """The refusal of a name that nobody serves."""
-    vendor = "OpenAI" if format == "openai" else "Anthropic"
+    path = "/v1/chat/completions" if format == "openai" else "/v1/messages"
     return ModelNotFound(
-        f"No provider serves {model[:200]!r} in the format of {vendor}.",
+        f"No provider serves {model[:200]!r} at {path}.",
         why={
             "reason": "model_not_found",
             "model": model[:200],
