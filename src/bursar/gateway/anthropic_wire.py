@@ -47,7 +47,7 @@ def read_request(body: bytes, content_type: str = wire.JSON) -> WireRequest:
         stream=stream,
         max_output_tokens=limit,
         choices=1,
-        estimate=_estimate(fields),
+        estimate=estimate(fields),
         wants_usage=True,
         service_tier=wire.read_optional_text(fields, "service_tier"),
         fields=fields,
@@ -59,7 +59,7 @@ def upstream_body(request: WireRequest, *, model: str, asks_for_usage: bool = Tr
     return wire.spliced(request.fields, model=model)
 
 
-def _estimate(fields: Fields) -> Usage:
+def estimate(fields: Fields) -> Usage:
     """Input by our own rule; what is marked for the cache is held for at the price of writing it."""
     messages = wire.read_anything(fields, "messages")
     if not isinstance(messages, list):

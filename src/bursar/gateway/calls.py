@@ -55,11 +55,15 @@ class TwinInFlight(Problem):
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A provider that may answer a call: whom to ask, by which name of the model, with whose key, at which price."""
+    """A provider that may answer a call: whom to ask, by which name of the model, with whose key, at which price.
+
+    request: in the kinds that this price is for.
+    """
 
     target: Target
     model: str
     quote: Quote
+    request: WireRequest
     provider_key_id: UUID | None = None
 
 
@@ -71,7 +75,6 @@ class Call:
     """
 
     principal: Principal
-    request: WireRequest
     attempts: tuple[Attempt, ...]
     body_hash: bytes
     tried: int = 0
@@ -94,6 +97,11 @@ class Call:
         """Ask who is asked now no more: it wants to be left alone for longer than anybody waits here."""
         while self.tried + 1 < len(self.attempts) and self.attempts[self.tried + 1] is self.attempt:
             self.tried += 1
+
+    @property
+    def request(self) -> WireRequest:
+        """What is asked, in the kinds of the price of who is asked."""
+        return self.attempt.request
 
     @property
     def quote(self) -> Quote:
@@ -314,7 +322,8 @@ class Till:
         counted = call.meter.counted() if call.meter is not None else call.request.estimate
         so_far = call.price(counted, Rounding.UP)
         mark = call.charge(so_far)
-        outgrown = mark * 100 > call.held_micros * EXTEND_AT_PERCENT and call.request.stream and not call.own_key
+        grows = call.request.stream and call.request.has_output and not call.own_key
+        outgrown = grows and mark * 100 > call.held_micros * EXTEND_AT_PERCENT
         # What is held doubles, so that a long stream asks seldom.
         more = Micros(max(call.held_micros, 2 * mark - call.held_micros)) if outgrown else Micros(0)
         move = call.move(

@@ -11,7 +11,7 @@ from bursar.gateway import tokens, wire
 DIRECTIONS_HEADER: Final = "Bursar-Demo"
 
 # Of all choices or calls together: an answer is made in memory, in the process of a server.
-_LONGEST_OUTPUT: Final = 250_000
+LONGEST_OUTPUT: Final = 250_000
 _SHORTEST_ANSWER: Final = 16
 _ANSWER_LENGTHS: Final = 240
 
@@ -23,7 +23,7 @@ _WORDS: Final = (
 )
 _CYCLE: Final = _WORDS + " "
 _CYCLE_TOKENS: Final = tokens.count_tokens(_CYCLE)
-_WORD_STARTS: Final = tuple(place // 4 for place in range(0, len(_CYCLE), 4) if place == 0 or _CYCLE[place - 1] == " ")
+WORD_STARTS: Final = tuple(place // 4 for place in range(0, len(_CYCLE), 4) if place == 0 or _CYCLE[place - 1] == " ")
 assert len(_CYCLE) == 4 * _CYCLE_TOKENS
 
 
@@ -44,6 +44,7 @@ class Directions:
     reasoning: int = 0
     tool_calls: int = 0
     searches: int = 0
+    bytes: int = 0
 
 
 PLAIN_DIRECTIONS: Final = Directions()
@@ -107,25 +108,25 @@ def decide(request: wire.WireRequest, directions: Directions, tool_names: list[s
         length = directions.output_tokens
     elif is_cut and limit is not None:
         length = limit
-    if length * max(request.choices, directions.tool_calls) + directions.tool_calls > _LONGEST_OUTPUT:
-        raise wire.UnreadableRequest(f"The provider demo puts out at most {_LONGEST_OUTPUT} tokens")
-    starts = [_WORD_STARTS[(number + choice) % len(_WORD_STARTS)] for choice in range(request.choices)]
+    if length * max(request.choices, directions.tool_calls) + directions.tool_calls > LONGEST_OUTPUT:
+        raise wire.UnreadableRequest(f"The provider demo puts out at most {LONGEST_OUTPUT} tokens")
+    starts = [WORD_STARTS[(number + choice) % len(WORD_STARTS)] for choice in range(request.choices)]
     if directions.tool_calls:
         names = tool_names or ["demo_tool"]
         calls = [(names[turn % len(names)], _arguments(starts[0], length)) for turn in range(directions.tool_calls)]
         output = sum(tokens.count_tokens(name + "".join(pieces)) for name, pieces in calls)
         return Answer(digest.hexdigest(), request, directions, [[]], calls, output + directions.reasoning, False)
-    choices = [_pieces(start, length) for start in starts]
+    choices = [text_pieces(start, length) for start in starts]
     output = length * request.choices + directions.reasoning
     return Answer(digest.hexdigest(), request, directions, choices, [], output, is_cut)
 
 
-def _pieces(start: int, length: int) -> list[str]:
-    """A text of exactly `length` tokens, one token a piece."""
+def text_pieces(start: int, length: int) -> list[str]:
+    """A text of exactly `length` tokens, one token a piece. start: one of WORD_STARTS."""
     turns = (start + length) // _CYCLE_TOKENS + 1
     text = (_CYCLE * turns)[4 * start : 4 * (start + length)].rstrip()
     return [text[place : place + 4] for place in range(0, len(text), 4)]
 
 
 def _arguments(start: int, length: int) -> list[str]:
-    return ['{"text": "', *_pieces(start, max(1, length)), '"}']
+    return ['{"text": "', *text_pieces(start, max(1, length)), '"}']

@@ -18,6 +18,7 @@ The header `Bursar-Demo` directs one call, for example `delay_ms=200; piece_ms=1
     reasoning       report so many output tokens of thought, beside what is said
     tool_calls      call so many tools instead of speaking
     searches        report so many web searches (Anthropic's)
+    bytes           make each image at least so large
 
 It stands alone too: `python -m bursar.gateway.demo_provider --port 8421`.
 """
@@ -34,7 +35,7 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
-from bursar.gateway import anthropic_wire, demo_anthropic, demo_openai, openai_wire, wire
+from bursar.gateway import anthropic_wire, demo_anthropic, demo_media, demo_openai, openai_wire, wire
 from bursar.gateway.demo_answers import DIRECTIONS_HEADER, PLAIN_DIRECTIONS, Answer, Directions, decide, read_directions
 
 NAME: Final = "demo"
@@ -155,6 +156,7 @@ def application() -> web.Application:
     app.router.add_post("/v1/chat/completions", _chat_completions)
     app.router.add_post("/v1/messages", _messages)
     app.router.add_get("/v1/models", _models)
+    demo_media.add_routes(app.router)
     return app
 
 

@@ -24,7 +24,6 @@ from bursar.problems import Problem
 log = structlog.get_logger(__name__)
 REFRESH_SECONDS: Final = 5.0
 MOST_RESOLVED: Final = 10_000
-TALKING: Final = ("output_tokens", "requests")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,6 @@ class Desk:
             attempts = (first,) * (1 + route.retries) + await self._fallbacks(principal, request, route, first)
         return Call(
             principal=principal,
-            request=request,
             attempts=attempts,
             body_hash=body_hash,
             context=request.price_context,
@@ -71,12 +69,13 @@ class Desk:
 
     async def _attempt(self, organization_id: UUID, request: WireRequest, route: Route) -> Attempt:
         quote = await self._book.quote(organization_id=organization_id, provider=route.provider.name, model=route.model)
+        request = request.as_priced(lambda usage: bool(quote.unpriced_kinds(usage, context=request.price_context)))
         quote.require_priced(request.hold_for(1), context=request.price_context)
         key = await self._key(organization_id, route)
         if key is None:
-            return Attempt(Target(route.provider, model=route.model), route.model, quote)
+            return Attempt(Target(route.provider, model=route.model), route.model, quote, request)
         target = Target(route.provider, key.secret, key.is_own, route.model)
-        return Attempt(target, route.model, quote, key.provider_key_id)
+        return Attempt(target, route.model, quote, request, key.provider_key_id)
 
     async def _fallbacks(
         self, principal: Principal, request: WireRequest, route: Route, first: Attempt
@@ -100,7 +99,7 @@ class Desk:
         for provider in table.providers.values():
             if not await self._can_call(principal.organization_id, provider.auth, provider.name):
                 continue
-            for model in await self._chat_models(provider.name):
+            for model in await self._priced_models(provider.name):
                 found.setdefault(model, provider.name)
         for route in table.routes.values():
             if route.enabled and route.provider in table.providers:
@@ -109,11 +108,11 @@ class Desk:
                 found.pop(route.model, None)
         return [{"id": model, "object": "model", "created": 0, "owned_by": found[model]} for model in sorted(found)]
 
-    async def _chat_models(self, provider: str) -> list[str]:
-        """Models with a price for text put out, or for a request: what the paths that are served can call."""
+    async def _priced_models(self, provider: str) -> list[str]:
+        """Models with a price: each can be called at some path."""
         async with self._database.untenanted() as conn:
             versions = await prices_in_force(conn, at=now(), provider=provider)
-        return [each.model for each in versions if any(rate.kind in TALKING for rate in each.rates)]
+        return [each.model for each in versions]
 
     async def _can_call(self, organization_id: UUID, auth: str, provider: str) -> bool:
         if auth == "none":

@@ -3,9 +3,22 @@
 from dataclasses import dataclass
 from typing import Final
 
-from bursar.gateway import anthropic_wire, openai_wire
+from bursar.gateway import (
+    anthropic_wire,
+    count_tokens_wire,
+    embeddings_wire,
+    images_wire,
+    openai_wire,
+    speech_wire,
+    transcriptions_wire,
+    translations_wire,
+)
 from bursar.gateway.routes import Format
 from bursar.gateway.wire import Wire
+
+MOST_BODY_BYTES: Final = 20 * 1024 * 1024
+MOST_FORM_BYTES: Final = 26 * 1024 * 1024
+"""OpenAI takes files of 25 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,12 +28,19 @@ class Endpoint:
     path: str
     wire: Wire
     format: Format
+    most_body_bytes: int = MOST_BODY_BYTES
 
 
 ENDPOINTS: Final = {
     endpoint.path: endpoint
     for endpoint in (
         Endpoint("/v1/chat/completions", openai_wire, "openai"),
+        Endpoint("/v1/embeddings", embeddings_wire, "openai"),
+        Endpoint("/v1/images/generations", images_wire, "openai"),
+        Endpoint("/v1/audio/speech", speech_wire, "openai"),
+        Endpoint("/v1/audio/transcriptions", transcriptions_wire, "openai", MOST_FORM_BYTES),
+        Endpoint("/v1/audio/translations", translations_wire, "openai", MOST_FORM_BYTES),
         Endpoint("/v1/messages", anthropic_wire, "anthropic"),
+        Endpoint("/v1/messages/count_tokens", count_tokens_wire, "anthropic"),
     )
 }

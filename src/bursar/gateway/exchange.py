@@ -11,7 +11,6 @@ from bursar.problems import Problem
 Headers = list[tuple[bytes, bytes]]
 Result = TypeVar("Result")
 
-MOST_BODY_BYTES: Final = 20 * 1024 * 1024
 MOST_SEND_SECONDS: Final = 120.0
 """A client that has not taken a piece by then has gone: its hold and the provider's connection do not wait for it."""
 
@@ -44,13 +43,13 @@ class Exchange:
         """Of the request's body, as the client names it."""
         return self.headers.get(b"content-type", JSON)
 
-    async def body(self) -> bytes:
-        """The whole body.
+    async def body(self, most: int) -> bytes:
+        """The whole body, of at most so many bytes.
 
         Raises:
             BodyTooLarge, ClientGone
         """
-        body = await read_body(self._scope, self._receive, MOST_BODY_BYTES)
+        body = await read_body(self._scope, self._receive, most)
         if body is None:
             raise ClientGone
         return body

@@ -94,11 +94,13 @@ class Front:
     async def _call(self, exchange: Exchange, endpoint: Endpoint) -> None:
         """One metered call: read, hold, and have it answered."""
         principal = await self._principal(exchange)
-        body = await exchange.body()
+        body = await exchange.body(endpoint.most_body_bytes)
         read, kind = endpoint.wire.read_request, exchange.content_type
         # A body with files takes long to read; the other calls go on meanwhile.
         request = await asyncio.to_thread(read, body, kind) if len(body) > LARGE_BODY_BYTES else read(body, kind)
-        call = await self._desk.open(principal, request, endpoint.format, body_hash(exchange.path, body))
+        call = await self._desk.open(
+            principal, request, endpoint.format, body_hash(exchange.path, request.identity(body))
+        )
         call.conversation_id = _conversation(exchange.headers)
         call.idempotency_key = _idempotency_key(exchange.headers)
         call.request_id = UUID(exchange.request_id.removeprefix("req_"))

@@ -267,7 +267,7 @@ class UsageMeter(wire.UsageMeter):
         if isinstance(answer.service_tier, str):
             self.tier = answer.service_tier
         if answer.error:
-            self.error = _error_type(answer.error)
+            self.error = error_type(answer.error)
         if isinstance(answer.choices, list):
             self._units += sum(map(_choice_units, answer.choices))
         return answer
@@ -292,7 +292,8 @@ def _is_only_usage(answer: _Answer) -> bool:
     return answer.choices == [] and bytes(answer.usage) != b"null"
 
 
-def _error_type(error: object) -> str:
+def error_type(error: object) -> str:
+    """What an error object of OpenAI's shape calls itself."""
     if isinstance(error, dict):
         return str(error.get("type") or error.get("code") or "error")
     return "error"

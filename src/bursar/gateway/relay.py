@@ -13,6 +13,7 @@ from bursar.gateway import sse
 from bursar.gateway.calls import Call, Till
 from bursar.gateway.exchange import ClientGone, Exchange, Headers
 from bursar.gateway.upstream import Answer, Upstream, UpstreamBroken
+from bursar.gateway.wire import WireRequest
 from bursar.money import Micros, format_credits
 from bursar.problems import Problem
 
@@ -125,7 +126,7 @@ class Relay:
         except ClientGone:
             await self._settle_stream(call)
             raise
-        if answer.status >= 400 or (answer.is_json and call.request.is_events):
+        if answer.status >= 400 or (call.request.is_events and _is_whole(answer, call.request)):
             return await _whole(answer)
         return Reply(answer, None)
 
@@ -183,6 +184,11 @@ class Relay:
         assert call.meter is not None
         measured = call.meter.measure()
         return await self._till.settle(call, measured.usage, estimated=measured.estimated)
+
+
+def _is_whole(answer: Answer, request: WireRequest) -> bool:
+    """Whether an answer is one document, though events were asked for."""
+    return answer.is_json or (request.may_ignore_stream and not answer.is_events)
 
 
 async def _whole(answer: Answer) -> Reply:

@@ -122,9 +122,9 @@ def split_fallback(text: str) -> tuple[str, str]:
 
 def not_found(model: str, format: Format) -> ModelNotFound:
     """The refusal of a name that nobody serves."""
-    path = "/v1/chat/completions" if format == "openai" else "/v1/messages"
+    vendor = "OpenAI" if format == "openai" else "Anthropic"
     return ModelNotFound(
-        f"No provider serves {model[:200]!r} at {path}.",
+        f"No provider serves {model[:200]!r} in the format of {vendor}.",
         why={
             "reason": "model_not_found",
             "model": model[:200],

@@ -11,7 +11,8 @@ from typing import Final, NamedTuple
 
 from bursar.problems import Problem
 
-MAX_EVENT_BYTES: Final = 32 * 1024 * 1024
+MAX_EVENT_BYTES: Final = 64 * 1024 * 1024
+"""An image of the largest size in base64 is one event of up to 34 MB."""
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r")
 # Two line ends in a row. The atomic groups keep CR LF from being read as two line ends.
 _EVENT_END: Final = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")

@@ -12,7 +12,7 @@ Every `…_wire` module has the same functions (`Wire`), so that the caller pick
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Protocol
 
@@ -57,6 +57,8 @@ class WireRequest:
     has_output         false: `estimate` is all that there is to hold for (embeddings, images by piece)
     output_kind        the kind that output is held for as
     is_events          false: a stream of this call is raw bytes, and nothing of ours can follow in it
+    may_ignore_stream  some models answer whole though a stream was asked for, also in plain text
+    otherwise          the same request in other kinds, for models whose price is for those: tokens, not characters
     """
 
     model: str
@@ -72,6 +74,24 @@ class WireRequest:
     has_output: bool = True
     output_kind: OutputKind = "output_tokens"
     is_events: bool = True
+    may_ignore_stream: bool = False
+    otherwise: WireRequest | None = None
+
+    def as_priced(self, lacks: Callable[[Usage], bool]) -> WireRequest:
+        """This request in the first kinds that a model has prices for, or as it is where it has none for any.
+
+        lacks: whether the model has no price for some kind of a usage.
+        """
+        form: WireRequest | None = self
+        while form is not None:
+            if not lacks(form.hold_for(1)):
+                return form
+            form = form.otherwise
+        return self
+
+    def identity(self, body: bytes) -> bytes:
+        """What tells this request from another under the same idempotency key: its body."""
+        return body
 
     @property
     def input_tokens(self) -> int:
@@ -164,6 +184,14 @@ class UsageMeter(ABC):
     def output_so_far(self) -> int:
         """Output tokens seen so far, by our own counting rule."""
         return tokens.whole_tokens(self._units)
+
+
+class PlainMeter(UsageMeter):
+    """Meter of answers that are never streamed."""
+
+    def _read_event(self, event: sse.Event) -> bool:
+        self.unread += 1
+        return False
 
 
 class Wire(Protocol):

@@ -123,16 +123,22 @@ class Quote:
             rounding=rounding,
         )
 
+    def unpriced_kinds(self, usage: Usage, *, context: Context | None = None, at: datetime | None = None) -> list[str]:
+        """Kinds of a usage for which the price says nothing; none where a policy lets the model pass without one."""
+        if self.charge is None:
+            return []
+        context = context if self.has_context else None
+        return self.charge.unpriced_kinds(usage, context=context, at=at or clock.now())
+
     def require_priced(self, usage: Usage, *, context: Context | None = None, at: datetime | None = None) -> None:
         """Refuse what would come to zero because some kind that it uses has no price.
 
         Raises:
             ModelNotPriced
         """
-        if self.charge is None or self.passes_unpriced:
+        if self.passes_unpriced:
             return
-        context = context if self.has_context else None
-        unpriced = self.charge.unpriced_kinds(usage, context=context, at=at or clock.now())
+        unpriced = self.unpriced_kinds(usage, context=context, at=at)
         if unpriced:
             raise _not_priced(self.provider, self.model, f"has no price for {', '.join(unpriced)}")
 
