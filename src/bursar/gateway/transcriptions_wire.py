@@ -166,7 +166,7 @@ class UsageMeter(wire.UsageMeter):
         if answer is not None:
             self._take(answer)
         else:
-            self._units = tokens.text_units(_NO_TEXT.sub(b"", body).decode("utf-8", "replace"))
+            self._units = tokens.text_units(_NO_TEXT.sub(b"", body).strip().decode("utf-8", "replace"))
             self._cue_ms = _last_cue(body)
 
     def _read_event(self, event: sse.Event) -> bool:
