@@ -20,6 +20,7 @@ from bursar import __version__, db, operation
 from bursar.asgi import Around, BodyLimits, Receive, Scope, Send, is_gateway
 from bursar.credits import api as credits_api
 from bursar.credits.front import OPERATIONS
+from bursar.gateway import api as gateway_api
 from bursar.gateway import opening
 from bursar.identity import api as identity_api
 from bursar.problems import (
@@ -57,6 +58,7 @@ ROUTERS: Final[Sequence[APIRouter]] = (
     operation.router,
     pages.router,
     credits_api.router,
+    gateway_api.router,
     usage_api.router,
     identity_api.router,
 )

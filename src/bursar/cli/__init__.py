@@ -10,7 +10,21 @@ from typing import Annotated
 import typer
 
 from bursar import __version__
-from bursar.cli import credits, db, demo, departments, keys, orgs, prices, providers, questions, serve, teams, users
+from bursar.cli import (
+    credits,
+    db,
+    demo,
+    departments,
+    keys,
+    models,
+    orgs,
+    prices,
+    providers,
+    questions,
+    serve,
+    teams,
+    users,
+)
 from bursar.cli.exits import Exit, exit_code_of, explain
 from bursar.logs import configure_logs
 from bursar.settings import Settings
@@ -19,6 +33,7 @@ NOUNS = {
     "db": db.app,
     "providers": providers.app,
     "prices": prices.app,
+    "models": models.app,
     "orgs": orgs.app,
     "users": users.app,
     "teams": teams.app,

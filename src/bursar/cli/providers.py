@@ -21,7 +21,7 @@ from bursar.gateway.provider_keys import (
     revoke_provider_key,
 )
 from bursar.gateway.providers import InvalidProviderHeader, Provider, list_providers, put_provider
-from bursar.gateway.routes import MOST_RETRIES, ModelRoute, list_model_routes, put_model_route
+from bursar.gateway.routes import MOST_RETRIES, ModelRoute, list_model_routes, put_model_route, remove_model_route
 from bursar.gateway.sealing import Keyring
 from bursar.identity.organizations import PLATFORM_ORGANIZATION_ID, ensure_platform
 
@@ -247,6 +247,22 @@ def routes(as_json: JsonOption = False) -> None:
             return await list_model_routes(conn)
 
     print_rows(with_database(run), ROUTE_COLUMNS, as_json=as_json)
+
+
+@app.command()
+def unroute(model: Annotated[str, typer.Argument(help="The name that clients asked for.")]) -> None:
+    """Take a route away: the name means again what it means without one.
+
+    Examples: `bursar providers unroute fast`, `bursar providers unroute gpt-3`
+    """
+
+    async def run(database: db.Database) -> None:
+        await _make_platform(database)
+        async with database.platform() as conn:
+            await remove_model_route(conn, model=model, by=OPERATOR)
+
+    with_database(run)
+    typer.echo(f"{model} has no route any more.")
 
 
 @app.command()

@@ -14,6 +14,8 @@ from bursar.credits import explain as explaining
 from bursar.credits import why as asking
 from bursar.credits.verify import Finding
 from bursar.credits.verify import verify as verify_books
+from bursar.gateway.allowances import ModelNotAllowed
+from bursar.gateway.desk import why_not
 from bursar.identity.organizations import Organization
 
 
@@ -32,10 +34,12 @@ def why(
     """
     wanted = credits_of(amount)
 
-    async def work(conn: db.Connection, database: db.Database, organization: Organization) -> asking.Why:
+    async def work(
+        conn: db.Connection, database: db.Database, organization: Organization
+    ) -> tuple[asking.Why, ModelNotAllowed | None]:
         member = await member_of(conn, database, organization.organization_id, user) if user else None
         owned = await key_of(conn, organization.organization_id, key) if key else None
-        return await asking.why(
+        answer = await asking.why(
             conn,
             organization_id=organization.organization_id,
             user_id=member.user_id if member else owned.user_id if owned else None,
@@ -43,13 +47,25 @@ def why(
             model=model,
             wanted_micros=wanted,
         )
+        if not model:
+            return answer, None
+        return answer, await why_not(
+            database,
+            organization,
+            user_id=member.user_id if member else None,
+            api_key_id=owned.api_key_id if owned else None,
+            model=model,
+        )
 
-    answer = within(org, work)
+    answer, refusal = within(org, work)
     if as_json:
-        print_json(answer.as_json(organization=org))
+        document = answer.as_json(organization=org)
+        print_json(document if refusal is None else document | (refusal.why or {}))
+    elif refusal is not None:
+        typer.echo(f"Refused ({refusal.code}): {refusal.detail}")
     else:
         _print_why(answer)
-    return Exit.DONE if answer.allowed else Exit.REFUSED
+    return Exit.DONE if answer.allowed and refusal is None else Exit.REFUSED
 
 
 def _print_why(answer: asking.Why) -> None:

@@ -1,19 +1,15 @@
-"""Routes of the treasury: why may this be spent, and where did this charge come from."""
+"""Routes of the treasury: where did this charge come from."""
 
-from typing import Annotated, Any
+from typing import Any
 from uuid import UUID
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 
 from bursar.credits import explain as explaining
 from bursar.credits import front
-from bursar.credits import why as asking
-from bursar.identity.api_keys import get_api_key
-from bursar.identity.guards import CurrentPrincipal, NotPermitted, OrgMember, Tx, database_of
-from bursar.identity.memberships import get_membership
+from bursar.identity.guards import CurrentPrincipal, database_of
 from bursar.identity.principals import Principal
 from bursar.identity.roles import Permission
-from bursar.money import Micros, NotAnAmount, parse_credits
 from bursar.problems import FieldError, NotFound, Problem, documents
 
 router = APIRouter(prefix="/api/v1", tags=["credits"])
@@ -44,39 +40,6 @@ async def get_request(request_id: str, request: Request, principal: CurrentPrinc
     return answer
 
 
-@router.get("/organizations/{org}/why", responses=documents(NotFound, NotPermitted, InvalidQuery))
-async def get_why(
-    principal: OrgMember,
-    tx: Tx,
-    user: str | None = None,
-    key: str | None = None,
-    model: Annotated[str, Query(max_length=200)] = "",
-    amount: Annotated[str, Query(max_length=40)] = "0",
-) -> dict[str, Any]:
-    """Would a request of this user and key be allowed now, and which limit decides.
-
-    amount: credits. user: of a key alone, the key's owner; of neither, the caller with the key they came with.
-    """
-    user_id = read_id(user, "usr", "user") if user else principal.user_id
-    key_id = read_id(key, "key", "key") if key else principal.api_key_id
-    if key_id is not None and key_id != principal.api_key_id:
-        owner_id = (await get_api_key(tx, organization_id=principal.organization_id, api_key_id=key_id)).user_id
-        user_id = user_id if user else owner_id
-    if user_id != principal.user_id and not principal.may(Permission.LIMITS_READ):
-        raise NotPermitted(f"This needs {Permission.LIMITS_READ}")
-    if user_id is not None and user_id != principal.user_id:  # of somebody who never was here nothing is kept
-        await get_membership(tx, organization_id=principal.organization_id, user_id=user_id)
-    answer = await asking.why(
-        tx,
-        organization_id=principal.organization_id,
-        user_id=user_id,
-        api_key_id=key_id,
-        model=model,
-        wanted_micros=_credits(amount),
-    )
-    return answer.as_json(organization=principal.organization_slug)
-
-
 def read_id(text: str, prefix: str, name: str) -> UUID:
     """An id as the API writes it ('req_…'), or a plain UUID.
 
@@ -87,16 +50,6 @@ def read_id(text: str, prefix: str, name: str) -> UUID:
         return UUID(text.removeprefix(f"{prefix}_"))
     except ValueError:
         raise InvalidQuery(f"{name} is no id", errors=[FieldError(name, f"{prefix}_… is required")]) from None
-
-
-def _credits(text: str) -> Micros:
-    try:
-        amount = parse_credits(text)
-    except NotAnAmount as error:
-        raise InvalidQuery(str(error), errors=[FieldError("amount", str(error))]) from error
-    if amount < 0:
-        raise InvalidQuery("an amount is not negative", errors=[FieldError("amount", "zero or more is required")])
-    return amount
 
 
 def _may_read(principal: Principal, story: explaining.Story) -> bool:

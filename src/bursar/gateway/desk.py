@@ -1,21 +1,32 @@
 """Opens a call: which provider serves the model, with whose key, at what price."""
 
 import asyncio
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, get_args
 from uuid import UUID
 
 import structlog
 
 from bursar import db
 from bursar.clock import now
+from bursar.gateway.allowances import (
+    AllowanceFinder,
+    Allowances,
+    Caller,
+    ModelNotAllowed,
+    Names,
+    caller_of,
+    load_allowances,
+)
 from bursar.gateway.calls import Attempt, Call
 from bursar.gateway.provider_keys import KeyFinder, UsableKey
 from bursar.gateway.routes import Format, ModelNotFound, Route, RouteTable, load_routes, not_found
 from bursar.gateway.sealing import SealBroken
 from bursar.gateway.upstream import Target
 from bursar.gateway.wire import WireRequest
+from bursar.identity.organizations import Organization
 from bursar.identity.principals import Principal
 from bursar.pricing.book import LONGEST_NAME, ModelNotPriced, PriceBook
 from bursar.pricing.versions import prices_in_force
@@ -43,6 +54,7 @@ class Desk:
         self._database = database
         self._book = book
         self._keys = keys
+        self._allowances = AllowanceFinder(database)
         self._demo_base_url = demo_base_url
         self._table = RouteTable([], [])
         self._loaded_at = float("-inf")
@@ -53,9 +65,13 @@ class Desk:
         """A call with who may answer it, by which keys and prices; nothing is held yet.
 
         Raises:
-            ModelNotFound, ModelNotPriced, NoProviderKey: of who is asked first.
+            ModelNotFound, ModelNotAllowed, ModelNotPriced, NoProviderKey: of who is asked first.
         """
-        route = await self._route(request.model, format)
+        allowances = await self._allowances.of(principal.organization_id)
+        asked = allowances.asked_names(request.model)
+        route = await self._route(asked[-1], format)
+        if allowances.has_rules:
+            route = self._allowed(allowances, _caller(principal), asked, route)
         first = await self._attempt(principal.organization_id, request, route)
         attempts: tuple[Attempt, ...] = (first,)
         if route.retries or route.fallbacks:
@@ -66,6 +82,20 @@ class Desk:
             body_hash=body_hash,
             context=request.price_context,
         )
+
+    def _allowed(self, allowances: Allowances, caller: Caller, asked: tuple[str, ...], route: Route) -> Route:
+        """The route without the fallbacks that a rule keeps from the caller.
+
+        Raises:
+            ModelNotAllowed: of who is asked first.
+        """
+        allowances.require(caller, self._table.names(asked, route))
+        fallbacks = [
+            each
+            for each in route.fallbacks
+            if allowances.allows(caller, Names(asked, each.provider.name, each.model, stands_in=True))
+        ]
+        return replace(route, fallbacks=tuple(fallbacks))
 
     async def _attempt(self, organization_id: UUID, request: WireRequest, route: Route) -> Attempt:
         quote = await self._book.quote(organization_id=organization_id, provider=route.provider.name, model=route.model)
@@ -95,18 +125,31 @@ class Desk:
     async def models(self, principal: Principal) -> list[dict[str, Any]]:
         """Models that this organization can call by name, in OpenAI's list form, by name."""
         table = await self._current()
-        found: dict[str, str] = {}
-        for provider in table.providers.values():
-            if not await self._can_call(principal.organization_id, provider.auth, provider.name):
-                continue
-            for model in await self._priced_models(provider.name):
-                found.setdefault(model, provider.name)
+        found: dict[str, tuple[str, str]] = {}  # name -> (provider, its name of the model)
+        callable_ = [
+            each.name
+            for each in table.providers.values()
+            if await self._can_call(principal.organization_id, each.auth, each.name)
+        ]
+        for provider in callable_:
+            for model in await self._priced_models(provider):
+                found.setdefault(model, (provider, model))
         for route in table.routes.values():
             if route.enabled and route.provider in table.providers:
-                found[route.model] = route.provider
+                found[route.model] = (route.provider, route.upstream_model)
             else:
                 found.pop(route.model, None)
-        return [{"id": model, "object": "model", "created": 0, "owned_by": found[model]} for model in sorted(found)]
+        allowances = await self._allowances.of(principal.organization_id)
+        for alias, real in allowances.aliases.items():
+            prefix, _, rest = real.partition("/")
+            if real in found or prefix in callable_:
+                found[alias] = found.get(real, (prefix, rest))
+        caller = _caller(principal)
+        return [
+            {"id": name, "object": "model", "created": 0, "owned_by": found[name][0]}
+            for name in sorted(found)
+            if allowances.allows(caller, Names(allowances.asked_names(name), *found[name]))
+        ]
 
     async def _priced_models(self, provider: str) -> list[str]:
         """Models with a price: each can be called at some path."""
@@ -145,18 +188,11 @@ class Desk:
         return found.route
 
     async def _resolve(self, table: RouteTable, model: str, format: Format) -> _Resolved:
-        knowing = {name for name in table.providers if await self._is_listed(name, model)}
+        knowing = await _knowing(self._book, table, model)
         try:
             return _Resolved(table.resolve(model, format, lambda provider, _: provider in knowing), None)
         except ModelNotFound as refusal:
             return _Resolved(None, refusal)
-
-    async def _is_listed(self, provider: str, model: str) -> bool:
-        try:
-            await self._book.list_price(provider=provider, model=model)
-        except ModelNotPriced:
-            return False
-        return True
 
     async def _current(self) -> RouteTable:
         """Providers and routes, at most REFRESH_SECONDS old; read once for all who ask."""
@@ -170,3 +206,42 @@ class Desk:
                 self._resolved = {}
                 self._loaded_at = asked_at
         return self._table
+
+
+async def _knowing(book: PriceBook, table: RouteTable, model: str) -> set[str]:
+    """The providers that have a model in the price book."""
+    found = set()
+    for provider in table.providers:
+        with suppress(ModelNotPriced):
+            await book.list_price(provider=provider, model=model)
+            found.add(provider)
+    return found
+
+
+async def why_not(
+    database: db.Database, organization: Organization, *, user_id: UUID | None, api_key_id: UUID | None, model: str
+) -> ModelNotAllowed | None:
+    """The refusal that a call for a model would get by a rule about models, as everything is now; None: none."""
+    organization_id = organization.organization_id
+    async with database.tenant(organization_id) as conn:
+        allowances = await load_allowances(conn, organization_id=organization_id)
+        if not allowances.has_rules:
+            return None
+        table = await load_routes(conn, demo_base_url="")
+        caller = await caller_of(conn, organization, user_id=user_id, api_key_id=api_key_id)
+    asked = allowances.asked_names(model)
+    names = Names(asked)
+    knowing = await _knowing(PriceBook(database), table, asked[-1])
+    for format in get_args(Format):
+        with suppress(ModelNotFound):
+            names = table.names(asked, table.resolve(asked[-1], format, lambda provider, _: provider in knowing))
+            break
+    try:
+        allowances.require(caller, names)
+    except ModelNotAllowed as refusal:
+        return refusal
+    return None
+
+
+def _caller(principal: Principal) -> Caller:
+    return Caller(principal.organization_slug, principal.team_id, principal.api_key_id)

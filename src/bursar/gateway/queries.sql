@@ -104,3 +104,51 @@ order by organization_id;
 update gateway.provider_keys
 set sealing_key_id = %(sealing_key_id)s, nonce = %(nonce)s, ciphertext = %(ciphertext)s
 where organization_id = %(organization_id)s and provider_key_id = %(provider_key_id)s;
+
+-- name: model_rules
+select r.organization_id, r.rule_id, r.scope, r.scope_id, coalesce(t.name, k.name, o.name) as scope_name, r.effect,
+    r.pattern, r.created_at, m.display_name as set_by,
+    array(
+        select n.api_key_id
+        from identity.api_keys n
+        where r.scope = 'key' and n.organization_id = r.organization_id and n.original_api_key_id = r.scope_id
+    ) as keys
+from gateway.model_rules r
+left join identity.teams t on t.organization_id = r.organization_id and t.team_id = r.scope_id and r.scope = 'team'
+left join identity.api_keys k on k.organization_id = r.organization_id and k.api_key_id = r.scope_id and r.scope = 'key'
+left join identity.organizations o on o.organization_id = r.organization_id and r.scope = 'organization'
+left join identity.memberships m on m.organization_id = r.organization_id and m.user_id = r.created_by
+where r.organization_id = %(organization_id)s
+order by array_position(array['organization', 'team', 'key'], r.scope), scope_name, r.scope_id, r.effect desc, r.pattern;
+
+-- name: add_model_rule
+insert into gateway.model_rules (organization_id, rule_id, scope, scope_id, effect, pattern, created_by)
+values (
+    %(organization_id)s, %(rule_id)s, %(scope)s, %(scope_id)s, %(effect)s, %(pattern)s, %(created_by)s
+)
+on conflict (organization_id, scope, scope_id, effect, pattern) do nothing;
+
+-- name: remove_model_rule
+delete from gateway.model_rules
+where organization_id = %(organization_id)s and rule_id = %(rule_id)s;
+
+-- name: model_aliases
+select organization_id, alias, alias_id, model, created_at
+from gateway.model_aliases
+where organization_id = %(organization_id)s
+order by alias;
+
+-- name: put_model_alias
+insert into gateway.model_aliases (organization_id, alias, alias_id, model, created_by)
+values (%(organization_id)s, %(alias)s, %(alias_id)s, %(model)s, %(created_by)s)
+on conflict (organization_id, alias) do update set model = excluded.model
+returning organization_id, alias, alias_id, model, created_at;
+
+-- name: remove_model_alias
+delete from gateway.model_aliases
+where organization_id = %(organization_id)s and alias = %(alias)s
+returning organization_id, alias, alias_id, model, created_at;
+
+-- name: remove_model_route
+delete from gateway.model_routes
+where model = %(model)s;

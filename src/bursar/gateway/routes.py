@@ -9,9 +9,11 @@ from uuid import UUID
 
 from bursar import db
 from bursar.audit.events import Actor, record
-from bursar.clock import uuid7
+from bursar.clock import now, uuid7
+from bursar.gateway.allowances import Names
 from bursar.gateway.providers import DEMO, QUERIES, Provider, get_provider, list_providers
 from bursar.identity.organizations import PLATFORM_ORGANIZATION_ID
+from bursar.pricing.versions import prices_in_force
 from bursar.problems import Problem
 
 Format = Literal["openai", "anthropic"]
@@ -25,6 +27,12 @@ class ModelNotFound(Problem):
     """No provider serves the model in the format of the call."""
 
     status, code, title = 404, "model_not_found", "No such model"
+
+
+class ModelRouteNotFound(Problem):
+    """No route of this name."""
+
+    status, code, title = 404, "model_route_not_found", "No such route"
 
 
 class InvalidModelRoute(Problem):
@@ -95,6 +103,12 @@ class RouteTable:
             if provider.speaks(format) and knows(provider.name, model):
                 return Route(provider, model)
         raise not_found(model, format)
+
+    def names(self, asked: tuple[str, ...], route: Route) -> Names:
+        """What rules about models are put to; asked: as `Allowances.asked_names`."""
+        named = self.routes.get(asked[-1])
+        stands_in = named is not None and (named.provider, named.upstream_model) != (route.provider.name, route.model)
+        return Names(asked, route.provider.name, route.model, stands_in=stands_in)
 
     def _by_route(self, route: ModelRoute, format: Format) -> Route:
         named = [(route.provider, route.upstream_model), *map(split_fallback, route.fallbacks)]
@@ -174,6 +188,8 @@ async def put_model_route(
     targets = [split_fallback(each) for each in fallbacks]
     for name in (provider, *(name for name, _ in targets)):
         await get_provider(conn, name=name)
+    for name, target in ((provider, upstream_model), *targets):
+        await _refuse_chain(conn, model, name, target)
     old = await _model_route(conn, model)
     await db.execute(
         conn,
@@ -203,6 +219,43 @@ async def put_model_route(
             new=_audited(new),
         )
     return new
+
+
+async def _refuse_chain(conn: db.Connection, model: str, provider: str, target: str) -> None:
+    """Refuse a route to what is a name of ours itself, which its provider would not know.
+
+    A vendor's own name may have a route too, as when gpt-4o goes to azure and `direct` to openai's gpt-4o.
+
+    Raises:
+        InvalidModelRoute
+    """
+    onward = await _model_route(conn, target)
+    if onward is None or target in (model, onward.upstream_model):
+        return
+    if target not in {each.model for each in await prices_in_force(conn, at=now(), provider=provider)}:
+        raise InvalidModelRoute(
+            f"{target!r} is a route itself, to {onward.provider}/{onward.upstream_model}: name that model instead."
+        )
+
+
+async def remove_model_route(conn: db.Connection, *, model: str, by: Actor) -> None:
+    """Take a route away; the name goes by its prefix or the price book again. conn: as bursar_platform.
+
+    Raises:
+        ModelRouteNotFound
+    """
+    old = await _model_route(conn, model)
+    if old is None:
+        raise ModelRouteNotFound(f"There is no route {model[:100]!r}. Those there are: bursar providers routes")
+    await db.execute(conn, QUERIES.remove_model_route, model=model)
+    await record(
+        conn,
+        organization_id=PLATFORM_ORGANIZATION_ID,
+        by=by,
+        action="model_route.removed",
+        object_id=old.route_id,
+        old=_audited(old),
+    )
 
 
 async def _model_route(conn: db.Connection, model: str) -> ModelRoute | None:
