@@ -18,6 +18,7 @@ MEDIA_TYPE = "application/problem+json"
 # SQLSTATE classes after which nothing was changed and the same may succeed in a moment: connection, resources,
 # shutdown, lock not available, serialization and deadlock.
 UNAVAILABLE = ("08", "53", "57", "55", "40")
+TAKES_NO_WRITES = "25006"  # a full disk, or a standby
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,4 +196,6 @@ def of_exception(error: Exception) -> Problem | None:
             return declared_one
         if isinstance(error, psycopg.OperationalError) and (error.sqlstate or "08")[:2] in UNAVAILABLE:
             return DatabaseUnavailable(headers={"Retry-After": "2"})
+        if error.sqlstate == TAKES_NO_WRITES:
+            return DatabaseUnavailable("It takes no writes at the moment", headers={"Retry-After": "5"})
     return None

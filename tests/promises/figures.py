@@ -35,6 +35,7 @@ FIGURES: Final[Mapping[str, Figure]] = {
     "keys": Figure(1_000, 50_000),  # R9
     "requests": Figure(1_200, 200_000),  # R12
     "faults": Figure(20, 200),  # R18: of each kind, on each path, plain and streamed
+    "fills": Figure(4, 50),  # R20
     "calls": Figure(1_000, 10_000),  # R21
     "priced calls": Figure(40, 5_000),
 }

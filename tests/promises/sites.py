@@ -149,23 +149,23 @@ def open_folder(purpose: str) -> Path:
 
 
 @asynccontextmanager
-async def built(**options: str) -> AsyncIterator[Site]:
-    """A site in a folder of its own, running; options: further environment of the servers."""
+async def built(data: Path | None = None) -> AsyncIterator[Site]:
+    """A site in a folder of its own, of which one process runs; data: the data folder, elsewhere."""
     folder = open_folder("site")
+    data = data or folder / "data"
     environment = {
         **{name: value for name, value in os.environ.items() if name != "DATABASE_URL"},
         "BURSAR_MASTER_KEY": MASTER_KEY,
-        "BURSAR_DATA_DIR": str(folder / "data"),
+        "BURSAR_DATA_DIR": str(data),
         "BURSAR_LEASE_SECONDS": str(LEASE_SECONDS),
         "BURSAR_LOG_LEVEL": "warning",
-        **options,
     }
     single = Process(environment, folder / "single.log")
     double = Process({**environment, "BURSAR_WORKERS": "2"}, folder / "double.log")
-    server = EmbeddedServer(folder / "data")
+    server = EmbeddedServer(data)
     try:
         await asyncio.to_thread(single.start)
-        settings = Settings(data_dir=folder / "data", database_url=server.dsn, given_master_key=MASTER_KEY)
+        settings = Settings(data_dir=data, database_url=server.dsn, given_master_key=MASTER_KEY)
         async with db.opened(settings, migrate=False) as database:
             yield Site(folder, single, double, database, server)
     finally:

@@ -19,6 +19,7 @@ import psycopg
 import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
+from bursar import db
 from bursar.credits.moves import MOVE_BATCH, Action, Move, Outcome, Verdict, as_arguments, as_verdicts
 from bursar.db import arrays
 from bursar.problems import Problem
@@ -36,6 +37,8 @@ CALL_SECONDS: Final = 10.0
 MUST_BE_BOOKED: Final = (Action.SETTLE, Action.RELEASE)
 """Asked until it is booked, also after its caller was told that the books cannot be reached."""
 
+NEW_WORK: Final = (Action.AUTHORIZE, Action.DEDUCT)
+
 log = structlog.get_logger(__name__)
 BATCH_SIZES = Histogram("bursar_batch_size", "Moves decided in one call", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
 BATCH_SECONDS = Histogram(
@@ -49,6 +52,12 @@ class Unavailable(Problem):
     """The database does not answer; the request may be sent again. Nothing was charged that was not acknowledged."""
 
     status, code, title = 503, "books_unavailable", "The books cannot be reached at the moment"
+
+
+class DiskFull(Problem):
+    """The database's disk is full: what runs is still booked, nothing new is held or charged."""
+
+    status, code, title = 503, "disk_full", "The disk of the database is full"
 
 
 @dataclass(slots=True, eq=False)
@@ -189,7 +198,7 @@ class Lane:
         return True
 
     async def _failed(self, batch: list[_Waiting], error: Exception) -> None:
-        if isinstance(error, psycopg.OperationalError | OSError):
+        if isinstance(error, psycopg.OperationalError | psycopg.errors.ReadOnlySqlTransaction | OSError):
             await self._lost(batch, error)
         else:
             # Whatever it is: it must not end the lane for everybody.
@@ -325,7 +334,8 @@ class Lane:
 class Batcher:
     """Lanes of one process. Start it with `async with`; leaving waits until everything queued is decided."""
 
-    def __init__(self, dsn: str, *, lanes: int = 2) -> None:
+    def __init__(self, dsn: str, *, lanes: int = 2, space: db.Space | None = None) -> None:
+        self._space = space
         self._lanes = [Lane(dsn) for _ in range(lanes)]
         self._tasks: list[asyncio.Task[None]] = []
         self._watch: asyncio.Task[None] | None = None
@@ -358,8 +368,11 @@ class Batcher:
 
         Raises:
             Unavailable: the database did not answer for 10 s.
+            DiskFull: what room is left is for what runs already; nothing was asked.
             psycopg.Error: the database refused the call itself.
         """
+        if self._space is not None and move.action in NEW_WORK and self._space.is_short():
+            raise DiskFull(headers={"Retry-After": "5"})
         answer: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
         waiting = _Waiting(move, answer, time.monotonic() + GIVE_UP_SECONDS)
         self._lanes[move.organization_id.int % len(self._lanes)].put(waiting)

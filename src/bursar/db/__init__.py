@@ -12,12 +12,14 @@ Tables: schema `db` (what has been applied here), written by `migrate` only.
 from bursar.db.connections import Database, connect, held, opened
 from bursar.db.queries import Queries, load_queries
 from bursar.db.rows import Connection, NoRow, execute, fetch_all, fetch_one, fetch_optional, fetch_value
+from bursar.db.space import Space
 
 __all__ = [
     "Connection",
     "Database",
     "NoRow",
     "Queries",
+    "Space",
     "connect",
     "execute",
     "fetch_all",

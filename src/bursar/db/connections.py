@@ -15,6 +15,7 @@ from bursar.db import migrate
 from bursar.db.embedded import EmbeddedServer
 from bursar.db.roles import LOGINS, role_password
 from bursar.db.rows import Connection
+from bursar.db.space import Space
 from bursar.settings import Settings
 
 ADMIN: Final = "admin"
@@ -27,6 +28,7 @@ class Database:
     def __init__(self, settings: Settings, admin_dsn: str, server: EmbeddedServer | None = None) -> None:
         self.settings = settings
         self.server = server
+        self.space = Space(server.home.path if server is not None else None)
         self._admin_dsn = admin_dsn
         self._app = self._pool("bursar_app", settings.pool_size)
         self._platform = self._pool("bursar_platform", max(2, settings.pool_size // 2))
@@ -43,20 +45,20 @@ class Database:
         """One transaction as bursar_app that sees and changes one organization only."""
         # One round trip for both; a UUID's text has no quotes, so that nothing can be smuggled in.
         assert isinstance(organization_id, UUID)
-        begin = f"begin; set local app.organization_id = '{organization_id}'"
+        begin = f"{self._begin()}; set local app.organization_id = '{organization_id}'"
         async with _transaction(self._app, begin) as conn:
             yield conn
 
     @asynccontextmanager
     async def untenanted(self) -> AsyncIterator[Connection]:
         """One transaction as bursar_app without organization: only the definer functions of `route` answer."""
-        async with _transaction(self._app, "begin") as conn:
+        async with _transaction(self._app, self._begin()) as conn:
             yield conn
 
     @asynccontextmanager
     async def platform(self) -> AsyncIterator[Connection]:
         """One transaction as bursar_platform, which reads every organization."""
-        async with _transaction(self._platform, "begin") as conn:
+        async with _transaction(self._platform, self._begin()) as conn:
             yield conn
 
     async def migrate(self) -> migrate.Report:
@@ -74,6 +76,10 @@ class Database:
         await self._platform.close()
         if self.server is not None:
             await asyncio.to_thread(self.server.stop)
+
+    def _begin(self) -> str:
+        """Reads go on when the disk is full."""
+        return "begin read only" if self.space.is_short() else "begin"
 
     def _pool(self, role: str, size: int) -> AsyncConnectionPool[Connection]:
         return AsyncConnectionPool(

@@ -45,9 +45,6 @@ class Directions:
     tool_calls: int = 0
     searches: int = 0
     bytes: int = 0
-    batch_ms: int | None = None
-    batch_errored: int = 0
-    batch_expired: int = 0
 
 
 PLAIN_DIRECTIONS: Final = Directions()

@@ -11,8 +11,6 @@ from bursar.credits import front as credits_front
 from bursar.credits.batcher import Batcher
 from bursar.credits.charges import Charges
 from bursar.gateway import demo_provider
-from bursar.gateway.batch_front import BatchFront
-from bursar.gateway.batches import Batches, Places
 from bursar.gateway.calls import Till
 from bursar.gateway.desk import Desk
 from bursar.gateway.front import Front
@@ -39,10 +37,8 @@ async def opened(database: db.Database) -> AsyncIterator[Opened]:
     """The gateway, ready to answer; leaving drains what runs and waits until every settle is committed."""
     keys = KeyCache(database)
     async with AsyncExitStack() as stack:
-        demo_base_url = await stack.enter_async_context(
-            demo_provider.running(folder=demo_provider.folder_of(database.settings))
-        )
-        batcher = await stack.enter_async_context(Batcher(database.dsn("bursar_lane")))
+        demo_base_url = await stack.enter_async_context(demo_provider.running())
+        batcher = await stack.enter_async_context(Batcher(database.dsn("bursar_lane"), space=database.space))
         upstream = Upstream()
         stack.push_async_callback(upstream.close)
         till = Till(database, batcher)
@@ -52,10 +48,8 @@ async def opened(database: db.Database) -> AsyncIterator[Opened]:
         finder = KeyFinder(database, Keyring(database.settings.master_key))
         book = PriceBook(database)
         desk = Desk(database, book, finder, demo_base_url=demo_base_url)
-        places = Places(database, finder, demo_base_url=demo_base_url)
-        batches = BatchFront(database, Batches(database, desk, upstream, places), upstream, places)
         yield Opened(
-            Front(keys, desk, till, Relay(till, upstream), batches),
+            Front(keys, desk, till, Relay(till, upstream)),
             credits_front.Front(keys, Charges(database, batcher, book)),
         )
 

@@ -152,9 +152,3 @@ returning organization_id, alias, alias_id, model, created_at;
 -- name: remove_model_route
 delete from gateway.model_routes
 where model = %(model)s;
-
--- name: provider_key_by_id
--- Also one that was revoked since: what was begun with it can be asked for with no other.
-select organization_id, provider_key_id, is_own, sealing_key_id, nonce, ciphertext
-from gateway.provider_keys
-where organization_id = %(organization_id)s and provider_key_id = %(provider_key_id)s;
