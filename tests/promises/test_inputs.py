@@ -453,7 +453,7 @@ async def test_other_methods_are_refused_and_no_model_is_called(payer: Payer, me
             "/v1/chat/completions%20",
             "/v1/chat/completions%2f",
             "/v2/chat/completions",
-            "/v1/embeddings",
+            "/v1/images/edits",
             "/v1",
             "/v1/",
         ),
