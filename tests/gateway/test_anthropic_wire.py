@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bursar.gateway import anthropic_wire, tokens, wire
+from bursar.gateway import anthropic_wire, tokens, tools, wire
 from bursar.pricing.usage import Usage
 from bursar.problems import Problem
 
@@ -64,7 +64,8 @@ def test_tools_are_part_of_the_input_and_permitted_searches_are_held_for() -> No
         0 <= plain + 350 + tokens.whole_tokens(tokens.nested_units([tool])) - request_of(tools=[tool]).input_tokens <= 1
     )
     searches = [{"type": "web_search_20250305", "name": "web_search", "max_uses": 5}, {"type": "web_search_20260209"}]
-    assert request_of(tools=searches).estimate.web_searches == 6
+    # The second names no limit.
+    assert request_of(tools=searches).hold_for(0).web_searches == 5 + tools.PRIOR_CALLS
 
 
 def test_input_marked_for_the_cache_is_held_for_at_the_price_of_writing_it() -> None:
@@ -272,6 +273,49 @@ def test_searches_that_were_only_permitted_are_not_charged() -> None:
     assert anthropic_wire.UsageMeter(request).counted().web_searches == 0
 
 
+def server_tool(name: str) -> bytes:
+    block = {"type": "server_tool_use", "id": "srvtoolu_1", "name": name, "input": {}}
+    return event("content_block_start", index=0, content_block=block)
+
+
+def test_searches_that_a_cut_stream_showed_are_charged() -> None:
+    request = request_of(stream=True, tools=[{"type": "web_search_20250305", "max_uses": 5}])
+    meter = anthropic_wire.UsageMeter(request)
+    meter.feed(START + server_tool("web_search") * 2)
+    assert meter.measure().usage.web_searches == 2
+
+
+@pytest.mark.parametrize(
+    ("tools", "sessions"),
+    [
+        ([{"type": "code_execution_20250825", "name": "code_execution"}], 1),
+        ([{"type": "code_execution_20250825"}, {"type": "web_search_20250305"}], 1),
+        ([{"type": "code_execution_20260120"}, {"type": "web_search_20260209"}], 0),
+        ([{"type": "code_execution_20260120"}, {"type": "web_fetch_20260318"}], 0),
+    ],
+)
+def test_code_that_the_provider_ran_is_one_container_unless_a_newer_web_tool_makes_it_free(
+    tools: list[dict[str, Any]], sessions: int
+) -> None:
+    request = request_of(stream=True, tools=tools)
+    assert request.hold_for(0).code_sessions == sessions
+    idle, busy = anthropic_wire.UsageMeter(request), anthropic_wire.UsageMeter(request)
+    idle.feed(b"".join([START, *SPOKEN, END, STOP]))
+    ran = server_tool("bash_code_execution") + server_tool("text_editor_code_execution")
+    busy.feed(b"".join([START, ran, *SPOKEN, END, STOP]))
+    assert [meter.measure().usage.code_sessions for meter in (idle, busy)] == [0, sessions]
+    assert not busy.measure().estimated
+
+
+def test_a_tool_that_nobody_knows_has_no_price() -> None:
+    known = [
+        {"type": "custom", "name": "a"}, {"name": "b"}, {"type": "bash_20250124"}, {"type": "computer_20251124"},
+        {"type": "tool_search_tool_bm25_20251119"}, {"type": "mcp_toolset"}, {"type": "web_fetch_20250910"},
+    ]  # fmt: skip
+    assert request_of(tools=known).unpriced_tools == ()
+    assert request_of(tools=[*known, {"type": "dream_20270101"}, {"type": 7}]).unpriced_tools == ("dream_20270101",)
+
+
 @pytest.mark.parametrize(
     "output",
     [
@@ -300,7 +344,8 @@ def test_an_error_inside_a_stream_is_seen_and_passed_on() -> None:
 
 def test_a_fast_answer_says_so() -> None:
     start = event("message_start", message={"usage": {"input_tokens": 1, "output_tokens": 1, "speed": "fast"}})
-    assert meter_of(start).tier == "fast"
+    assert meter_of(start).told == {"speed": "fast"}
+    assert request_of(speed="fast").price_context == {"speed": "fast"}
 
 
 def test_a_plain_answer_is_read_whole() -> None:

@@ -457,7 +457,15 @@ async def test_other_methods_are_refused_and_no_model_is_called(payer: Payer, me
             "/v1",
             "/v1/",
         ),
-        *("/v1/%ff", "/%ff", "*", "/v1/responses", "/openai/v1/chat/completions", "/api/v1/chat/completions"),
+        *(
+            "/v1/%ff",
+            "/%ff",
+            "*",
+            "/v1/responses/x",
+            "/v1/responses/",
+            "/openai/v1/chat/completions",
+            "/api/v1/chat/completions",
+        ),
     ],
 )
 async def test_no_trick_with_the_path_reaches_a_provider_unmetered(payer: Payer, path: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from bursar.gateway import sse, tokens, wire
+from bursar.gateway import sse, tokens, tools, wire
 from bursar.gateway.wire import Fields, WireRequest
 from bursar.pricing.usage import Usage
 from bursar.problems import Problem
@@ -42,6 +42,9 @@ def read_request(body: bytes, content_type: str = wire.JSON) -> WireRequest:
     limit = wire.read_count(fields, "max_tokens", least=0, most=wire.MAX_OUTPUT_TOKENS)
     if limit is None:
         raise wire.unreadable("max_tokens", "an integer is required")
+    speed = wire.read_optional_text(fields, "speed")
+    offered = wire.read_anything(fields, "tools")
+    permitted = tools.of_anthropic(offered if isinstance(offered, list) else ())
     return WireRequest(
         model=model,
         stream=stream,
@@ -51,6 +54,9 @@ def read_request(body: bytes, content_type: str = wire.JSON) -> WireRequest:
         wants_usage=True,
         service_tier=wire.read_optional_text(fields, "service_tier"),
         fields=fields,
+        context={"speed": speed} if speed else {},
+        permitted=permitted.most,
+        unpriced_tools=permitted.unpriced,
     )
 
 
@@ -70,25 +76,12 @@ def estimate(fields: Fields) -> Usage:
         raise wire.too_deep("messages") from None
     units += wire.field_units(fields, "tools")
     total = tokens.whole_tokens(units) + (TOOL_PROMPT_TOKENS if "tools" in fields else 0)
-    searches = _most_searches(wire.read_anything(fields, "tools"))
     raw = b"".join(bytes(fields[name]) for name in ("messages", "system", "tools", "cache_control") if name in fields)
     if "cache_control" not in fields and b'"cache_control"' not in raw:
-        return Usage(input_tokens=total, web_searches=searches)
+        return Usage(input_tokens=total)
     if b'"1h"' in raw:
-        return Usage(cache_write_1h_tokens=total, web_searches=searches)
-    return Usage(cache_write_5m_tokens=total, web_searches=searches)
-
-
-def _most_searches(tools: object) -> int:
-    """Web searches that the request permits: `max_uses` of the search tool, one where it names no limit."""
-    if not isinstance(tools, list):
-        return 0
-    searches = 0
-    for tool in tools:
-        if isinstance(tool, dict) and str(tool.get("type", "")).startswith("web_search"):
-            uses = tool.get("max_uses")
-            searches += uses if isinstance(uses, int) and 0 <= uses <= 100 else 1
-    return searches
+        return Usage(cache_write_1h_tokens=total)
+    return Usage(cache_write_5m_tokens=total)
 
 
 def _message_units(message: object) -> int:
@@ -221,6 +214,8 @@ class UsageMeter(wire.UsageMeter):
         super().__init__(request)
         self._reported: _Usage | None = None
         self._is_final = False
+        self._searches = 0
+        self._ran_code = False
 
     def read_body(self, body: bytes) -> None:
         """Take a whole plain answer."""
@@ -229,7 +224,8 @@ class UsageMeter(wire.UsageMeter):
             return
         self._take_message(answer)
         if isinstance(answer.content, list):
-            self._units += sum(map(_block_output, answer.content))
+            for block in answer.content:
+                self._take_block(block)
         self._is_final = self.completed = answer.type == "message"
 
     def _read_event(self, event: sse.Event) -> bool:
@@ -243,7 +239,7 @@ class UsageMeter(wire.UsageMeter):
                 if message is not None:
                     self._take_message(message)
             case "content_block_start":
-                self._units += _block_output(answer.content_block)
+                self._take_block(answer.content_block)
             case "content_block_delta":
                 self._units += _delta_output(answer.delta)
             case "message_delta":
@@ -253,6 +249,21 @@ class UsageMeter(wire.UsageMeter):
             case "error":
                 self.error = _error_type(answer.error)
         return False
+
+    @property
+    def told(self) -> dict[str, str]:
+        """The service tier, and the speed, which has a price of its own."""
+        speed = self._reported.speed if self._reported is not None else None
+        return {**super().told, "speed": speed} if speed else super().told
+
+    def _take_block(self, block: object) -> None:
+        """Count a block that begins, and what it shows of the provider's own tools."""
+        self._units += _block_output(block)
+        match block:
+            case {"type": "server_tool_use", "name": "web_search"}:
+                self._searches += 1
+            case {"type": "server_tool_use", "name": str(name)} if name.endswith("code_execution"):
+                self._ran_code = True
 
     def _decode(self, data: bytes) -> _Answer | None:
         answer: _Answer | None = wire.decoded(data, _ANSWER)
@@ -272,7 +283,7 @@ class UsageMeter(wire.UsageMeter):
             return False
         before = self._reported or _Usage()
         self._reported = _laid_over(before, reported)
-        self.tier = _tier(self._reported)
+        self.tier = self._reported.service_tier or ""
         return True
 
     def usage(self) -> Usage | None:
@@ -282,26 +293,27 @@ class UsageMeter(wire.UsageMeter):
         usage = _usage(self._reported)
         if usage is None or usage.total_input_tokens == 0 or (usage.output_tokens == 0 and self._units > 0):
             return None
-        return usage
+        return usage + self._code()
+
+    def _code(self) -> Usage:
+        """A container for code, which the provider does not report; none where the request has it free."""
+        return Usage(requests=0, code_sessions=self.request.permitted.code_sessions if self._ran_code else 0)
 
     def counted(self) -> Usage:
         """The reported input where the stream came so far, else the estimate; and the output seen so far."""
         reported = _usage(self._reported) if self._reported is not None else None
         if reported is None or reported.total_input_tokens == 0:
-            # The searches of the estimate are what the request permits; none is known to have been made.
-            return replace(self.request.estimate, output_tokens=self.output_so_far, web_searches=0)
-        missing = max(0, self.output_so_far - reported.output_tokens)
-        return reported + Usage(output_tokens=missing, requests=0)
+            reported = self.request.estimate
+        return self._code() + replace(
+            reported,
+            output_tokens=max(reported.output_tokens, self.output_so_far),
+            web_searches=max(reported.web_searches, self._searches),
+        )
 
 
 def _laid_over(before: _Usage, newer: _Usage) -> _Usage:
     changes = {name: getattr(newer, name) for name in newer.__struct_fields__ if getattr(newer, name) not in (None, "")}
     return msgspec.structs.replace(before, **changes)
-
-
-def _tier(usage: _Usage) -> str:
-    """What the price goes by: the speed where it is not the standard one, else the service tier."""
-    return usage.speed if usage.speed not in (None, "standard") else usage.service_tier or ""
 
 
 def _error_type(error: object) -> str:

@@ -132,9 +132,9 @@ class Call:
         return self.quote.price(usage, context=self.context, at=self.opened_at, rounding=rounding)
 
     def tell_tier(self) -> None:
-        """The price goes by the service tier that the provider used, where it says so."""
-        if self.meter is not None and self.meter.tier:
-            self.context = {**self.context, "service_tier": self.meter.tier}
+        """The price goes by the service tier and speed that the provider used, where it says so."""
+        if self.meter is not None:
+            self.context = {**self.context, **self.meter.told}
 
     def charge(self, priced: Priced) -> Micros:
         """What the customer pays: nothing where the key at the provider is the customer's own."""

@@ -27,6 +27,10 @@ WORD_STARTS: Final = tuple(place // 4 for place in range(0, len(_CYCLE), 4) if p
 assert len(_CYCLE) == 4 * _CYCLE_TOKENS
 
 
+# What an answer is decided from, whatever the format.
+_PROMPT: Final = ("model", "system", "messages", "instructions", "input")
+
+
 @dataclass(frozen=True, slots=True)
 class Directions:
     """What the header asks of one call; the docstring of `demo_provider` says what each does."""
@@ -45,6 +49,8 @@ class Directions:
     tool_calls: int = 0
     searches: int = 0
     bytes: int = 0
+    file_searches: int = 0
+    code_sessions: int = 0
 
 
 PLAIN_DIRECTIONS: Final = Directions()
@@ -98,7 +104,7 @@ def decide(request: wire.WireRequest, directions: Directions, tool_names: list[s
     Raises:
         UnreadableRequest: the directions ask for too much.
     """
-    prompt = b"".join(bytes(request.fields[name]) for name in ("model", "system", "messages") if name in request.fields)
+    prompt = b"".join(bytes(request.fields[name]) for name in _PROMPT if name in request.fields)
     digest = blake2b(prompt, digest_size=12)
     number = int.from_bytes(digest.digest()[:6], "big")
     length = _SHORTEST_ANSWER + number % _ANSWER_LENGTHS

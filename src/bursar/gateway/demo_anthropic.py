@@ -74,10 +74,17 @@ def body(answer: Answer) -> bytes:
     ]
     if not content:
         content = [{"type": "text", "text": "".join(answer.choices[0]), "citations": None}]
+    content += _code_blocks(answer)
     message = _message(answer, content, _stop(answer))
     if (usage := _usage(answer)) is not None:
         message["usage"] = usage
     return _encode(message)
+
+
+def _code_blocks(answer: Answer) -> list[dict[str, Any]]:
+    """Code that the provider ran."""
+    block = {"type": "server_tool_use", "id": f"srvtoolu_{answer.id}", "name": "code_execution", "input": {}}
+    return [block] if answer.directions.code_sessions else []
 
 
 def _event(kind: str, **values: Any) -> bytes:
@@ -94,7 +101,11 @@ def events(answer: Answer) -> tuple[list[bytes], list[bytes], list[bytes]]:
     pieces = _call_pieces(answer) if answer.calls else _text_pieces(answer)
     stop = {"stop_reason": _stop(answer), "stop_sequence": None}
     end = {"delta": stop} if usage is None else {"delta": stop, "usage": _final_counts(usage)}
-    return first, pieces, [_event("message_delta", **end), _event("message_stop")]
+    code = [
+        _event("content_block_start", index=place, content_block=block) + _event("content_block_stop", index=place)
+        for place, block in enumerate(_code_blocks(answer), max(1, len(answer.calls)))
+    ]
+    return first, pieces, [*code, _event("message_delta", **end), _event("message_stop")]
 
 
 def _final_counts(usage: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,9 @@ The header `Bursar-Demo` directs one call, for example `delay_ms=200; piece_ms=1
     cache_write     report so many input tokens as written to the cache; Anthropic's also cache_write_1h
     reasoning       report so many output tokens of thought, beside what is said
     tool_calls      call so many tools instead of speaking
-    searches        report so many web searches (Anthropic's)
+    searches        report so many web searches (not in chat completions)
+    file_searches   search the provider's files so often (in responses)
+    code_sessions   run code in so many containers (in responses; in messages in one)
     bytes           make each image at least so large
 
 It stands alone too: `python -m bursar.gateway.demo_provider --port 8421`.
@@ -35,8 +37,18 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
-from bursar.gateway import anthropic_wire, demo_anthropic, demo_media, demo_openai, openai_wire, wire
+from bursar.gateway import (
+    anthropic_wire,
+    demo_anthropic,
+    demo_media,
+    demo_openai,
+    demo_responses,
+    openai_wire,
+    responses_wire,
+    wire,
+)
 from bursar.gateway.demo_answers import DIRECTIONS_HEADER, PLAIN_DIRECTIONS, Answer, Directions, decide, read_directions
+from bursar.problems import Problem
 
 NAME: Final = "demo"
 MODELS: Final = ("demo-1", "demo-1-mini", "demo-1-long", "demo-claude")
@@ -61,6 +73,7 @@ def _vendor(format: wire.Wire, shape: Any) -> _Vendor:
 
 
 _OPENAI: Final = _vendor(openai_wire, demo_openai)
+_RESPONSES: Final = _vendor(responses_wire, demo_responses)
 _ANTHROPIC: Final = _vendor(anthropic_wire, demo_anthropic)
 
 
@@ -70,7 +83,7 @@ async def _serve(request: web.Request, vendor: _Vendor) -> web.StreamResponse:
         directions = read_directions(header) if header else PLAIN_DIRECTIONS
         asked = vendor.format.read_request(await request.read())
         answer = decide(asked, directions, vendor.tools(asked))
-    except wire.UnreadableRequest as problem:
+    except Problem as problem:
         return _json(vendor.format.refusal(problem), status=problem.status)
     if directions.delay_ms:
         await asyncio.sleep(directions.delay_ms / 1000)
@@ -136,6 +149,10 @@ async def _chat_completions(request: web.Request) -> web.StreamResponse:
     return await _serve(request, _OPENAI)
 
 
+async def _responses(request: web.Request) -> web.StreamResponse:
+    return await _serve(request, _RESPONSES)
+
+
 async def _messages(request: web.Request) -> web.StreamResponse:
     return await _serve(request, _ANTHROPIC)
 
@@ -154,6 +171,7 @@ def application() -> web.Application:
     """The server as an aiohttp application."""
     app = web.Application(client_max_size=_MOST_BYTES)
     app.router.add_post("/v1/chat/completions", _chat_completions)
+    app.router.add_post("/v1/responses", _responses)
     app.router.add_post("/v1/messages", _messages)
     app.router.add_get("/v1/models", _models)
     demo_media.add_routes(app.router)

@@ -100,7 +100,7 @@ class Desk:
     async def _attempt(self, organization_id: UUID, request: WireRequest, route: Route) -> Attempt:
         quote = await self._book.quote(organization_id=organization_id, provider=route.provider.name, model=route.model)
         request = request.as_priced(lambda usage: bool(quote.unpriced_kinds(usage, context=request.price_context)))
-        quote.require_priced(request.hold_for(1), context=request.price_context)
+        quote.require_priced(request.hold_for(1), context=request.price_context, tools=request.unpriced_tools)
         key = await self._key(organization_id, route)
         if key is None:
             return Attempt(Target(route.provider, model=route.model), route.model, quote, request)

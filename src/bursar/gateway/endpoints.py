@@ -9,6 +9,7 @@ from bursar.gateway import (
     embeddings_wire,
     images_wire,
     openai_wire,
+    responses_wire,
     speech_wire,
     transcriptions_wire,
     translations_wire,
@@ -35,6 +36,7 @@ ENDPOINTS: Final = {
     endpoint.path: endpoint
     for endpoint in (
         Endpoint("/v1/chat/completions", openai_wire, "openai"),
+        Endpoint("/v1/responses", responses_wire, "openai"),
         Endpoint("/v1/embeddings", embeddings_wire, "openai"),
         Endpoint("/v1/images/generations", images_wire, "openai"),
         Endpoint("/v1/audio/speech", speech_wire, "openai"),

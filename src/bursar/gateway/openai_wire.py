@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import msgspec
 
-from bursar.gateway import sse, tokens, wire
+from bursar.gateway import sse, tokens, tools, wire
 from bursar.gateway.wire import Fields, WireRequest
 from bursar.pricing.usage import Usage
 from bursar.problems import Problem
@@ -40,11 +40,14 @@ _METERED: Final = frozenset(
         "modalities",
         "service_tier",
         "web_search_options",
+        "plugins",
+        "search_parameters",
     )
 )
 _TEXT_DELTAS: Final = ("content", "refusal")
 _REASONING_DELTAS: Final = ("reasoning_content", "reasoning")  # DeepSeek, vLLM; OpenRouter, Groq
 _SEARCH_MODELS: Final = ("-search-preview", "-search-api")
+_PRICED_APART: Final = ("plugins", "search_parameters")  # OpenRouter, xAI: searches by prices of their own
 
 
 def read_request(body: bytes, content_type: str = wire.JSON) -> WireRequest:
@@ -66,6 +69,7 @@ def read_request(body: bytes, content_type: str = wire.JSON) -> WireRequest:
         service_tier=wire.read_optional_text(fields, "service_tier"),
         fields=fields,
         output_kind="audio_output_tokens" if b'"audio"' in bytes(fields.get("modalities", b"")) else "output_tokens",
+        unpriced_tools=_unpriced_tools(fields),
     )
 
 
@@ -96,6 +100,13 @@ def _max_output_tokens(fields: Fields) -> int | None:
 def _wants_usage(fields: Fields) -> bool:
     options = wire.read_anything(fields, "stream_options")
     return isinstance(options, dict) and options.get("include_usage") is True
+
+
+def _unpriced_tools(fields: Fields) -> tuple[str, ...]:
+    """What a provider does and bills by itself, and no chat completion reports."""
+    offered = wire.read_anything(fields, "tools")
+    found = tools.of_chat(offered) if isinstance(offered, list) else ()
+    return found + tuple(name for name in _PRICED_APART if wire.read_anything(fields, name))
 
 
 def _estimate(fields: Fields, model: str) -> Usage:
@@ -202,10 +213,26 @@ def read_usage(data: bytes) -> Usage | None:
         return None
     completion, reasoning, spoken = _output_kinds(reported)
     details = reported.prompt_tokens_details or _InputDetails()
-    rest = max(0, reported.prompt_tokens)
     cached = details.cached_tokens or reported.cached_tokens or reported.prompt_cache_hit_tokens
+    return disjoint(
+        reported.prompt_tokens,
+        (cached, details.cache_write_tokens, details.audio_tokens, details.image_tokens),
+        completion,
+        reasoning,
+        spoken,
+    )
+
+
+def disjoint(
+    prompt: int, of_prompt: tuple[int | None, ...], completion: int, reasoning: int, spoken: int = 0
+) -> Usage | None:
+    """OpenAI's counts, of which some are parts of others, as the disjoint kinds; None where they cannot be true.
+
+    of_prompt: tokens of the prompt that were cached, written to the cache, heard and seen.
+    """
+    rest = max(0, prompt)
     parts = []
-    for part in (cached, details.cache_write_tokens, details.audio_tokens, details.image_tokens):
+    for part in of_prompt:
         # Parts may overlap or, as reports show, exceed the whole; together they are never more than the whole.
         parts.append(min(max(0, part or 0), rest))
         rest -= parts[-1]
@@ -349,7 +376,7 @@ _ERROR_TYPES: Final = {
 
 def refusal(problem: Problem, *, request_id: str = "") -> bytes:
     """The JSON body of our own refusal in OpenAI's error shape; `code` and `why` are ours."""
-    return msgspec.json.encode({"error": _error_object(problem, request_id)})
+    return msgspec.json.encode({"error": error_object(problem, request_id)})
 
 
 def stream_refusal(problem: Problem, *, request_id: str = "") -> bytes:
@@ -357,7 +384,8 @@ def stream_refusal(problem: Problem, *, request_id: str = "") -> bytes:
     return sse.event_bytes(refusal(problem, request_id=request_id))
 
 
-def _error_object(problem: Problem, request_id: str) -> dict[str, Any]:
+def error_object(problem: Problem, request_id: str) -> dict[str, Any]:
+    """What stands under `error` in OpenAI's shape."""
     return {
         "message": problem.detail or problem.title,
         "type": _ERROR_TYPES.get(problem.status, "server_error" if problem.status >= 500 else "invalid_request_error"),

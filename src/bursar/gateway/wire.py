@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, Protocol
 import msgspec
 
 from bursar.gateway import sse, tokens
-from bursar.pricing.usage import Usage
+from bursar.pricing.usage import NO_USAGE, Usage
 from bursar.problems import FieldError, Problem
 
 Fields = dict[str, msgspec.Raw]
@@ -48,7 +48,7 @@ class WireRequest:
     model              the public name that the client asked for
     max_output_tokens  the client's limit for each choice; None where it gave none
     choices            answers asked for at once (OpenAI's `n`)
-    estimate           input by our own counting rule, output 0; web searches where each call is one
+    estimate           input by our own counting rule, output 0; of the provider's tools what is billed in any case
     wants_usage        whether the client asked for a usage chunk in its stream (always true outside of OpenAI streams)
     service_tier       as asked for ('priority', 'flex', …); '' where nothing was asked
     fields             every top-level field of a JSON body as it was written; empty for a form
@@ -59,6 +59,8 @@ class WireRequest:
     is_events          false: a stream of this call is raw bytes, and nothing of ours can follow in it
     may_ignore_stream  some models answer whole though a stream was asked for, also in plain text
     otherwise          the same request in other kinds, for models whose price is for those: tokens, not characters
+    permitted          what the provider's own tools may use beside `estimate`
+    unpriced_tools     tools of the provider that nobody here knows to price
     """
 
     model: str
@@ -76,6 +78,8 @@ class WireRequest:
     is_events: bool = True
     may_ignore_stream: bool = False
     otherwise: WireRequest | None = None
+    permitted: Usage = NO_USAGE
+    unpriced_tools: tuple[str, ...] = ()
 
     def as_priced(self, lacks: Callable[[Usage], bool]) -> WireRequest:
         """This request in the first kinds that a model has prices for, or as it is where it has none for any.
@@ -102,7 +106,8 @@ class WireRequest:
         """The usage to hold for when each choice puts out at most `output_tokens`."""
         if not self.has_output:
             return self.estimate
-        return replace(self.estimate, **{self.output_kind: output_tokens * self.choices})
+        held = replace(self.estimate, **{self.output_kind: output_tokens * self.choices})
+        return held if self.permitted is NO_USAGE else held + self.permitted
 
     @property
     def price_context(self) -> dict[str, str]:
@@ -125,7 +130,7 @@ class UsageMeter(ABC):
     Made anew for each attempt. `feed` and `finish` are for streams, `read_body` for plain answers.
 
     model      the model that the provider says it used; '' until it said so
-    tier       the service tier (or speed) that the provider says it used; '' where it does not say
+    tier       the service tier that the provider says it used; '' where it does not say
     completed  whether the answer came to its proper end; a stream that ends without it was cut
     error      type of the error that the provider sent inside the stream; '' if none
     unread     events or bodies that were no JSON of the expected kind, and so were passed on uncounted
@@ -179,6 +184,11 @@ class UsageMeter(ABC):
         """The provider's count where there is one, else ours."""
         usage = self.usage()
         return Measured(usage, estimated=False) if usage is not None else Measured(self.counted(), estimated=True)
+
+    @property
+    def told(self) -> dict[str, str]:
+        """Conditions of the price as the provider says that they were; they go before what was asked for."""
+        return {"service_tier": self.tier} if self.tier else {}
 
     @property
     def output_so_far(self) -> int:

@@ -130,15 +130,19 @@ class Quote:
         context = context if self.has_context else None
         return self.charge.unpriced_kinds(usage, context=context, at=at or clock.now())
 
-    def require_priced(self, usage: Usage, *, context: Context | None = None, at: datetime | None = None) -> None:
+    def require_priced(
+        self, usage: Usage, *, context: Context | None = None, at: datetime | None = None, tools: Sequence[str] = ()
+    ) -> None:
         """Refuse what would come to zero because some kind that it uses has no price.
+
+        tools: those of the provider whose use is none of our kinds, so that nothing can have a price for them.
 
         Raises:
             ModelNotPriced
         """
-        if self.passes_unpriced:
+        if self.charge is None or self.passes_unpriced:
             return
-        unpriced = self.unpriced_kinds(usage, context=context, at=at)
+        unpriced = [*self.unpriced_kinds(usage, context=context, at=at), *tools]
         if unpriced:
             raise _not_priced(self.provider, self.model, f"has no price for {', '.join(unpriced)}")
 
