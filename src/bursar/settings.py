@@ -12,7 +12,7 @@ from typing import Any
 from bursar.errors import BursarError
 
 SHORTEST_MASTER_KEY = 32
-LOWEST = {"port": 0, "workers": 1, "pool_size": 1, "lease_seconds": 2}
+LOWEST = {"port": 0, "workers": 1, "pool_size": 1, "lease_seconds": 2, "wait_seconds": 0}
 """The least value of each setting that is a number."""
 
 
@@ -68,6 +68,13 @@ class Settings:
         metadata=_setting(
             "BURSAR_LEASE_SECONDS",
             "How long a hold outlives the last sign of life of the process that placed it; from 2",
+        ),
+    )
+    wait_seconds: int = field(
+        default=10,
+        metadata=_setting(
+            "BURSAR_WAIT_SECONDS",
+            "How long a call waits where only the holds of running calls stand in its way; 0: not at all",
         ),
     )
     log_format: str = field(default="console", metadata=_setting("BURSAR_LOG_FORMAT", "console or json"))

@@ -5,7 +5,6 @@ from collections import Counter
 from uuid import UUID
 
 import psycopg
-import pytest
 from tests.conftest import MakeOrg, Org
 
 from bursar import db
@@ -151,10 +150,9 @@ async def test_a_busy_lane_still_tries_what_another_process_may_have_made_room_f
         await others
 
 
-async def test_waiting_ends_with_a_refusal(org: Org, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bursar.credits.batcher.GIVE_UP_SECONDS", 0.3)
+async def test_waiting_ends_with_a_refusal(org: Org) -> None:
     await fund(org, 10)
-    async with Batcher(org.database.dsn("bursar_lane")) as batcher:
+    async with Batcher(org.database.dsn("bursar_lane"), wait_seconds=0.3) as batcher:
         await batcher.move(move(org, Action.AUTHORIZE, 10))
         verdict = await batcher.move(move(org, Action.AUTHORIZE, 6, flags=Flag.MAY_WAIT))
     assert (verdict.outcome, verdict.detail) == (Outcome.REFUSED, "pool_exhausted")

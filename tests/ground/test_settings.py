@@ -37,6 +37,7 @@ def test_the_data_folder_is_in_the_users_home_unless_told() -> None:
         {"BURSAR_PORT": "-1"},
         {"BURSAR_WORKERS": "0"},
         {"BURSAR_LEASE_SECONDS": "1"},
+        {"BURSAR_WAIT_SECONDS": "-1"},
         {"BURSAR_LOG_FORMAT": "xml"},
         {"BURSAR_LOG_LEVEL": "loud"},
         {"BURSAR_MASTER_KEY": "short"},

@@ -4,12 +4,19 @@ While one batch is in flight the next collects; there is no timer. Under load a 
 half is packed meanwhile and goes out before the first one's answers are given, so that database and process work at the
 same time. A lane is one connection and takes a hash class of organizations, so that two lanes never wait for one
 organization's gate.
+
+Calls that only open holds of others stand in the way of are parked, and tried again in the order of their arrival:
+after each settle or release of their organization here, and every 50 ms, since other processes settle too. Each time,
+whoever parked a call may size it anew. A smaller call may pass a larger one that came earlier, which is refused when it
+has waited for long enough. Parked calls take no more than half of a batch from those that have just come, so that many
+who wait for one organization's credits delay nobody else.
 """
 
 import asyncio
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -29,6 +36,11 @@ LEAST_HALF: Final = 32
 """What waits is not halved below this: small batches cost more each than overlapping them saves."""
 
 GIVE_UP_SECONDS: Final = 10.0
+"""How long a database that does not answer is waited for."""
+
+WAIT_SECONDS: Final = 10.0
+"""How long a call waits for the holds of others, unless a setting says otherwise."""
+
 RETRY_SECONDS: Final = 0.05
 LONGEST_RETRY_SECONDS: Final = 1.0
 CALL_SECONDS: Final = 10.0
@@ -62,11 +74,13 @@ class DiskFull(Problem):
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    """A move and who waits for its verdict."""
+    """A move and who waits for its verdict. Instants by the monotonic clock."""
 
     move: Move
     answer: asyncio.Future[Verdict]
+    arrived_at: float
     give_up_at: float
+    resized: Callable[[], Move] | None = None  # what to ask instead when it is tried again
     parked: bool = False
 
 
@@ -83,10 +97,12 @@ class Lane:
     """One connection and the moves that wait for it. One task runs `run`."""
 
     dsn: str
+    wait_seconds: float = WAIT_SECONDS
     queue: deque[_Waiting] = field(default_factory=deque)
     flight: _Flight | None = None
     packed: list[_Waiting] = field(default_factory=list)  # taken, to go out when the flight has landed
     parked: deque[_Waiting] = field(default_factory=deque)
+    again: deque[_Waiting] = field(default_factory=deque)  # parked ones that are being tried again
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     ripe: int = 1  # as many must wait until the next batch is taken
     connection: psycopg.AsyncConnection[tuple[object, ...]] | None = None
@@ -102,7 +118,7 @@ class Lane:
 
     async def run(self) -> None:
         """Decide batch after batch until closed and empty."""
-        while self.flight is not None or not (self.closing and not self.queue and not self.parked):
+        while self.flight is not None or not (self.closing and not (self.queue or self.parked or self.again)):
             await self._wait_for_work()
             if self.parked and time.monotonic() >= self.tried_at + RETRY_SECONDS:
                 self._unpark(None)
@@ -129,7 +145,7 @@ class Lane:
             self.ripe = sys.maxsize  # what this flight frees belongs to parked calls first
         else:
             self.ripe = min(MOST_A_BATCH, max(LEAST_HALF, len(self.flight.batch)))
-        if len(self.queue) >= self.ripe or (self.flight is not None and self.flight.call.done()):
+        if len(self.queue) + len(self.again) >= self.ripe or (self.flight is not None and self.flight.call.done()):
             return
         self.wake.clear()
         if self.flight is not None or not self.parked:
@@ -141,13 +157,21 @@ class Lane:
                 await self.wake.wait()
 
     def _take(self) -> None:
-        """The next batch: what arrived first, no request twice, nothing whose caller has gone before it was sent."""
+        """The next batch: what is tried again, but no more than half of it where others have come; then what came."""
         requests: set[int] = set()
-        later: list[_Waiting] = []
-        known = len(self.queue) + (len(self.flight.batch) if self.flight is not None else 0)
+        known = len(self.queue) + len(self.again) + (len(self.flight.batch) if self.flight is not None else 0)
         most = min(MOST_A_BATCH, max(LEAST_HALF, (known + 1) // 2))
-        while self.queue and len(self.packed) < most:
-            waiting = self.queue.popleft()
+        if self.again:
+            self._take_from(self.again, most - min(len(self.queue), most // 2), requests)
+        self._take_from(self.queue, most, requests)
+
+    def _take_from(self, line: deque[_Waiting], most: int, requests: set[int]) -> None:
+        """Up to `most` in the batch: what arrived first, no request twice, nothing whose caller has gone before it was
+        sent. requests: those that are in the batch.
+        """
+        later: list[_Waiting] = []
+        while line and len(self.packed) < most:
+            waiting = line.popleft()
             if waiting.answer.cancelled() and waiting.move.action in (Action.AUTHORIZE, Action.DEDUCT):
                 self._leave_park(waiting)
                 continue
@@ -157,7 +181,7 @@ class Lane:
                 continue
             requests.add(request)
             self.packed.append(waiting)
-        self.queue.extendleft(reversed(later))
+        line.extendleft(reversed(later))
 
     def _pack(self) -> list[Any] | None:
         """Arguments of the call for what was taken; None: there is nothing to ask."""
@@ -244,8 +268,8 @@ class Lane:
     async def _lost(self, batch: list[_Waiting], error: Exception) -> None:
         """The connection broke: the answer is unknown, so the same requests are asked again, marked as repeated.
 
-        A repeated settle or deduction finds what was booked, a repeated authorize finds its hold; a repeated extend
-        may hold its addition twice, which settling frees.
+        A repeated settle or deduction finds what was booked, a repeated authorize finds its hold, a repeated extend
+        names what shall be held in all (Flag.IN_ALL).
         """
         # A TimeoutError (of a call that took too long) is an OSError too.
         log.warning("lane lost its connection", error=_first_line(error), moves=len(batch))
@@ -265,13 +289,13 @@ class Lane:
         for waiting in (*self.packed, *(self.flight.batch if self.flight is not None else ())):
             if at >= waiting.give_up_at:
                 self._fail(waiting, _unavailable())
-        still: deque[_Waiting] = deque()
-        for waiting in self.queue:
-            if at >= waiting.give_up_at:
-                self._fail(waiting, _unavailable())
-            if at < waiting.give_up_at or (waiting.move.action in MUST_BE_BOOKED and not self.closing):
-                still.append(waiting)
-        self.queue = still
+        for line in (self.again, self.queue):
+            for _ in range(len(line)):
+                waiting = line.popleft()
+                if at >= waiting.give_up_at:
+                    self._fail(waiting, _unavailable())
+                if at < waiting.give_up_at or (waiting.move.action in MUST_BE_BOOKED and not self.closing):
+                    line.append(waiting)
 
     async def _refused_whole(self, batch: list[_Waiting], error: Exception) -> None:
         """One move made the call fail and nothing was booked: each is asked alone, so that only the culprit fails."""
@@ -284,9 +308,10 @@ class Lane:
 
     def _answer(self, waiting: _Waiting, verdict: Verdict) -> None:
         if verdict.outcome is Outcome.WAIT:
-            if time.monotonic() < waiting.give_up_at and not self.closing:
+            if time.monotonic() < waiting.arrived_at + self.wait_seconds and not self.closing:
                 self._park(waiting)
             else:
+                self._try_again(waiting)
                 waiting.move = waiting.move.impatient()
                 self.put(waiting)
             return
@@ -307,7 +332,7 @@ class Lane:
             WAITING.inc()
         # In order of arrival, also where a later one was parked while this one was tried again.
         place = len(self.parked)
-        while place > 0 and self.parked[place - 1].give_up_at > waiting.give_up_at:
+        while place > 0 and self.parked[place - 1].arrived_at > waiting.arrived_at:
             place -= 1
         self.parked.insert(place, waiting)
 
@@ -317,26 +342,38 @@ class Lane:
             WAITING.dec()
 
     def _unpark(self, organizations: set[UUID] | None) -> None:
-        """Try parked calls again, first come first, before what arrived later; None: those of every organization."""
+        """Try parked calls again, first come first; None: those of every organization."""
         if organizations is None:
             self.tried_at = time.monotonic()
-        again: list[_Waiting] = []
         still: deque[_Waiting] = deque()
         for each in self.parked:
-            is_tried = organizations is None or each.move.organization_id in organizations
-            (again if is_tried else still).append(each)
-        if again:
-            self.parked = still
-            self.queue.extendleft(reversed(again))
+            if organizations is None or each.move.organization_id in organizations:
+                self._try_again(each)
+                self.again.append(each)
+            else:
+                still.append(each)
+        self.parked = still
+        if self.again:
             self.wake.set()
+
+    def _try_again(self, waiting: _Waiting) -> None:
+        """Whoever asks may want less by now; and the database has its time to answer anew."""
+        if waiting.resized is not None:
+            waiting.move = waiting.resized()
+        waiting.give_up_at = time.monotonic() + GIVE_UP_SECONDS
 
 
 class Batcher:
-    """Lanes of one process. Start it with `async with`; leaving waits until everything queued is decided."""
+    """Lanes of one process. Start it with `async with`; leaving waits until everything queued is decided.
 
-    def __init__(self, dsn: str, *, lanes: int = 2, space: db.Space | None = None) -> None:
+    wait_seconds: how long a call waits for the holds of others before it is refused.
+    """
+
+    def __init__(
+        self, dsn: str, *, lanes: int = 2, wait_seconds: float = WAIT_SECONDS, space: db.Space | None = None
+    ) -> None:
         self._space = space
-        self._lanes = [Lane(dsn) for _ in range(lanes)]
+        self._lanes = [Lane(dsn, wait_seconds) for _ in range(lanes)]
         self._tasks: list[asyncio.Task[None]] = []
         self._watch: asyncio.Task[None] | None = None
 
@@ -361,8 +398,13 @@ class Batcher:
             for lane in self._lanes:
                 lane.give_up()
 
-    async def move(self, move: Move) -> Verdict:
+    async def move(
+        self, move: Move, *, resized: Callable[[], Move] | None = None, arrived_at: float | None = None
+    ) -> Verdict:
         """The verdict on one move, after its commit.
+
+        resized: of a move that may wait, what to ask instead each time it is tried again. arrived_at: since when it has
+        waited, by the monotonic clock; since now where it has not been asked before.
 
         A settle or release goes out even when its caller is cancelled meanwhile, and is asked until it is booked.
 
@@ -374,7 +416,8 @@ class Batcher:
         if self._space is not None and move.action in NEW_WORK and self._space.is_short():
             raise DiskFull(headers={"Retry-After": "5"})
         answer: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
-        waiting = _Waiting(move, answer, time.monotonic() + GIVE_UP_SECONDS)
+        at = time.monotonic()
+        waiting = _Waiting(move, answer, at if arrived_at is None else arrived_at, at + GIVE_UP_SECONDS, resized)
         self._lanes[move.organization_id.int % len(self._lanes)].put(waiting)
         return await answer
 

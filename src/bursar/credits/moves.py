@@ -95,8 +95,8 @@ class Move(NamedTuple):
         return self._replace(flags=self.flags | Flag.REPEATED)
 
     def impatient(self) -> "Move":
-        """The same move, to be refused where it would have to wait."""
-        return self._replace(flags=self.flags & ~Flag.MAY_WAIT)
+        """The same move, to be refused for good where it would have to wait."""
+        return self._replace(flags=self.flags & ~(Flag.MAY_WAIT | Flag.MAY_RESIZE))
 
 
 class Verdict(NamedTuple):

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
+from time import monotonic
 from typing import Any, Final
 from uuid import UUID
 
@@ -17,6 +18,7 @@ from bursar.credits import explain, why
 from bursar.credits.batcher import Batcher, Unavailable
 from bursar.credits.grants import KeyReused
 from bursar.credits.moves import Action, Flag, Move, Outcome, Verdict
+from bursar.gateway.outputs import Kind, Outputs, kind_of
 from bursar.gateway.upstream import Target
 from bursar.gateway.wire import UsageMeter, WireRequest
 from bursar.identity.principals import Principal
@@ -26,9 +28,13 @@ from bursar.pricing.prices import Context, Priced, Rounding
 from bursar.pricing.usage import Usage
 from bursar.problems import Problem
 
-PRIOR_OUTPUT_TOKENS: Final = 1_000
-"""What a call that names no limit is held for, until its own history says better; streams extend their hold."""
+UNKNOWN_CEILING_TOKENS: Final = 200_000
+"""The most that a model is taken to put out in one answer where the price list does not tell its context window."""
 
+STRICT_SECONDS: Final = 60.0
+"""How long a strict limit is remembered, so that most calls under it are held by the ceiling at once."""
+
+MOST_STRICT: Final = 10_000
 PROGRESS_SECONDS: Final = 2.0
 PROGRESS_A_LEASE: Final = 4
 """A lease is renewed at least so often before it ends."""
@@ -84,6 +90,7 @@ class Call:
     idempotency_key: str | None = None
     request_id: UUID = field(default_factory=uuid7)
     held_micros: Micros = Micros(0)  # noqa: RUF009 - an int
+    held_tokens: int = 0
     available_micros: Micros | None = None
     meter: UsageMeter | None = None
     stopped_by: Verdict | None = None
@@ -117,6 +124,16 @@ class Call:
     def own_key(self) -> bool:
         """The key at the provider is the customer's own: tracked, not charged."""
         return self.target.is_own_key
+
+    @property
+    def is_unlimited(self) -> bool:
+        """The client names no limit of output, so that what is held for it is a guess."""
+        return self.request.has_output and self.request.max_output_tokens is None
+
+    @property
+    def ceiling_tokens(self) -> int:
+        """The most that an answer can have: no model puts out more than its context window, which lists tell."""
+        return self.quote.context_window or UNKNOWN_CEILING_TOKENS
 
     @property
     def flags(self) -> Flag:
@@ -157,6 +174,24 @@ class Call:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """Output that each answer of a call is held for. flags: what kind of guess that is, if it is one."""
+
+    tokens: int
+    flags: Flag = Flag.NONE
+
+    @property
+    def is_final(self) -> bool:
+        """A refusal of it is the answer."""
+        return not self.flags & Flag.MAY_RESIZE
+
+
+def _grown(held: int, used: int) -> int:
+    """What shall be held of what has been used so far: twice as much once most is used, so that it is asked seldom."""
+    return held if used * 100 <= held * EXTEND_AT_PERCENT else 2 * max(held, used)
+
+
 class NotBooked(Exception):
     """The books did not take a settle or release: a fault of ours. The hold ends by itself."""
 
@@ -180,6 +215,8 @@ class Till:
         self._database = database
         self._batcher = batcher
         self._lease_seconds = database.settings.lease_seconds
+        self._outputs = Outputs(database)
+        self._strict: dict[Kind, float] = {}  # until when, by the monotonic clock
         self._running: dict[UUID, Call] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -193,32 +230,82 @@ class Till:
             AlreadyAnswered, TwinInFlight, KeyReused: a call with the same idempotency key.
             Unavailable: the books cannot be reached.
         """
-        output = call.request.max_output_tokens
-        usage = call.request.hold_for(PRIOR_OUTPUT_TOKENS if output is None else output)
+        try:
+            move, verdict = await self._authorized(call)
+        except (asyncio.CancelledError, Unavailable):
+            # The client has gone, or no answer came: the hold may be placed all the same, and nobody would end it.
+            self._soon(self._batcher.move(self._release(call)))
+            raise
+        if not verdict.accepted:
+            raise await self._refusal(call, verdict, move.amount_micros)
+        call.held_micros = verdict.held_micros
+        call.held_tokens = move.tokens
+        call.available_micros = verdict.available_micros
+        self._running[call.request_id] = call
+        self._idle.clear()
+
+    async def _authorized(self, call: Call) -> tuple[Move, Verdict]:
+        """What was asked for in the end, and what was decided. A guess is made anew for as long as that may help."""
+        size = self._size(call)
+        move = self._authorize(call, size)
+        arrived_at = monotonic()
+
+        def resized() -> Move:
+            nonlocal size, move
+            if not size.is_final:
+                self._outputs.read_soon(call.principal.organization_id)
+            known = self._size(call)
+            if known.tokens < size.tokens:
+                size, move = known, self._authorize(call, known)
+            return move
+
+        while True:
+            verdict = await self._batcher.move(
+                move, resized=resized if call.is_unlimited else None, arrived_at=arrived_at
+            )
+            verdict = await self._settled_twin(move, verdict)
+            if verdict.outcome is not Outcome.RESIZE:
+                return move, verdict
+            size = await self._better_size(call, size, verdict)
+            move = self._authorize(call, size)
+
+    def _size(self, call: Call) -> _Size:
+        """By the client's limit; without one by what is known of such calls, or the ceiling under a strict limit."""
+        if not call.is_unlimited:
+            return _Size(call.request.max_output_tokens or 0)
+        if self._strict.get(kind_of(call.principal, call.quote.model), 0.0) > monotonic():
+            return _Size(call.ceiling_tokens)
+        guess = self._outputs.guess(call.principal, call.quote.model)
+        flags = Flag.UNLIMITED | Flag.MAY_RESIZE if guess.may_be_better_known else Flag.UNLIMITED
+        return _Size(guess.tokens, flags)
+
+    async def _better_size(self, call: Call, size: _Size, verdict: Verdict) -> _Size:
+        """After RESIZE: the ceiling under a strict limit, else what is known by now; where that is no less, as before
+        and for good.
+        """
+        if verdict.detail == "strict":
+            if len(self._strict) >= MOST_STRICT:
+                self._strict.clear()
+            self._strict[kind_of(call.principal, call.quote.model)] = monotonic() + STRICT_SECONDS
+            return _Size(call.ceiling_tokens)
+        await self._outputs.read(call.principal.organization_id)
+        known = self._size(call)
+        return known if known.tokens < size.tokens else _Size(size.tokens, size.flags & ~Flag.MAY_RESIZE)
+
+    def _authorize(self, call: Call, size: _Size) -> Move:
+        usage = call.request.hold_for(size.tokens)
         estimate = call.price(usage, Rounding.UP)
-        move = call.move(
+        return call.move(
             Action.AUTHORIZE,
             amount_micros=call.charge(estimate),
             tokens=usage.total_tokens,
             cost_nano_usd=estimate.provider_cost_nano_usd,
             mark_micros=call.charge(call.price(call.request.estimate, Rounding.UP)),
             lease_seconds=self._lease_seconds,
-            flags=call.flags | Flag.MAY_WAIT,
+            flags=call.flags | size.flags | Flag.MAY_WAIT,
             idempotency_key=call.idempotency_key,
             body_hash=call.body_hash if call.idempotency_key else None,
         )
-        try:
-            verdict = await self._settled_twin(move, await self._batcher.move(move))
-        except (asyncio.CancelledError, Unavailable):
-            # The client has gone, or no answer came: the hold may be placed all the same, and nobody would end it.
-            self._soon(self._batcher.move(self._release(call)))
-            raise
-        if not verdict.accepted:
-            raise await self._refusal(call, verdict, call.charge(estimate))
-        call.held_micros = verdict.held_micros
-        call.available_micros = verdict.available_micros
-        self._running[call.request_id] = call
-        self._idle.clear()
 
     def sent(self, call: Call) -> None:
         """The provider call goes out: from here an expired hold is charged. Not waited for; it is in the next batch."""
@@ -259,6 +346,7 @@ class Till:
         """Charge what was used; committed when it returns, and done even when the caller is cancelled meanwhile."""
         self._end(call)
         call.tell_tier()
+        self._note_output(call, usage, estimated=estimated)
         priced = call.price(usage)
         move = call.move(
             Action.SETTLE,
@@ -267,10 +355,17 @@ class Till:
             cost_nano_usd=priced.provider_cost_nano_usd,
             usage=usage.as_array(),
             flags=call.flags
+            | (Flag.UNLIMITED if call.is_unlimited else Flag.NONE)
             | (Flag.ESTIMATED if estimated else Flag.NONE)
             | (Flag.UNPRICED if priced.unpriced_kinds else Flag.NONE),
         )
         return _booked(await asyncio.shield(self._soon(self._batcher.move(move))))
+
+    def _note_output(self, call: Call, usage: Usage, *, estimated: bool) -> None:
+        """Before the settle frees what others wait for, so that they are sized by it. A cut answer tells nothing."""
+        if call.is_unlimited and (not estimated or (call.meter is not None and call.meter.completed)):
+            tokens = usage.output_tokens + usage.audio_output_tokens + usage.image_output_tokens
+            self._outputs.note(call.principal, call.quote.model, -(-tokens // call.request.choices))
 
     async def release(self, call: Call) -> Verdict:
         """Free the hold and charge nothing: the provider did nothing."""
@@ -307,6 +402,7 @@ class Till:
                 await self._idle.wait()
         while self._closing:
             await asyncio.gather(*self._closing, return_exceptions=True)
+        await self._outputs.close()
 
     async def _progress(self, call: Call) -> None:
         try:
@@ -318,27 +414,42 @@ class Till:
             log.exception("progress not recorded", request_id=str(call.request_id))
 
     async def _report(self, call: Call) -> None:
-        """Renew the lease, mark what was used so far, hold more where that outgrows the hold."""
+        """Renew the lease, mark what was used so far, hold more where that outgrows the hold.
+
+        A stream that cannot have as much again gets what there is; only one that has used up that too is stopped.
+        """
         counted = call.meter.counted() if call.meter is not None else call.request.estimate
         so_far = call.price(counted, Rounding.UP)
-        mark = call.charge(so_far)
-        grows = call.request.stream and call.request.has_output and not call.own_key
-        outgrown = grows and mark * 100 > call.held_micros * EXTEND_AT_PERCENT
-        # What is held doubles, so that a long stream asks seldom.
-        more = Micros(max(call.held_micros, 2 * mark - call.held_micros)) if outgrown else Micros(0)
-        move = call.move(
+        mark, tokens = call.charge(so_far), counted.total_tokens
+        refused: Verdict | None = None
+        wanted = (call.held_micros, call.held_tokens)
+        if call.request.stream and call.request.has_output:
+            wanted = (Micros(_grown(call.held_micros, mark)), _grown(call.held_tokens, tokens))
+        for _ in range(3):
+            verdict = await self._batcher.move(self._extend(call, so_far, *wanted))
+            if verdict.outcome is Outcome.ACCEPTED:
+                call.held_micros, call.held_tokens = wanted
+            if verdict.outcome is not Outcome.REFUSED:
+                break
+            left = 0 if refused is not None else verdict.available_micros or 0
+            wanted = (Micros(min(wanted[0], call.held_micros + left)), max(call.held_tokens, tokens))
+            refused = verdict
+        if refused is not None and (mark > call.held_micros or tokens > call.held_tokens):
+            call.stopped_by = refused
+
+    def _extend(self, call: Call, so_far: Priced, micros: Micros, tokens: int) -> Move:
+        """Renew the lease, note what was used, and hold so much in all, so that asking again holds nothing twice."""
+        more = Flag.IN_ALL if micros > call.held_micros or tokens > call.held_tokens else Flag.NONE
+        cost, mark = so_far.provider_cost_nano_usd, call.charge(so_far)
+        return call.move(
             Action.EXTEND,
-            amount_micros=more,
-            cost_nano_usd=NanoUsd(so_far.provider_cost_nano_usd * more // mark) if mark else NanoUsd(0),
+            amount_micros=micros if more else Micros(0),
+            tokens=tokens if more else 0,
+            cost_nano_usd=NanoUsd((cost * micros // mark if mark else cost) if more else 0),
             mark_micros=mark,
             lease_seconds=self._lease_seconds,
-            flags=call.flags | Flag.SENT,
+            flags=call.flags | Flag.SENT | more,
         )
-        verdict = await self._batcher.move(move)
-        if verdict.outcome == Outcome.ACCEPTED:
-            call.held_micros = Micros(call.held_micros + more)
-        elif verdict.outcome == Outcome.REFUSED and mark > call.held_micros:
-            call.stopped_by = verdict
 
     async def stop_reason(self, call: Call) -> Problem:
         """The refusal that ends a stream whose hold could not be extended."""

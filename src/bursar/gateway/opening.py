@@ -38,7 +38,10 @@ async def opened(database: db.Database) -> AsyncIterator[Opened]:
     keys = KeyCache(database)
     async with AsyncExitStack() as stack:
         demo_base_url = await stack.enter_async_context(demo_provider.running())
-        batcher = await stack.enter_async_context(Batcher(database.dsn("bursar_lane"), space=database.space))
+        waits = database.settings.wait_seconds
+        batcher = await stack.enter_async_context(
+            Batcher(database.dsn("bursar_lane"), wait_seconds=waits, space=database.space)
+        )
         upstream = Upstream()
         stack.push_async_callback(upstream.close)
         till = Till(database, batcher)

@@ -152,3 +152,16 @@ returning organization_id, alias, alias_id, model, created_at;
 -- name: remove_model_route
 delete from gateway.model_routes
 where model = %(model)s;
+
+-- name: recent_outputs
+-- What calls without a limit of output put out lately, oldest first; not what we counted ourselves (flag 4). The newest rows are few
+-- enough to be read whole: a condition inside would search all of history where none fits.
+select coalesce(api_key_id, user_id) as asker_id, model, tokens
+from (
+    select api_key_id, user_id, model, flags, used_at, output_tokens + audio_output_tokens + image_output_tokens as tokens
+    from ledger.attribution
+    where organization_id = %(organization_id)s and used_at > statement_timestamp() - make_interval(days => %(days)s)
+    order by used_at desc limit %(most)s
+) a
+where flags & 516 = 512 and model is not null
+order by used_at;
