@@ -5,13 +5,13 @@ from collections.abc import AsyncIterator
 import httpx2
 import pytest
 from tests.credits.conftest import scratch_database
-from tests.gateway.conftest import base_url, payer, priced
+from tests.gateway.conftest import base_url, payer, priced, two_servers
 
 from bursar import db
 from bursar.credits.verify import verify
 from bursar.settings import Settings
 
-__all__ = ["base_url", "http", "payer", "priced"]
+__all__ = ["base_url", "http", "payer", "priced", "two_servers"]
 
 
 @pytest.fixture

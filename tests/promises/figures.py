@@ -33,6 +33,7 @@ FIGURES: Final[Mapping[str, Figure]] = {
     "histories": Figure(200, 10_000),  # R8
     "steps of a history": Figure(40, 200),
     "keys": Figure(1_000, 50_000),  # R9
+    "gateway keys": Figure(20, 1_000),
     "requests": Figure(1_200, 200_000),  # R12
     "faults": Figure(20, 200),  # R18: of each kind, on each path, plain and streamed
     "fills": Figure(4, 50),  # R20

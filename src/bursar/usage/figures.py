@@ -186,11 +186,12 @@ class _Part:
 async def snapshot(database: db.Database, organization_id: UUID) -> AsyncIterator[db.Connection]:
     """A read-only transaction for one organization in which every query sees the same instant.
 
-    Grants that began or ended since credits last moved are folded in before, so that Available is right now.
+    Grants that began or ended since credits last moved are folded in before, so that Available is right now; not while
+    the disk is full, when nothing is written.
     """
     async with database.tenant(organization_id) as conn:
         is_due = await db.fetch_value(conn, QUERIES.due_event, organization_id=organization_id)
-        if is_due:
+        if is_due and not database.space.is_short():
             await db.execute(conn, QUERIES.fold_due_pools, organization_id=organization_id)
     async with database.tenant(organization_id) as conn:
         await db.execute(conn, QUERIES.snapshot)
