@@ -1123,6 +1123,23 @@ comment on function credits.rooms_of is 'Micros that each of many requests'' cha
 create or replace aggregate credits.total(bigint) (sfunc = int8pl, stype = bigint, initcond = '0', parallel = safe);
 comment on aggregate credits.total(bigint) is 'Sum of bigint as bigint';
 
+-- is_plain_way: whether a request goes by a chain as it stands. The chain refuses nothing, and neither a limit nor time has changed it since it
+-- was built; the request is neither repeated nor by expiry nor paid by the customer's own key, nor a guess where a limit is strict.
+-- Like has_room it stands for its expression wherever it is called, so it has no search_path of its own.
+create or replace function credits.is_plain_way(
+    p_flags integer, p_refusal text, p_is_strict boolean, p_valid_until timestamptz, p_built_for bigint, p_version bigint, p_now timestamptz
+) returns boolean language sql immutable parallel safe as $$
+    select p_flags & 98 = 0 and (p_flags & 512 = 0 or not p_is_strict) and p_refusal is null and p_valid_until > p_now and p_built_for = p_version
+$$;
+comment on function credits.is_plain_way is 'Whether a request goes by a chain as it stands, which was built for these limits and this time';
+
+-- has_room: the guard. A balance that stops takes no more than it has room for, and nothing while there is excess.
+create or replace function credits.has_room(p_stops boolean, p_excess bigint, p_used bigint, p_held bigint, p_limit bigint, p_wanted bigint)
+returns boolean language sql immutable parallel safe as $$
+    select not p_stops or (p_excess = 0 and p_used + p_held + p_wanted <= p_limit)
+$$;
+comment on function credits.has_room is 'Whether a balance may take this much more';
+
 -- take: the one guarded update of a batch's summed demands (authorizes, extends, deductions). What does not come back is tight.
 -- With p_chains, p_legs and p_outcomes, the demands go by those. Without them it finds the chains itself, in the same statement, and moves
 -- something only where all is plain (is_plain): nothing is known, repeated, held already or paid by the customer's own key, and every chain
@@ -1156,12 +1173,12 @@ begin
             case when not c.is_plain then c.entry_metrics end as entry_metrics, case when not c.is_plain then c.entry_legs end as entry_legs,
             case when not c.is_plain then c.entry_filters end as entry_filters,
             case when p_chains is not null then w.action in (1, 2, 5) and w.outcome = -1 and not (w.action = 2 and w.amount = 0 and w.tokens = 0)
-                 else coalesce(w.flags & 98 = 0 and c.refusal is null and c.valid_until > p_now and c.limits_version =
+                 else coalesce(l.leg > 0 and credits.is_plain_way(w.flags, c.refusal, c.is_strict, c.valid_until, c.limits_version,
                         case when w.org = p_organization_ids[1] then p_version
-                             else (select g.limits_version from credits.gates g where g.organization_id = w.org) end
-                    and l.leg > 0 and (w.flags & 512 = 0 or not c.is_strict), false) and h.request_id is null end as is_asked,
+                             else (select g.limits_version from credits.gates g where g.organization_id = w.org) end, p_now), false)
+                    and h.request_id is null end as is_asked,
             c.tight_id is not null and coalesce((
-                select b.stops and (b.excess_amount > 0 or b.used_amount + b.held_amount + w.amount > b.limit_amount)
+                select not credits.has_room(b.stops, b.excess_amount, b.used_amount, b.held_amount, b.limit_amount, w.amount)
                 from credits.balances b where b.organization_id = w.org and b.balance_id = c.tight_id and b.period_start = c.tight_start
             ), false) as is_hopeless
         from w
@@ -1206,7 +1223,7 @@ begin
             excess_amount = case when b.stops then 0 else greatest(0, used_amount + s.used + held_amount + s.held - limit_amount) end
         from sums s
         where b.organization_id = s.org and b.balance_id = s.id and b.period_start = s.start
-          and (not b.stops or (b.excess_amount = 0 and b.used_amount + b.held_amount + s.held + s.used <= b.limit_amount))
+          and credits.has_room(b.stops, b.excess_amount, b.used_amount, b.held_amount, b.limit_amount, s.held + s.used)
         returning b.organization_id as org, b.balance_id as id, b.period_start as start, s.places,
             case when b.stops then b.limit_amount - b.used_amount - b.held_amount end as room,
             case when b.kind = 'pool' then b.used_amount - s.used end as base
@@ -2111,17 +2128,88 @@ begin
 end $$;
 comment on function credits.expire_holds is 'Ends holds whose lease is over: releases what was never sent, charges what was; returns how many';
 
--- move_one: a batch of one, for whoever acts for the organization that is set.
+-- move_one: a batch of one, for whoever acts for the organization that is set. One alone spends most of its time on what batches share, so a
+-- hold or deduction on a plain chain, which asks credits of a few balances and nothing else, is decided here by the same rules (is_current,
+-- has_room) without arrays; and whatever is not plain, or lacks room, by move_batch.
 create or replace function credits.move_one(
     p_organization_id uuid, p_action smallint, p_request_id uuid, p_user_id uuid, p_api_key_id uuid, p_amount bigint, p_tokens bigint,
     p_cost bigint, p_usage integer[], p_mark bigint, p_lease integer, p_flags integer, p_provider text, p_model text, p_price_version_id uuid,
     p_provider_key_id uuid, p_conversation_id uuid, p_used_at timestamptz, p_key text, p_body_hash bytea, p_at timestamptz default null
 ) returns credits.verdict
-language plpgsql volatile security definer set search_path = credits, pg_temp as $$
+language plpgsql volatile security definer
+set search_path = credits, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_hashjoin = off
+set enable_mergejoin = off set enable_material = off set jit = off
+as $$
+#variable_conflict use_column
 declare
+    v_zero constant uuid := '00000000-0000-0000-0000-000000000000';
     v_verdict credits.verdict;
+    v_due timestamptz;
+    v_version bigint;
+    v_now timestamptz;
+    v_used bigint;
+    v_took record;
 begin
-    perform credits.require_tenant(p_organization_id);
+    if session_user <> 'bursar_lane' then
+        perform credits.require_tenant(p_organization_id);
+    end if;
+    if p_action in (1, 5) and p_key is null and p_flags >= 0 and p_request_id is not null and least(p_amount, p_tokens, p_cost, p_mark) >= 0
+       and greatest(p_amount, p_tokens, p_cost, p_mark) <= credits.most_micros() and (p_action = 5 or p_lease > 0)
+       and cardinality(p_usage) = credits.usage_width() and 0 <= all (p_usage) then
+        select next_event_at, limits_version into v_due, v_version from gates where organization_id = p_organization_id for no key update;
+        v_now := case when p_at is null then clock_timestamp() else credits.now_under_gate(p_at) end;
+        if v_due > v_now then
+            v_used := case p_action when 5 then p_amount else 0 end;
+            with c as materialized (
+                select c.organization_id as org, c.chain_id, c.team_id, c.department_id, c.department_name, c.leg_pool_ids[1] as pool_id,
+                    c.entry_ids, c.entry_starts, cardinality(c.entry_ids) as entries
+                from chains c
+                where c.organization_id = p_organization_id and c.user_id = coalesce(p_user_id, v_zero)
+                  and c.api_key_id = coalesce(p_api_key_id, v_zero) and c.replaced_at is null
+                  and c.is_plain and c.tight_id is null
+                  and credits.is_plain_way(p_flags, c.refusal, c.is_strict, c.valid_until, c.limits_version, v_version, v_now)
+                  and not exists (select from holds h where h.organization_id = p_organization_id and h.request_id = p_request_id)
+            ), moved as (
+                update balances b set held_amount = held_amount + p_amount - v_used, used_amount = used_amount + v_used,
+                    excess_amount = case when b.stops then 0 else greatest(0, used_amount + held_amount + p_amount - limit_amount) end
+                from (select c.org, unnest(c.entry_ids) as id, unnest(c.entry_starts) as start from c) s
+                where b.organization_id = s.org and b.balance_id = s.id and b.period_start = s.start
+                  and credits.has_room(b.stops, b.excess_amount, b.used_amount, b.held_amount, b.limit_amount, p_amount)
+                returning b.balance_id, b.period_start, case when b.stops then b.limit_amount - b.used_amount - b.held_amount end as room,
+                    case when b.kind = 'pool' then b.used_amount - v_used end as base
+            ), m as (
+                select array_agg(balance_id) as ids, array_agg(period_start) as starts, min(room) as room, max(base) as base, count(*) as n from moved
+            )
+            select * into v_took from c, m;
+            if v_took.n = v_took.entries then
+                if p_action = 5 then
+                    insert into ledger.attribution (organization_id, request_id, booked_at, used_at, kind, user_id, api_key_id, provider_key_id,
+                        provider, model, team_id, department_id, department_name, conversation_id, chain_id, price_version_id, pool_id,
+                        position_micros, charged_micros, hold_micros, provider_cost_nano_usd, customer_cost_nano_usd, flags, input_tokens,
+                        cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens, output_tokens, reasoning_tokens, audio_input_tokens,
+                        audio_output_tokens, image_input_tokens, image_output_tokens, images, web_searches, audio_milliseconds, characters,
+                        requests, file_searches, code_sessions)
+                    values (p_organization_id, p_request_id, v_now, coalesce(p_used_at, v_now), 0, nullif(p_user_id, v_zero),
+                        nullif(p_api_key_id, v_zero), p_provider_key_id, p_provider, p_model, v_took.team_id, v_took.department_id,
+                        v_took.department_name, p_conversation_id, v_took.chain_id, p_price_version_id, v_took.pool_id, v_took.base, p_amount, 0,
+                        p_cost, 0, p_flags & ~49, p_usage[1], p_usage[2], p_usage[3], p_usage[4], p_usage[5], p_usage[6], p_usage[7], p_usage[8],
+                        p_usage[9], p_usage[10], p_usage[11], p_usage[12], p_usage[13], p_usage[14], p_usage[15], p_usage[16], p_usage[17]);
+                else
+                    perform credits.post_batch(array[p_organization_id], array[p_action], array[p_request_id], array[p_amount], array[p_tokens],
+                        array[p_cost], p_usage, array[p_mark], array[p_lease], array[p_flags], array[p_provider], array[p_model],
+                        array[p_price_version_id], array[p_provider_key_id], array[p_conversation_id], null, null, null, array[v_took.chain_id],
+                        array[1::smallint], array[-1::smallint], null, null, null, null, null, null, null, null, null, null, null, null, null, null,
+                        v_now);
+                end if;
+                return row(1, 0::smallint, p_request_id, p_amount - v_used, v_used, v_took.room, null::uuid, null::text)::credits.verdict;
+            elsif v_took.n > 0 then  -- somewhere there is no room: nothing was asked yet, and move_batch finds out who refuses
+                update balances b set held_amount = held_amount - p_amount + v_used, used_amount = used_amount - v_used,
+                    excess_amount = greatest(0, used_amount + held_amount - p_amount - limit_amount)
+                from unnest(v_took.ids, v_took.starts) s(id, start)
+                where b.organization_id = p_organization_id and b.balance_id = s.id and b.period_start = s.start;
+            end if;
+        end if;
+    end if;
     select * into strict v_verdict from credits.move_batch(p_organization_id, array[p_organization_id], array[p_action], array[p_request_id],
         array[p_user_id], array[p_api_key_id], array[p_amount], array[p_tokens], array[p_cost], p_usage, array[p_mark], array[p_lease], array[p_flags],
         array[p_provider], array[p_model], array[p_price_version_id], array[p_provider_key_id], array[p_conversation_id], array[p_used_at],
@@ -2238,7 +2326,7 @@ comment on function credits.allocate_credits_to_user is 'Reserves a share of the
 -- ------------------------------------------------------------------------------------------------ who may call what
 
 revoke all on all functions in schema credits from public;
-grant execute on function credits.move_batch, credits.expire_holds to bursar_lane, bursar_simulator;
+grant execute on function credits.move_batch, credits.move_one, credits.expire_holds to bursar_lane, bursar_simulator;
 grant execute on function credits.open_organization, credits.open_pool, credits.add_grant, credits.void_grant, credits.allocate,
     credits.end_allocation, credits.set_limit, credits.end_limit, credits.move_one, credits.authorize, credits.extend, credits.settle,
     credits.release, credits.deduct, credits.current_chain, credits.has_sufficient_credits, credits.deduct_credits, credits.add_credits_to_pool,
