@@ -12,7 +12,7 @@ from benchmarks.hotpath.books import QUERIES, Payer, shuffled
 from benchmarks.hotpath.pace import Call
 from bursar.clock import uuid7
 from bursar.credits.batcher import Batcher
-from bursar.credits.moves import MOVE_BATCH, Action, Move, as_arguments, as_verdicts
+from bursar.credits.moves import Action, Move, as_call, as_verdicts
 from bursar.db import arrays
 from bursar.money import Micros, NanoUsd
 
@@ -86,14 +86,14 @@ async def connections(dsn: str, size: int) -> AsyncIterator[Pool]:
 
 
 def one_by_one(pool: Pool, payers: Sequence[Payer]) -> Call:
-    """Our own function, called once per request: a batch of one."""
+    """Our own function, called once per request."""
     drawn = shuffled(payers, 1)
 
     async def call(_: int) -> bool:
         move = deduction(next(drawn))
         async with pool.connection() as connection:
             cursor = connection.cursor(binary=True)
-            await cursor.execute(MOVE_BATCH, as_arguments([move]), prepare=True)
+            await cursor.execute(*as_call([move]), prepare=True)
             return as_verdicts(await cursor.fetchall())[0].accepted
 
     return call

@@ -48,8 +48,8 @@ async def books(database: db.Database, admin_dsn: str, settings: Settings) -> As
             assert await verify(conn) == []
 
 
-@pytest.fixture
-def scene(books: db.Database) -> Iterator[Scene]:
-    """An organization in the database of the money tests' own."""
+@pytest.fixture(params=["in a batch", "alone"])
+def scene(books: db.Database, request: pytest.FixtureRequest) -> Iterator[Scene]:
+    """An organization in the database of the money tests' own; its single moves go either way."""
     with psycopg.connect(books.dsn("admin"), autocommit=True) as conn:
-        yield Scene(conn)
+        yield Scene(conn, alone=request.param == "alone")

@@ -18,7 +18,7 @@ from tests.credits import reference as ref
 from tests.credits.people import INSERT_DEPARTMENT, INSERT_KEY, INSERT_MEMBER, INSERT_ORGANIZATION, INSERT_TEAM
 
 from bursar.clock import uuid7
-from bursar.credits.moves import MOVE_BATCH, Action, Flag, as_arguments, as_verdicts
+from bursar.credits.moves import Action, Flag, as_call, as_verdicts
 from bursar.credits.moves import Move as RealMove
 from bursar.db import arrays
 from bursar.money import Micros
@@ -413,7 +413,7 @@ class Stage:
 
     def _move(self, asked: list[ref.Move]) -> None:
         expected = self.world.move(asked, self.now)
-        rows = self.simulator.execute(MOVE_BATCH, as_arguments([_real(move) for move in asked], self.now), binary=True)
+        rows = self.simulator.execute(*as_call([_real(move) for move in asked], self.now), binary=True)
         by_place = sorted(rows.fetchall(), key=lambda row: row[0])
         for move, verdict, row, real in zip(asked, expected, by_place, as_verdicts(by_place), strict=True):
             found = ref.Verdict(

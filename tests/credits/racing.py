@@ -14,7 +14,7 @@ import psycopg
 from tests.credits.scenes import Scene
 
 from bursar import db
-from bursar.credits.moves import MOVE_BATCH, Action, Flag, Move, Outcome, Verdict, as_arguments, as_verdicts
+from bursar.credits.moves import Action, Flag, Move, Outcome, Verdict, as_call, as_verdicts
 from bursar.db import arrays
 
 
@@ -27,7 +27,7 @@ class Lane:
 
     def move(self, *moves: Move) -> list[Verdict]:
         """Verdicts after the commit."""
-        cursor = self.conn.execute(MOVE_BATCH, as_arguments(moves), prepare=True, binary=True)
+        cursor = self.conn.execute(*as_call(moves), prepare=True, binary=True)
         return as_verdicts(sorted(cursor.fetchall(), key=lambda row: row[0]))
 
 

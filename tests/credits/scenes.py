@@ -15,7 +15,7 @@ import psycopg
 from tests.credits.people import INSERT_KEY, INSERT_MEMBER, INSERT_ORGANIZATION, INSERT_TEAM
 
 from bursar.clock import uuid7
-from bursar.credits.moves import MOVE_BATCH, Action, Move, Outcome, Verdict, as_arguments, as_verdicts
+from bursar.credits.moves import MOVE_BATCH, Action, Move, Outcome, Verdict, as_arguments, as_call, as_verdicts
 from bursar.credits.verify import CHECKS
 from bursar.db import arrays
 from bursar.money import Micros
@@ -36,12 +36,16 @@ class Balance:
 
 @dataclass
 class Scene:
-    """An organization of kind company in UTC, with a gate; `now` moves only when told."""
+    """An organization of kind company in UTC, with a gate; `now` moves only when told.
+
+    alone: a single hold or deduction is asked as lanes ask it, of move_one; else it is a batch of one.
+    """
 
     conn: Connection
     zone: str = "UTC"
     now: datetime = NOON
     organization: UUID = field(default_factory=uuid7)
+    alone: bool = False
 
     def __post_init__(self) -> None:
         arrays.register(self.conn)
@@ -207,7 +211,8 @@ class Scene:
     def move(self, *moves: Move) -> list[Verdict]:
         """Verdicts on one batch."""
         with self.acting_as("bursar_simulator"):
-            cursor = self.conn.execute(MOVE_BATCH, as_arguments(moves, self.now), binary=True)
+            call = as_call(moves, self.now) if self.alone else (MOVE_BATCH, as_arguments(moves, self.now))
+            cursor = self.conn.execute(*call, binary=True)
             return as_verdicts(sorted(cursor.fetchall(), key=lambda row: row[0]))
 
     def authorize(self, amount: int, user: UUID | None, request: UUID | None = None, **rest: Any) -> Verdict:

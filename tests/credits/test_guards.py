@@ -11,6 +11,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from tests.credits import test_alone as alone
 from tests.credits import test_hopeless as hopeless
 from tests.credits import test_rules as rules
 from tests.credits import test_tenancy as tenancy
@@ -178,8 +179,8 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
         rules.test_a_strict_limit_takes_no_guess_and_nothing_of_it_stays,
     ),
     (
-        "take",
-        " and (w.flags & 512 = 0 or not c.is_strict)",
+        "is_plain_way",
+        " and (p_flags & 512 = 0 or not p_is_strict)",
         "",
         rules.test_a_strict_limit_takes_no_guess_and_nothing_of_it_stays,
     ),
@@ -464,8 +465,8 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     # demands
     (
-        "take",
-        "b.used_amount + b.held_amount + s.held + s.used <= b.limit_amount",
+        "has_room",
+        "p_used + p_held + p_wanted <= p_limit",
         "true",
         rules.test_what_fits_is_held_and_one_more_is_not,
     ),
@@ -475,12 +476,17 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
         "(v_blocked",
         rules.test_a_limit_that_warns_counts_and_refuses_nothing,
     ),
-    ("take", "c.valid_until > p_now and", "", rules.test_a_limit_is_fresh_in_the_very_instant_its_period_begins),
-    ("take", "c.refusal is null and", "", rules.test_who_is_no_active_member_spends_nothing),
+    (
+        "is_plain_way",
+        "p_valid_until > p_now and",
+        "",
+        rules.test_a_limit_is_fresh_in_the_very_instant_its_period_begins,
+    ),
+    ("is_plain_way", "p_refusal is null and", "", rules.test_who_is_no_active_member_spends_nothing),
     (
         "take",
-        "b.used_amount + b.held_amount + w.amount > b.limit_amount",
-        "true",
+        "not credits.has_room(b.stops, b.used_amount, b.held_amount, b.limit_amount, w.amount)",
+        "b.stops",
         hopeless.test_the_hint_alone_refuses_nobody,
     ),
     (
@@ -521,15 +527,15 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
         rules.test_an_authorize_asked_again_finds_its_hold,
     ),
     (
-        "take",
-        "w.flags & 98 = 0",
-        "w.flags & 66 = 0",
+        "is_plain_way",
+        "p_flags & 98 = 0",
+        "p_flags & 66 = 0",
         rules.test_a_deduction_asked_again_after_an_unknown_answer_is_not_booked_again,
     ),
     (
-        "take",
-        "w.flags & 98 = 0",
-        "w.flags & 96 = 0",
+        "is_plain_way",
+        "p_flags & 98 = 0",
+        "p_flags & 96 = 0",
         rules.test_the_customers_own_key_needs_no_credits_but_passes_limits_on_calls,
     ),
     (
@@ -540,8 +546,8 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     (
         "take",
-        "b.used_amount + b.held_amount + w.amount > b.limit_amount",
-        "true",
+        "not credits.has_room(b.stops, b.used_amount, b.held_amount, b.limit_amount, w.amount)",
+        "b.stops",
         rules.test_who_was_refused_is_judged_anew_each_time,
     ),
     (
@@ -731,6 +737,80 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
 ]
 
+# The same for what move_one decides by itself: a hold or deduction asked alone.
+ALONE: list[tuple[str, str, str, Rule]] = [
+    (
+        "move_one",
+        "if v_due > v_now then",
+        "if true then",
+        rules.test_grants_are_spendable_from_their_first_instant_until_just_before_their_last,
+    ),
+    ("move_one", "p_key is null and", "", rules.test_the_same_key_and_body_has_one_effect_and_one_answer),
+    (
+        "move_one",
+        "least(p_amount, p_tokens, p_cost, p_mark) >= 0",
+        "true",
+        alone.test_what_has_no_sense_is_refused,
+    ),
+    ("move_one", "and p_request_id is not null", "", alone.test_a_request_without_an_id_is_refused),
+    (
+        "move_one",
+        "greatest(p_amount, p_tokens, p_cost, p_mark) <= credits.most_micros()",
+        "true",
+        alone.test_what_has_no_sense_is_refused,
+    ),
+    ("move_one", "and p_flags >= 0", "", alone.test_what_has_no_sense_is_refused),
+    ("move_one", "and (p_action = 5 or p_lease > 0)", "", alone.test_what_has_no_sense_is_refused),
+    ("move_one", "cardinality(p_usage) = credits.usage_width()", "true", alone.test_usage_that_is_no_usage_is_refused),
+    ("move_one", "and 0 <= all (p_usage)", "", alone.test_usage_that_is_no_usage_is_refused),
+    ("move_one", "c.is_plain and", "", rules.test_calls_and_tokens_are_limited_like_credits),
+    (
+        "move_one",
+        "and not exists (select from holds h where h.organization_id = p_organization_id",
+        "and (p_flags < 0",
+        alone.test_a_request_that_is_held_is_not_deducted_too,
+    ),
+    (
+        "move_one",
+        "elsif v_took.n > 0 then",
+        "elsif false then",
+        alone.test_what_was_taken_is_given_back_where_another_balance_has_no_room,
+    ),
+    (
+        "move_one",
+        "excess_amount = greatest(0, used_amount + held_amount - p_amount - limit_amount)",
+        "excess_amount = excess_amount",
+        alone.test_what_was_taken_is_given_back_where_another_balance_has_no_room,
+    ),
+    ("has_room", "p_used + p_held + p_wanted <= p_limit", "true", rules.test_what_fits_is_held_and_one_more_is_not),
+    (
+        "is_plain_way",
+        " and (p_flags & 512 = 0 or not p_is_strict)",
+        "",
+        rules.test_a_strict_limit_takes_no_guess_and_nothing_of_it_stays,
+    ),
+    (
+        "is_plain_way",
+        "p_valid_until > p_now and",
+        "",
+        rules.test_a_limit_is_fresh_in_the_very_instant_its_period_begins,
+    ),
+    ("is_plain_way", "p_refusal is null and", "", rules.test_who_is_no_active_member_spends_nothing),
+    ("is_plain_way", "and p_built_for = p_version", "", rules.test_a_change_of_limits_reaches_every_user_at_once),
+    (
+        "is_plain_way",
+        "p_flags & 98 = 0",
+        "p_flags & 66 = 0",
+        rules.test_a_deduction_asked_again_after_an_unknown_answer_is_not_booked_again,
+    ),
+    (
+        "is_plain_way",
+        "p_flags & 98 = 0",
+        "p_flags & 96 = 0",
+        rules.test_the_customers_own_key_needs_no_credits_but_passes_limits_on_calls,
+    ),
+]
+
 
 @pytest.fixture
 def undone(books: db.Database) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
@@ -761,10 +841,23 @@ def test_without_its_guard_a_rule_does_not_hold(
         rule(Scene(undone))
 
 
+@pytest.mark.parametrize(
+    ("function", "guard", "instead", "rule"),
+    ALONE,
+    ids=[f"{function}: {rule.__name__[5:]}" for function, _, _, rule in ALONE],
+)
+def test_without_its_guard_a_rule_does_not_hold_for_one_alone(
+    undone: psycopg.Connection[tuple[Any, ...]], function: str, guard: str, instead: str, rule: Rule
+) -> None:
+    _take_out(undone, function, guard, instead)
+    with pytest.raises((AssertionError, psycopg.Error)):
+        rule(Scene(undone, alone=True))
+
+
 # ---------------------------------------------------------------------------------------------- locks
 
 LOCKS: list[tuple[str, Callable[[db.Database, Scene], None]]] = [
-    ("move_batch", races.test_of_many_deductions_at_once_exactly_the_100_that_fit_are_accepted),
+    ("move_one", races.test_of_many_deductions_at_once_exactly_the_100_that_fit_are_accepted),
     ("lock_gate", races.test_of_parallel_reservations_that_do_not_fit_together_one_is_made),
 ]
 

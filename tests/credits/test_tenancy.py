@@ -36,7 +36,7 @@ COMMANDS = {
     "void_grant",
 }
 CALCULATIONS = {"hash_of", "no_usage", "period_end", "period_start"}
-LANES = {"move_batch", "expire_holds"}
+LANES = {"move_batch", "move_one", "expire_holds"}
 TABLES = """
     select n.nspname || '.' || c.relname from pg_class c join pg_namespace n on n.oid = c.relnamespace
     where n.nspname in ('credits', 'ledger') and c.relkind in ('r', 'p') and not c.relispartition order by 1"""

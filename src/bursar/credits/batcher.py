@@ -27,7 +27,7 @@ import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
 from bursar import db
-from bursar.credits.moves import MOVE_BATCH, Action, Move, Outcome, Verdict, as_arguments, as_verdicts
+from bursar.credits.moves import Action, Move, Outcome, Verdict, as_call, as_verdicts
 from bursar.db import arrays
 from bursar.problems import Problem
 
@@ -50,6 +50,9 @@ MUST_BE_BOOKED: Final = (Action.SETTLE, Action.RELEASE)
 """Asked until it is booked, also after its caller was told that the books cannot be reached."""
 
 NEW_WORK: Final = (Action.AUTHORIZE, Action.DEDUCT)
+
+Call = tuple[str, list[Any]]
+"""A statement and its arguments."""
 
 log = structlog.get_logger(__name__)
 BATCH_SIZES = Histogram("bursar_batch_size", "Moves decided in one call", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
@@ -123,15 +126,15 @@ class Lane:
             if self.parked and time.monotonic() >= self.tried_at + RETRY_SECONDS:
                 self._unpark(None)
             self._take()
-            arguments = self._pack()
+            call = self._pack()
             landed = self.flight
             if landed is not None and not await self._landed(landed):
                 continue
             self.flight = None
-            if arguments is not None:
-                self._start(arguments)
+            if call is not None:
+                self._start(call)
             if landed is not None:
-                if arguments is not None:
+                if call is not None:
                     await asyncio.sleep(0)  # the next is on its way before these answers are given
                 self._answer_all(landed.batch, landed.call.result())
         if self.connection is not None:
@@ -183,12 +186,12 @@ class Lane:
             self.packed.append(waiting)
         line.extendleft(reversed(later))
 
-    def _pack(self) -> list[Any] | None:
-        """Arguments of the call for what was taken; None: there is nothing to ask."""
+    def _pack(self) -> Call | None:
+        """The call for what was taken; None: there is nothing to ask."""
         if not self.packed:
             return None
         try:
-            return as_arguments([waiting.move for waiting in self.packed])
+            return as_call([waiting.move for waiting in self.packed])
         except Exception as error:
             # A count that fits no column, say: only its own caller may suffer.
             for waiting in self.packed:
@@ -203,10 +206,10 @@ class Lane:
         self.queue.extendleft(reversed(self.packed))
         self.packed = []
 
-    def _start(self, arguments: list[Any]) -> None:
-        call = asyncio.create_task(self._call(arguments, len(self.packed)))
-        call.add_done_callback(lambda _: self.wake.set())
-        self.flight = _Flight(self.packed, call)
+    def _start(self, call: Call) -> None:
+        task = asyncio.create_task(self._call(call, len(self.packed)))
+        task.add_done_callback(lambda _: self.wake.set())
+        self.flight = _Flight(self.packed, task)
         self.packed = []
 
     async def _landed(self, flight: _Flight) -> bool:
@@ -239,19 +242,19 @@ class Lane:
 
     async def _decide_alone(self, waiting: _Waiting) -> None:
         try:
-            verdicts = await self._call(as_arguments([waiting.move]), 1)
+            verdicts = await self._call(as_call([waiting.move]), 1)
         except Exception as error:
             await self._failed([waiting], error)
         else:
             self._answer_all([waiting], verdicts)
 
-    async def _call(self, arguments: list[Any], moves: int) -> list[Verdict]:
-        """One call of move_batch; committed when it returns."""
+    async def _call(self, call: Call, moves: int) -> list[Verdict]:
+        """One call of move_batch or move_one; committed when it returns."""
         connection = await self._connected()
         began = time.perf_counter()
         cursor = connection.cursor(binary=True)
         async with asyncio.timeout(CALL_SECONDS):
-            await cursor.execute(MOVE_BATCH, arguments, prepare=True)
+            await cursor.execute(*call, prepare=True)
             rows = await cursor.fetchall()
         BATCH_SECONDS.observe(time.perf_counter() - began)
         BATCH_SIZES.observe(moves)
@@ -424,7 +427,7 @@ class Batcher:
 
 def _can_be_packed(move: Move) -> bool:
     try:
-        as_arguments([move])
+        as_call([move])
     except Exception:
         return False
     return True

@@ -1133,10 +1133,11 @@ create or replace function credits.is_plain_way(
 $$;
 comment on function credits.is_plain_way is 'Whether a request goes by a chain as it stands, which was built for these limits and this time';
 
--- has_room: the guard. A balance that stops takes no more than it has room for, and nothing while there is excess.
-create or replace function credits.has_room(p_stops boolean, p_excess bigint, p_used bigint, p_held bigint, p_limit bigint, p_wanted bigint)
+-- has_room: the guard. A balance that stops takes no more than it has room for, and so nothing while there is excess, which is what it is
+-- beyond its limit (balances_excess_exact).
+create or replace function credits.has_room(p_stops boolean, p_used bigint, p_held bigint, p_limit bigint, p_wanted bigint)
 returns boolean language sql immutable parallel safe as $$
-    select not p_stops or (p_excess = 0 and p_used + p_held + p_wanted <= p_limit)
+    select not p_stops or p_used + p_held + p_wanted <= p_limit
 $$;
 comment on function credits.has_room is 'Whether a balance may take this much more';
 
@@ -1175,10 +1176,10 @@ begin
             case when p_chains is not null then w.action in (1, 2, 5) and w.outcome = -1 and not (w.action = 2 and w.amount = 0 and w.tokens = 0)
                  else coalesce(l.leg > 0 and credits.is_plain_way(w.flags, c.refusal, c.is_strict, c.valid_until, c.limits_version,
                         case when w.org = p_organization_ids[1] then p_version
-                             else (select g.limits_version from credits.gates g where g.organization_id = w.org) end, p_now), false)
-                    and h.request_id is null end as is_asked,
+                             else (select g.limits_version from credits.gates g where g.organization_id = w.org) end, p_now),
+                    false) and h.request_id is null end as is_asked,
             c.tight_id is not null and coalesce((
-                select not credits.has_room(b.stops, b.excess_amount, b.used_amount, b.held_amount, b.limit_amount, w.amount)
+                select not credits.has_room(b.stops, b.used_amount, b.held_amount, b.limit_amount, w.amount)
                 from credits.balances b where b.organization_id = w.org and b.balance_id = c.tight_id and b.period_start = c.tight_start
             ), false) as is_hopeless
         from w
@@ -1223,7 +1224,7 @@ begin
             excess_amount = case when b.stops then 0 else greatest(0, used_amount + s.used + held_amount + s.held - limit_amount) end
         from sums s
         where b.organization_id = s.org and b.balance_id = s.id and b.period_start = s.start
-          and credits.has_room(b.stops, b.excess_amount, b.used_amount, b.held_amount, b.limit_amount, s.held + s.used)
+          and credits.has_room(b.stops, b.used_amount, b.held_amount, b.limit_amount, s.held + s.used)
         returning b.organization_id as org, b.balance_id as id, b.period_start as start, s.places,
             case when b.stops then b.limit_amount - b.used_amount - b.held_amount end as room,
             case when b.kind = 'pool' then b.used_amount - s.used end as base
@@ -2129,7 +2130,7 @@ end $$;
 comment on function credits.expire_holds is 'Ends holds whose lease is over: releases what was never sent, charges what was; returns how many';
 
 -- move_one: a batch of one, for whoever acts for the organization that is set. One alone spends most of its time on what batches share, so a
--- hold or deduction on a plain chain, which asks credits of a few balances and nothing else, is decided here by the same rules (is_current,
+-- hold or deduction on a plain chain, which asks credits of a few balances and nothing else, is decided here by the same rules (is_plain_way,
 -- has_room) without arrays; and whatever is not plain, or lacks room, by move_batch.
 create or replace function credits.move_one(
     p_organization_id uuid, p_action smallint, p_request_id uuid, p_user_id uuid, p_api_key_id uuid, p_amount bigint, p_tokens bigint,
@@ -2174,7 +2175,7 @@ begin
                     excess_amount = case when b.stops then 0 else greatest(0, used_amount + held_amount + p_amount - limit_amount) end
                 from (select c.org, unnest(c.entry_ids) as id, unnest(c.entry_starts) as start from c) s
                 where b.organization_id = s.org and b.balance_id = s.id and b.period_start = s.start
-                  and credits.has_room(b.stops, b.excess_amount, b.used_amount, b.held_amount, b.limit_amount, p_amount)
+                  and credits.has_room(b.stops, b.used_amount, b.held_amount, b.limit_amount, p_amount)
                 returning b.balance_id, b.period_start, case when b.stops then b.limit_amount - b.used_amount - b.held_amount end as room,
                     case when b.kind = 'pool' then b.used_amount - v_used end as base
             ), m as (

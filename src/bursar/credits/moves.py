@@ -7,6 +7,8 @@ from itertools import chain
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
+from psycopg.types.numeric import Int2, Int4, Int8
+
 from bursar.db import arrays
 from bursar.money import Micros, NanoUsd
 from bursar.pricing.usage import Usage
@@ -120,6 +122,10 @@ MOVE_BATCH: Final = (
     "select place, outcome, request_id, held_micros, charged_micros, available_micros, binding_id, detail "
     "from credits.move_batch(%b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %t)"
 )
+MOVE_ONE: Final = (
+    "select place, outcome, request_id, held_micros, charged_micros, available_micros, binding_id, detail "
+    "from credits.move_one(%b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %t)"
+)
 
 
 def as_arguments(moves: Sequence[Move], at: datetime | None = None) -> list[Any]:
@@ -148,6 +154,43 @@ def as_arguments(moves: Sequence[Move], at: datetime | None = None) -> list[Any]
         arrays.byteas([move.body_hash for move in moves], or_null=True),
         at,
     ]
+
+
+def as_scalars(move: Move, at: datetime | None = None) -> list[Any]:
+    """The arguments of MOVE_ONE."""
+    return [
+        move.organization_id,
+        Int2(move.action),
+        move.request_id,
+        move.user_id,
+        move.api_key_id,
+        Int8(move.amount_micros),
+        Int8(move.tokens),
+        Int8(move.cost_nano_usd),
+        arrays.int4s(move.usage),
+        Int8(move.mark_micros),
+        Int4(move.lease_seconds),
+        Int4(move.flags),
+        move.provider,
+        move.model,
+        move.price_version_id,
+        move.provider_key_id,
+        move.conversation_id,
+        move.used_at,
+        move.idempotency_key,
+        move.body_hash,
+        at,
+    ]
+
+
+def as_call(moves: Sequence[Move], at: datetime | None = None) -> tuple[str, list[Any]]:
+    """The statement that decides these moves, with its arguments; its rows are read by `as_verdicts`.
+
+    One hold or deduction alone goes without arrays, which is most of what it costs.
+    """
+    if len(moves) == 1 and moves[0].action in (Action.AUTHORIZE, Action.DEDUCT):
+        return MOVE_ONE, as_scalars(moves[0], at)
+    return MOVE_BATCH, as_arguments(moves, at)
 
 
 def as_verdicts(rows: Sequence[Sequence[Any]]) -> list[Verdict]:
