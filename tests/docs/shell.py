@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import httpx2
 import pytest
@@ -93,6 +93,8 @@ class Shell:
     async def _curl(self, arguments: list[str]) -> str:
         """curl's options as far as the pages use them."""
         method, url, body, headers, shows_head, shown_header = "", "", None, {}, False, None
+        form: list[tuple[str, Any]] = []
+        written_to = None
         rest = iter(arguments)
         for each in rest:
             match each:
@@ -106,7 +108,12 @@ class Shell:
                 case "-i":
                     shows_head = True
                 case "-o":
-                    assert next(rest) == "/dev/null"
+                    written_to = next(rest)
+                case "-F":
+                    name, _, value = next(rest).partition("=")
+                    named = value.removeprefix("@")
+                    content = (named, (self.folder / named).read_bytes()) if named != value else (None, value)
+                    form.append((name, content))
                 case "-w":
                     shown_header = next(rest).removeprefix("%header{").removesuffix("}")
                 case "-s" | "-N":
@@ -114,15 +121,18 @@ class Shell:
                 case _:
                     assert each.startswith(WRITTEN_URL), f"curl {each}"
                     url = each.replace(WRITTEN_URL, self.base_url)
-        method = method or ("GET" if body is None else "POST")
+        method = method or ("GET" if body is None and not form else "POST")
         async with httpx2.AsyncClient(timeout=30) as client:
-            answer = await client.request(method, url, content=body, headers=headers)
+            answer = await client.request(method, url, content=body, files=form or None, headers=headers)
         self.variables["?"] = "0"
+        if written_to not in (None, "/dev/null"):
+            (self.folder / str(written_to)).write_bytes(answer.content)
         if shown_header is not None:
             return answer.headers[shown_header]
         head = [f"HTTP/1.1 {answer.status_code} {answer.reason_phrase}"]
         head += [f"{name}: {value}" for name, value in answer.headers.items()]
-        return "\n".join([*head, "", answer.text] if shows_head else [answer.text])
+        shown = "" if written_to is not None else answer.text
+        return "\n".join([*head, "", shown] if shows_head else [shown])
 
     def _filled(self, word: str) -> str:
         filled = _VARIABLE.sub(lambda match: self.variables[match["braced"] or match["name"]], word)

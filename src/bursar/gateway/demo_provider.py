@@ -51,7 +51,11 @@ from bursar.gateway.demo_answers import DIRECTIONS_HEADER, PLAIN_DIRECTIONS, Ans
 from bursar.problems import Problem
 
 NAME: Final = "demo"
-MODELS: Final = ("demo-1", "demo-1-mini", "demo-1-long", "demo-claude")
+MODELS: Final = (
+    *("demo-1", "demo-1-mini", "demo-1-long", "demo-claude", "demo-embedding"),
+    *("demo-image", "demo-image-tokens", "demo-speech", "demo-speech-tokens"),
+    *("demo-transcribe", "demo-transcribe-tokens"),
+)
 _MOST_BYTES: Final = 32 * 1024 * 1024
 _encode: Final = msgspec.json.encode
 
