@@ -153,12 +153,15 @@ async def built(data: Path | None = None) -> AsyncIterator[Site]:
     """A site in a folder of its own, of which one process runs; data: the data folder, elsewhere."""
     folder = open_folder("site")
     data = data or folder / "data"
+    (folder / "tmp").mkdir()
+    (folder / "tmp").chmod(0o1777)
     environment = {
         **{name: value for name, value in os.environ.items() if name != "DATABASE_URL"},
         "BURSAR_MASTER_KEY": MASTER_KEY,
         "BURSAR_DATA_DIR": str(data),
         "BURSAR_LEASE_SECONDS": str(LEASE_SECONDS),
         "BURSAR_LOG_LEVEL": "warning",
+        "TMPDIR": str(folder / "tmp"),  # what is killed leaves things behind
     }
     single = Process(environment, folder / "single.log")
     double = Process({**environment, "BURSAR_WORKERS": "2"}, folder / "double.log")
@@ -338,6 +341,8 @@ async def survive(site: Site, client: Client, strikes: int, strike: Strike, seed
         for _ in range(strikes):
             await asyncio.sleep(rng.random())
             await strike(site, tally, rng)
+            if not any(process.is_running for process in site.processes):
+                await site.start()  # nobody is left who would start the database
             await site.assert_books_agree()
             await site.start()
             before = tally.keys

@@ -95,6 +95,11 @@ async def kill_a_server_and_the_database(site: Site, tally: Tally, rng: random.R
 
 async def kill_a_worker(site: Site, tally: Tally, rng: random.Random) -> None:
     """One of the processes behind a port; what supervises them starts another one."""
+
+    async def has_some() -> bool:
+        return site.double.workers() != []
+
+    await until(has_some)
     os.kill(rng.choice(site.double.workers()), signal.SIGKILL)
 
 

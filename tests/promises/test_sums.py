@@ -5,12 +5,16 @@ import random
 import time
 from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 import httpx2
 from tests.conftest import Org
 from tests.gateway.conftest import fund
 from tests.promises.figures import SEED, figure, tell
 
+from bursar.clock import uuid7
+from bursar.credits.batcher import Batcher
+from bursar.credits.moves import Action, Move
 from bursar.money import Micros
 
 FUNDED = Micros(10**10)
@@ -61,11 +65,23 @@ async def test_every_sum_that_is_shown_is_of_one_moment(org: Org, base_url: str)
             await http.post("/v1/chat/completions", json={**body, "max_tokens": tokens}, headers=headers)
             calls += 1
 
+    async def deduct_on(batcher: Batcher, user_id: UUID) -> None:
+        """Far more often than calls of models would move credits."""
+        nonlocal calls
+        while not stop.is_set():
+            move = Move(Action.DEDUCT, org.organization_id, uuid7(), user_id, amount_micros=Micros(7), model="demo-1")
+            assert (await batcher.move(move._replace(provider="demo"))).accepted
+            calls += 1
+
     rng = random.Random(SEED)
     reads = 0
     seen: set[str] = set()
-    async with httpx2.AsyncClient(base_url=base_url, timeout=30) as http:
-        work = [asyncio.create_task(call_on(http, key.text, random.Random(rng.random()))) for key in keys * 2]
+    async with (
+        httpx2.AsyncClient(base_url=base_url, timeout=30) as http,
+        Batcher(org.database.dsn("bursar_lane")) as batcher,
+    ):
+        work = [asyncio.create_task(call_on(http, key.text, random.Random(rng.random()))) for key in keys]
+        work += [asyncio.create_task(deduct_on(batcher, org.admin)) for _ in range(2)]
         try:
             until = time.monotonic() + figure("seconds") / 2
             while time.monotonic() < until:
