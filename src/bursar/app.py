@@ -5,7 +5,7 @@ such as the batcher's lanes; it may set `app.state.gateway`, the ASGI applicatio
 `app.state.credits`, that of the hot paths under /api/v1/credits).
 """
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, Final, TypeAlias
 
@@ -39,6 +39,7 @@ from bursar.usage import api as usage_api
 from bursar.web import pages
 from bursar.web.rendering import wants_page
 
+ASGI: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 Part: TypeAlias = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
@@ -83,7 +84,7 @@ def create_app(
                 await running.enter_async_context(part(app))
             yield
 
-    app = FastAPI(
+    app = App(
         title="Bursar",
         version=__version__,
         lifespan=lifespan,
@@ -100,26 +101,33 @@ def create_app(
         app.add_exception_handler(kind, handler)
     # The last one added is the outermost.
     app.add_middleware(BodyLimits)
-    app.add_middleware(_HotFirst, state=app.state)
     app.add_middleware(Around)
     return app
 
 
-class _HotFirst:
-    """Sends the paths under /v1 to the gateway and the hot ones of the API to theirs, past FastAPI."""
+class App(FastAPI):
+    """The application. Paths under /v1 and the hot ones of the API go past FastAPI and what it wraps around them."""
 
-    def __init__(self, app: Any, state: Any) -> None:
-        self._app = app
-        self._state = state
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._hot = Around(self._answer_hot)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = None
-        if scope["type"] == "http":
-            if is_gateway(scope["path"]):
-                app = self._state.gateway
-            elif scope["path"] in OPERATIONS and scope["method"] == "POST":
-                app = self._state.credits
-        await (app or self._app)(scope, receive, send)
+        """One request, or the lifespan."""
+        is_hot = scope["type"] == "http" and self._of(scope) is not None
+        await (self._hot if is_hot else super().__call__)(scope, receive, send)
+
+    def _of(self, scope: Scope) -> ASGI | None:
+        """What answers a hot path; None: FastAPI does."""
+        path = scope["path"]
+        if is_gateway(path):
+            return self.state.gateway  # type: ignore[no-any-return]
+        return self.state.credits if path in OPERATIONS and scope["method"] == "POST" else None
+
+    async def _answer_hot(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._of(scope)
+        assert app is not None
+        await app(scope, receive, send)
 
 
 def answer(request: Request, problem: Problem) -> Response:

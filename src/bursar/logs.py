@@ -1,10 +1,14 @@
 """Structured logs, on stderr, without secrets: one line per event, as text or as JSON."""
 
+import asyncio
+import atexit
+import json
 import logging
 import re
 import sys
 from collections.abc import Mapping
-from typing import Any, Final
+from datetime import UTC, datetime
+from typing import Any, Final, TextIO
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
@@ -23,6 +27,8 @@ _SECRET_TEXTS: Final = (
     (re.compile(r"(\bpassword\s*=\s*)('[^']*'|\S+)", re.IGNORECASE), rf"\1{HIDDEN}"),
 )
 _DEPTH: Final = 8
+WRITE_SECONDS: Final = 0.05
+MOST_LINES: Final = 256
 
 
 def configure_logs(log_format: str, level: str) -> None:
@@ -41,7 +47,9 @@ def configure_logs(log_format: str, level: str) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    # In color, for a person who looks on, lines of requests take the long way too.
+    is_plain = log_format == "json" or not sys.stderr.isatty()
+    handler = _Handler(sys.stderr, RequestLines(log_format, sys.stderr) if is_plain else None)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -59,6 +67,67 @@ def _renderer(log_format: str) -> Processor:
     if log_format == "json":
         return structlog.processors.JSONRenderer()
     return structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """Where everything is logged; with what writes the lines of requests, if they are written apart."""
+
+    def __init__(self, stream: TextIO, request_lines: "RequestLines | None") -> None:
+        super().__init__(stream)
+        self.request_lines = request_lines
+
+
+class RequestLines:
+    """The lines of requests, in the form of all others, but made and written in one go: there are a great many.
+
+    They are written every WRITE_SECONDS, and at the end of the process.
+    """
+
+    def __init__(self, log_format: str, stream: TextIO) -> None:
+        self._is_json = log_format == "json"
+        self._stream = stream
+        self._lines: list[str] = []
+        atexit.register(self.write)
+
+    def add(self, logger: str, *, method: str, route: str, status: int, ms: float, request_id: str) -> None:
+        """One line. What it tells is ours, and never secret."""
+        at = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%f}Z"
+        if self._is_json:
+            told = {"method": method, "route": route, "status": status, "ms": ms, "event": "request"}
+            line = json.dumps({**told, "request_id": request_id, "level": "info", "logger": logger, "timestamp": at})
+        else:
+            line = (
+                f"{at} [info     ] {'request':<30} [{logger}] method={method} ms={ms} request_id={request_id} "
+                f"route={route} status={status}"
+            )
+        self._lines.append(line)
+        if len(self._lines) == 1:
+            self._write_soon()
+        elif len(self._lines) >= MOST_LINES:
+            self.write()
+
+    def _write_soon(self) -> None:
+        try:
+            asyncio.get_running_loop().call_later(WRITE_SECONDS, self.write)
+        except RuntimeError:  # nobody would come back to it
+            self.write()
+
+    def write(self) -> None:
+        """All that waits."""
+        if self._lines and not self._stream.closed:
+            lines, self._lines = self._lines, []
+            self._stream.write("\n".join(lines) + "\n")
+            self._stream.flush()
+
+
+def log_request(log: Any, *, method: str, route: str, status: int, ms: float, request_id: str) -> None:
+    """The line of a request that was answered. log: the caller's."""
+    root = logging.root
+    lines = getattr(root.handlers[0], "request_lines", None) if root.handlers else None
+    if lines is None:
+        log.info("request", method=method, route=route, status=status, ms=ms, request_id=request_id)
+    elif root.level <= logging.INFO:
+        lines.add("bursar.asgi", method=method, route=route, status=status, ms=ms, request_id=request_id)
 
 
 def hide_secrets(_: WrappedLogger, __: str, event: EventDict) -> EventDict:

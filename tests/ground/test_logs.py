@@ -1,12 +1,13 @@
 """No secret is ever logged, under whatever name and however deep."""
 
+import asyncio
 import json
 import logging
 
 import pytest
 import structlog
 
-from bursar.logs import configure_logs, hidden, hidden_text
+from bursar.logs import WRITE_SECONDS, configure_logs, hidden, hidden_text, log_request
 
 OUR_KEY = "bk_AAAAAAAAAAAAAAAAAAAAAAKKKKKKKKKKK_SSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSCCCCCC"
 
@@ -73,3 +74,42 @@ def test_our_lines_and_the_libraries_are_one_kind_of_json(capsys: pytest.Capture
     assert (lines[0]["amount"], lines[0]["level"], lines[0]["logger"]) == (3, "info", "bursar.try")
     assert "Traceback" in lines[2]["exception"]
     assert "SSSS" not in err
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_the_line_of_a_request_is_as_any_other_line(
+    log_format: str, capsys: pytest.CaptureFixture[str], json_logs: object
+) -> None:
+    """It is made by a shorter way."""
+    told = {"method": "POST", "route": "/v1", "status": 200, "ms": 30.2, "request_id": "req_1"}
+    configure_logs(log_format, "info")
+    log = structlog.get_logger("bursar.asgi")
+    log.info("request", **told)
+    log_request(log, **told)  # type: ignore[arg-type]
+    long, short = capsys.readouterr().err.splitlines()
+    if log_format == "json":
+        assert json.loads(long).keys() == json.loads(short).keys()
+        assert {**json.loads(long), "timestamp": ""} == {**json.loads(short), "timestamp": ""}
+    else:
+        at = "2026-01-01T00:00:00.000000Z"
+        assert len(long) == len(short)
+        assert long[len(at) :] == short[len(at) :]
+        assert long[:10] == short[:10]
+    configure_logs(log_format, "warning")
+    log_request(log, **told)  # type: ignore[arg-type]
+    assert capsys.readouterr().err == ""
+
+
+async def test_lines_of_requests_are_written_together_a_moment_later(
+    capsys: pytest.CaptureFixture[str], json_logs: object
+) -> None:
+    configure_logs("json", "info")
+    for n in range(3):
+        log_request(structlog.get_logger(), method="GET", route="/", status=200, ms=1.0, request_id=f"req_{n}")
+    assert capsys.readouterr().err == ""
+    await asyncio.sleep(3 * WRITE_SECONDS)
+    assert [json.loads(line)["request_id"] for line in capsys.readouterr().err.splitlines()] == [
+        "req_0",
+        "req_1",
+        "req_2",
+    ]

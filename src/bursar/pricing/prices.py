@@ -74,6 +74,7 @@ _CALLS: Final = frozenset(("requests", "web_searches", "file_searches", "code_se
 """What costs inside a batch what it costs anywhere. Source: Anthropic, "Web search tool", on batches."""
 
 UTC_TIME: Final = "utc_time"
+MOST_CONTEXTS: Final = 256
 """The one condition that the clock decides, not the request: '00:30-16:30', UTC, the end excluded."""
 
 _WINDOW: Final = re.compile(r"((?:[01]\d|2[0-3]):[0-5]\d)-((?:[01]\d|2[0-3]):[0-5]\d)", re.ASCII)
@@ -180,10 +181,16 @@ class PriceVersion:
     variants: tuple[Variant, ...] = ()
     source: str = ""
     _compiled: dict[tuple[int, ...], _Table] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _has_times: bool = field(default=False, init=False, repr=False, compare=False)
+    _by_context: dict[frozenset[tuple[str, str]], tuple[int, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         for rates in (self.rates, *(variant.rates for variant in self.variants)):
             check_rates(rates)
+        times = any(key == UTC_TIME for variant in self.variants for key, _ in variant.when)
+        object.__setattr__(self, "_has_times", times)
 
     def unpriced_kinds(self, usage: Usage, *, context: Context | None = None, at: datetime | None = None) -> list[str]:
         """Kinds that were used and for which this price says nothing, so that they would come to zero by accident."""
@@ -214,6 +221,20 @@ class PriceVersion:
         return table
 
     def _active(self, context: Context, at: datetime | None) -> tuple[int, ...]:
+        """Places of the variants that hold; remembered, unless one goes by the time of day."""
+        if self._has_times:
+            return self._holding(context, at)
+        if not context:
+            return ()  # every variant has a condition
+        key = frozenset(context.items())
+        found = self._by_context.get(key)
+        if found is None:
+            if len(self._by_context) >= MOST_CONTEXTS:  # clients write them
+                self._by_context.clear()
+            found = self._by_context[key] = self._holding(context, at)
+        return found
+
+    def _holding(self, context: Context, at: datetime | None) -> tuple[int, ...]:
         return tuple(place for place, variant in enumerate(self.variants) if variant.holds(context, at))
 
 
