@@ -48,6 +48,7 @@ def as_library_usage(usage: Usage) -> LibraryUsage:
         input_image_tokens=usage.image_input_tokens,
         output_image_tokens=usage.image_output_tokens,
         web_searches=usage.web_searches,
+        storage_searches=usage.file_searches,
         audio_seconds=Decimal(usage.audio_milliseconds) / 1000,
         input_audio_seconds=Decimal(usage.audio_milliseconds) / 1000,
         input_characters=usage.characters,
@@ -75,6 +76,7 @@ def random_usage(chance: random.Random) -> Usage:
         image_input_tokens=some(9_000),
         image_output_tokens=some(9_000),
         web_searches=chance.randrange(4),
+        file_searches=chance.randrange(4),
         audio_milliseconds=chance.choice([0, 1, 9_999, 10_000, chance.randrange(10_000_000)]),
         characters=some(100_000),
     )
@@ -184,7 +186,7 @@ def test_what_we_cannot_hold_is_named_and_nothing_is_free_by_accident(listed: Pr
     reasons = listed.not_represented
     assert "mistral/mistral-ocr-2503" in reasons["unit input_document_kpages"]
     assert "mistral/mistral-ocr-2503" in reasons["no price that we can hold"]
-    assert "openai/gpt-4.1" in reasons["unit storage_searches_kcount"]
+    assert "unit storage_searches_kcount" not in reasons
     assert not [
         rate
         for model in listed.models
@@ -193,6 +195,26 @@ def test_what_we_cannot_hold_is_named_and_nothing_is_free_by_accident(listed: Pr
         for rate in segment.prices.rates
         if rate.free
     ]
+
+
+@pytest.mark.parametrize(
+    ("provider", "memory", "dollars"),
+    [("openai", "", "0.03"), ("openai", "4g", "0.12"), ("openai", "64g", "1.92"), ("anthropic", "", "0.05")],
+)
+def test_code_has_a_price_where_searches_have_one(listed: PriceList, provider: str, memory: str, dollars: str) -> None:
+    now = datetime(2026, 11, 20, 12, tzinfo=UTC)
+    used = Usage(requests=0, code_sessions=1)
+    context = {"memory_limit": memory, "service_tier": "flex"} if memory else {}
+    found = 0
+    for version in (version for model in listed.models for version in versions(model, now)):
+        if version.provider != provider:
+            continue
+        if version.unpriced_kinds(Usage(web_searches=1)):
+            assert version.unpriced_kinds(used, context=context, at=now) == ["code_sessions"]
+        else:
+            assert exact_nano_usd(version, used, context=context, at=now) == Decimal(dollars) * NANO_USD_PER_USD
+            found += 1
+    assert found > 15
 
 
 def test_loading_gives_the_librarys_memory_back(listed: PriceList) -> None:

@@ -1,5 +1,8 @@
 """The price list of the library genai-prices as a PriceList. Nothing else imports the library; no request ever does.
 
+Vendors bill their own tools alike for all models that may use them. What the library lacks of that is in `tools.json`
+beside, and is added to each model of the vendor that the library has a price of searches for.
+
 Source: https://github.com/pydantic/genai-prices (MIT). Its prices are decimal dollars per unit, tiers replace the price
 of the whole request above a number of input tokens, conditional prices begin on a UTC date or hold in a daily window
 (the last that is active counts), variants hold for a request's context (for each kind the first that fits counts).
@@ -14,8 +17,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time
 from decimal import ROUND_HALF_UP, Decimal
 from importlib.metadata import version
+from importlib.resources import files as resources
 from typing import TYPE_CHECKING, Final
 
+from bursar.pricing import files
 from bursar.pricing.lists import ALWAYS, ListedModel, PriceList, Prices, Segment
 from bursar.pricing.models import ProviderName, Rule
 from bursar.pricing.prices import PER, UTC_TIME, Rate, Variant
@@ -25,8 +30,8 @@ if TYPE_CHECKING:
 
 LIST_NAME: Final = "genai-prices"
 RANK: Final = 10
-CONVERSION: Final = 1
-"""Raised when this file reads the same list differently, so that the list is imported again."""
+CONVERSION: Final = 2
+"""Raised when this file reads the same list differently or tools.json changes, so that the list is imported again."""
 
 # The library's price keys that we can hold, and the kind of each.
 _KINDS: Final[Mapping[str, str]] = {
@@ -41,11 +46,13 @@ _KINDS: Final[Mapping[str, str]] = {
     "input_image_mtok": "image_input_tokens",
     "output_image_mtok": "image_output_tokens",
     "web_searches_kcount": "web_searches",
+    "storage_searches_kcount": "file_searches",
     "audio_hours": "audio_milliseconds",
     "input_audio_hours": "audio_milliseconds",
     "input_mchars": "characters",
     "requests_kcount": "requests",
 }
+_TOOLS: Final = ("web_searches", "file_searches")
 _REQUESTS_PER_PRICE: Final = 1000
 _USD: Final = 1_000_000_000
 # The library bills these two as ten seconds at least, in its code and not in its data.
@@ -103,6 +110,7 @@ def _provider_name(provider: types.Provider, place: int) -> ProviderName:
 
 def _listed_models(providers: Iterable[types.Provider], notes: _Notes) -> Iterator[ListedModel]:
     """Every model, in the library's order; also those without a usable price, since names are found in order."""
+    tools = _tool_prices()
     for provider in providers:
         source = (provider.pricing_urls or [""])[0]
         for model in provider.models:
@@ -110,9 +118,29 @@ def _listed_models(providers: Iterable[types.Provider], notes: _Notes) -> Iterat
                 provider=provider.id,
                 model=model.id,
                 rule=_rule(model.match),
-                segments=tuple(_segments(provider.id, model, source, notes)),
+                segments=tuple(
+                    Segment(each.effective_from, _with_tools(each.prices, tools.get(provider.id)), each.source)
+                    for each in _segments(provider.id, model, source, notes)
+                ),
                 context_window=model.context_window,
             )
+
+
+def _tool_prices() -> dict[str, Prices]:
+    """What each vendor asks for its tools, by tools.json."""
+    read = files.read(resources("bursar.pricing").joinpath("tools.json").read_text(encoding="utf-8"))
+    assert not read.errors, read.errors
+    return {each.provider: each.segments[0].prices for each in read.prices.models if each.segments[0].prices}
+
+
+def _with_tools(prices: Prices | None, tools: Prices | None) -> Prices | None:
+    """The price of a model that may use the vendor's tools, with those that the library does not price."""
+    if prices is None or tools is None or not any(rate.kind in _TOOLS for rate in prices.rates):
+        return prices
+    known = {rate.kind for rate in prices.rates}
+    lacking = [rate for rate in tools.rates if rate.kind not in known]
+    variants = [each for each in tools.variants if not known & {rate.kind for rate in each.rates}]
+    return Prices.of([*prices.rates, *lacking], [*prices.variants, *variants])
 
 
 def _rule(match: types.MatchLogic) -> Rule:
