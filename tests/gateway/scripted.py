@@ -7,6 +7,7 @@ call is the demo provider's.
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -53,9 +54,9 @@ class Provider:
             raise
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[str]:
+    async def running(self, *, folder: Path | None = None) -> AsyncIterator[str]:
         """As demo_provider.running."""
-        app = demo_provider.application()
+        app = demo_provider.application(folder)
         app.middlewares.append(self._middleware)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.2, handler_cancellation=True)
         await runner.setup()
@@ -148,7 +149,10 @@ async def served(
     async with cable.laid() as dsn:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("bursar.gateway.opening.Batcher", lambda _, **options: Batcher(dsn, **options))
-            patch.setattr("bursar.gateway.opening.demo_provider", SimpleNamespace(running=provider.running))
+            patch.setattr(
+                "bursar.gateway.opening.demo_provider",
+                SimpleNamespace(running=provider.running, folder_of=demo_provider.folder_of),
+            )
             patch.setattr("bursar.gateway.opening.Upstream", lambda: Upstream(HURRIED))
             patch.setattr("bursar.gateway.exchange.MOST_SEND_SECONDS", send_seconds)
             app = create_app(database, settings)

@@ -240,10 +240,17 @@ async def test_a_call_without_a_limit_is_held_and_charged_by_its_true_usage(paye
 
 
 async def test_paths_that_are_not_metered_are_never_passed_through(payer: Payer) -> None:
-    for path in ("/v1/images/edits", "/v1/files", "/v1/chat/completions/x", "/v1", "/v1/fine_tuning/jobs"):
+    for path in (
+        "/v1/images/edits",
+        "/v1/files/x/parts",
+        "/v1/batches/x/results",
+        "/v1/chat/completions/x",
+        "/v1",
+        "/v1/fine_tuning/jobs",
+    ):
         answer = await payer.post(CALL, path=path)
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_metered")
-    claude = await payer.post({}, path="/v1/messages/batches", anthropic_version="2023-06-01")
+    claude = await payer.post({}, path="/v1/messages/batches/x/content", anthropic_version="2023-06-01")
     assert (claude.status_code, claude.json()["type"]) == (404, "error")
 
 

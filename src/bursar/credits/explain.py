@@ -24,6 +24,7 @@ FLAG_NAMES: Final = {
     256: "unpriced",
     512: "no_output_limit",
     4096: "reported",
+    8192: "batch",
 }
 
 

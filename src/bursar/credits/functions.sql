@@ -1523,7 +1523,7 @@ begin
                 select array_agg(coalesce(s.micros, 0) order by n.leg)
                 from generate_series(1, (select cardinality(c.leg_filters) from credits.chains c where c.organization_id = w.org and c.chain_id = w.chain_id)) n(leg)
                 left join unnest(p_split_places, p_split_legs, p_split_micros) s(place, leg, micros) on s.place = w.place and s.leg = n.leg) end,
-            w.amount, w.tokens, w.mark, w.mark, w.cost, w.flags & 4362, w.provider, w.model, w.price_version_id, w.provider_key_id, w.conversation_id,
+            w.amount, w.tokens, w.mark, w.mark, w.cost, w.flags & 12554, w.provider, w.model, w.price_version_id, w.provider_key_id, w.conversation_id,
             p_now, p_now + make_interval(secs => w.lease)
         from (
             select unnest(p_organization_ids) as org, unnest(p_actions) as action, unnest(p_request_ids) as request_id, unnest(p_amounts) as amount,
@@ -1696,7 +1696,8 @@ comment on function credits.post_batch is 'Writes what a batch decided: holds, a
 --   p_flags          bits: 1 sent, 2 customer's own key, 4 estimated, 8 streamed, 16 may wait, 32 repeated after an unknown answer,
 --                    64 by expiry, 256 unpriced by policy, 512 the request names no limit of output (of a hold: its amount is a guess),
 --                    1024 of a hold: where it would be refused for want of room nothing is final, 2048 of an extension: amount, tokens and
---                    cost are what shall be held in all, so that asking again holds nothing twice, 4096 reported by a program
+--                    cost are what shall be held in all, so that asking again holds nothing twice, 4096 reported by a program,
+--                    8192 in a batch of the provider's
 --   p_keys, p_body_hashes   idempotency key of the command and hash of its body; with a release: the key that it sets free
 --   p_at             null; the simulator's instant
 -- Returns one verdict a place: 0 accepted, 1 refused by a balance, 2 wait (only open holds stand in the way), 3 known: the stored

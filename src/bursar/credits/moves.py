@@ -43,6 +43,7 @@ class Flag(IntFlag):
     MAY_RESIZE = 1024  # where an authorize would be refused for want of room: RESIZE, and nothing is final
     IN_ALL = 2048  # of an extend: what shall be held in all, not in addition
     REPORTED = 4096  # by a program that calls models itself
+    BATCH = 8192  # answered in a batch of the provider's
 
 
 class Outcome(IntEnum):

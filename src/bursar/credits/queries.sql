@@ -170,3 +170,7 @@ from credits.unbilled_requests u
 where u.organization_id = %(organization_id)s and u.request_id = %(request_id)s and u.outcome in ('released', 'expired')
     and not exists (select from ledger.attribution a where a.organization_id = u.organization_id and a.request_id = u.request_id)
 limit 1
+
+-- name: estimated_requests
+select request_id from credits.estimates
+where organization_id = (select nullif(current_setting('app.organization_id', true), '')::uuid) and request_id = any (%(request_ids)s)

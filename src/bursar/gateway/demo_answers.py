@@ -51,6 +51,9 @@ class Directions:
     bytes: int = 0
     file_searches: int = 0
     code_sessions: int = 0
+    batch_ms: int | None = None
+    batch_errored: int = 0
+    batch_expired: int = 0
 
 
 PLAIN_DIRECTIONS: Final = Directions()

@@ -22,6 +22,8 @@ The header `Bursar-Demo` directs one call, for example `delay_ms=200; piece_ms=1
     code_sessions   run code in so many containers (in responses; in messages in one)
     bytes           make each image at least so large
 
+Directions of batches are in `demo_batches`.
+
 It stands alone too: `python -m bursar.gateway.demo_provider --port 8421`.
 """
 
@@ -29,9 +31,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -48,7 +52,9 @@ from bursar.gateway import (
     wire,
 )
 from bursar.gateway.demo_answers import DIRECTIONS_HEADER, PLAIN_DIRECTIONS, Answer, Directions, decide, read_directions
+from bursar.gateway.demo_batches import DemoBatches
 from bursar.problems import Problem
+from bursar.settings import Settings
 
 NAME: Final = "demo"
 MODELS: Final = (
@@ -56,7 +62,7 @@ MODELS: Final = (
     *("demo-image", "demo-image-tokens", "demo-speech", "demo-speech-tokens"),
     *("demo-transcribe", "demo-transcribe-tokens"),
 )
-_MOST_BYTES: Final = 32 * 1024 * 1024
+_MOST_BYTES: Final = 128 * 1024 * 1024
 _encode: Final = msgspec.json.encode
 
 
@@ -171,9 +177,15 @@ async def _models(request: web.Request) -> web.StreamResponse:
     return _json(_encode({"object": "list", "data": models}))
 
 
-def application() -> web.Application:
-    """The server as an aiohttp application."""
+def folder_of(settings: Settings) -> Path:
+    """Where files and batches lie: one folder for all processes of an installation."""
+    return settings.data_dir / "demo"
+
+
+def application(folder: Path | None = None) -> web.Application:
+    """The server as an aiohttp application. folder: where files and batches lie; None: the system's temporary one."""
     app = web.Application(client_max_size=_MOST_BYTES)
+    app.add_routes(DemoBatches(folder or Path(tempfile.gettempdir()) / "bursar-demo").routes())
     app.router.add_post("/v1/chat/completions", _chat_completions)
     app.router.add_post("/v1/responses", _responses)
     app.router.add_post("/v1/messages", _messages)
@@ -183,9 +195,9 @@ def application() -> web.Application:
 
 
 @asynccontextmanager
-async def running(host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[str]:
+async def running(host: str = "127.0.0.1", port: int = 0, *, folder: Path | None = None) -> AsyncIterator[str]:
     """Serve within this event loop; gives the base URL, which ends in `/v1`. Port 0 takes any free one."""
-    runner = web.AppRunner(application(), access_log=None, shutdown_timeout=1)
+    runner = web.AppRunner(application(folder), access_log=None, shutdown_timeout=1)
     await runner.setup()
     try:
         site = web.TCPSite(runner, host, port, backlog=1024)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
+from urllib.parse import parse_qsl
 
 from bursar.asgi import Message, Receive, Scope, Send, read_body
 from bursar.gateway.wire import JSON, Wire
@@ -13,6 +14,12 @@ Result = TypeVar("Result")
 
 MOST_SEND_SECONDS: Final = 120.0
 """A client that has not taken a piece by then has gone: its hold and the provider's connection do not wait for it."""
+
+
+class NotMetered(Problem):
+    """The path is none that is metered; nothing is ever passed through unmetered."""
+
+    status, code, title = 404, "not_metered", "This path is not served here"
 
 
 class ClientGone(Exception):
@@ -42,6 +49,11 @@ class Exchange:
     def content_type(self) -> str:
         """Of the request's body, as the client names it."""
         return self.headers.get(b"content-type", JSON)
+
+    @property
+    def query(self) -> dict[str, str]:
+        """Parameters behind the path; of one that comes twice the last."""
+        return dict(parse_qsl(self._scope.get("query_string", b"").decode("latin-1")))
 
     async def body(self, most: int) -> bytes:
         """The whole body, of at most so many bytes.

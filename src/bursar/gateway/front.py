@@ -9,11 +9,12 @@ import structlog
 from prometheus_client import Counter, Histogram
 
 from bursar.asgi import Receive, Scope, Send
-from bursar.gateway import anthropic_wire, openai_wire
+from bursar.gateway import anthropic_wire, batch_front, openai_wire
+from bursar.gateway.batch_front import BatchFront
 from bursar.gateway.calls import Till, body_hash
 from bursar.gateway.desk import Desk
 from bursar.gateway.endpoints import ENDPOINTS, Endpoint
-from bursar.gateway.exchange import ClientGone, Exchange
+from bursar.gateway.exchange import ClientGone, Exchange, NotMetered
 from bursar.gateway.relay import Relay
 from bursar.gateway.routes import ModelNotFound
 from bursar.gateway.wire import Wire
@@ -26,12 +27,6 @@ CALLS = Counter("bursar_gateway_calls_total", "Calls of the gateway by status", 
 SECONDS = Histogram("bursar_gateway_hold_seconds", "Time from the whole request to the hold's commit")
 
 log = structlog.get_logger(__name__)
-
-
-class NotMetered(Problem):
-    """The path is none that is metered; nothing is ever passed through unmetered."""
-
-    status, code, title = 404, "not_metered", "This path is not served here"
 
 
 class NoKey(Problem):
@@ -55,18 +50,19 @@ class BadHeader(Problem):
 class Front:
     """ASGI application of the paths under /v1."""
 
-    def __init__(self, keys: KeyCache, desk: Desk, till: Till, relay: Relay) -> None:
+    def __init__(self, keys: KeyCache, desk: Desk, till: Till, relay: Relay, batches: BatchFront) -> None:
         self._keys = keys
         self._desk = desk
         self._till = till
         self._relay = relay
+        self._batches = batches
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         path = scope["path"]
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         endpoint = ENDPOINTS.get(path)
-        wire = endpoint.wire if endpoint is not None else _wire_of_client(headers)
+        wire = endpoint.wire if endpoint is not None else batch_front.wire_of(path) or _wire_of_client(headers)
         exchange = Exchange(scope, headers, wire, receive, send)
         try:
             await self._serve(exchange, endpoint, scope["method"])
@@ -79,11 +75,16 @@ class Front:
             await exchange.refuse(problem or InternalError())
         finally:
             exchange.close()
-        CALLS.labels(path if endpoint is not None else "other", str(exchange.status)).inc()
+        label = path if endpoint is not None else batch_front.area_of(path) or "other"
+        CALLS.labels(label, str(exchange.status)).inc()
 
     async def _serve(self, exchange: Exchange, endpoint: Endpoint | None, method: str) -> None:
         if exchange.path == "/v1/models" or exchange.path.startswith("/v1/models/"):
             await self._models(exchange, method)
+            return
+        if batch_front.area_of(exchange.path) is not None:
+            principal = await self._principal(exchange)
+            await self._batches.serve(exchange, method, principal, _idempotency_key(exchange.headers))
             return
         if endpoint is None:
             raise NotMetered(f"{exchange.path[:200]} is not metered; {', '.join(ENDPOINTS)} and /v1/models are")

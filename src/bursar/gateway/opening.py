@@ -11,6 +11,8 @@ from bursar.credits import front as credits_front
 from bursar.credits.batcher import Batcher
 from bursar.credits.charges import Charges
 from bursar.gateway import demo_provider
+from bursar.gateway.batch_front import BatchFront
+from bursar.gateway.batches import Batches, Places
 from bursar.gateway.calls import Till
 from bursar.gateway.desk import Desk
 from bursar.gateway.front import Front
@@ -37,7 +39,9 @@ async def opened(database: db.Database) -> AsyncIterator[Opened]:
     """The gateway, ready to answer; leaving drains what runs and waits until every settle is committed."""
     keys = KeyCache(database)
     async with AsyncExitStack() as stack:
-        demo_base_url = await stack.enter_async_context(demo_provider.running())
+        demo_base_url = await stack.enter_async_context(
+            demo_provider.running(folder=demo_provider.folder_of(database.settings))
+        )
         waits = database.settings.wait_seconds
         batcher = await stack.enter_async_context(
             Batcher(database.dsn("bursar_lane"), wait_seconds=waits, space=database.space)
@@ -51,8 +55,10 @@ async def opened(database: db.Database) -> AsyncIterator[Opened]:
         finder = KeyFinder(database, Keyring(database.settings.master_key))
         book = PriceBook(database)
         desk = Desk(database, book, finder, demo_base_url=demo_base_url)
+        places = Places(database, finder, demo_base_url=demo_base_url)
+        batches = BatchFront(database, Batches(database, desk, upstream, places), upstream, places)
         yield Opened(
-            Front(keys, desk, till, Relay(till, upstream)),
+            Front(keys, desk, till, Relay(till, upstream), batches),
             credits_front.Front(keys, Charges(database, batcher, book)),
         )
 

@@ -201,6 +201,25 @@ class KeyFinder:
         own = await self._key_of(organization_id, provider)
         return own or await self._key_of(PLATFORM_ORGANIZATION_ID, provider)
 
+    async def kept(self, organization_id: UUID, provider_key_id: UUID) -> UsableKey:
+        """The key that something was begun with, the organization's or the platform's, be it revoked since or not.
+
+        Raises:
+            ProviderKeyNotFound, SealBroken
+        """
+        for owner in (organization_id, PLATFORM_ORGANIZATION_ID):
+            async with self._database.tenant(owner) as conn:
+                row = await db.fetch_optional(
+                    conn,
+                    _SealedRow,
+                    QUERIES.provider_key_by_id,
+                    organization_id=owner,
+                    provider_key_id=provider_key_id,
+                )
+            if row is not None:
+                return UsableKey(row.provider_key_id, row.is_own, row.opened(self._keyring))
+        raise ProviderKeyNotFound
+
     async def _key_of(self, organization_id: UUID, provider: str) -> UsableKey | None:
         place = (organization_id, provider)
         until, key = self._found.get(place, (0.0, None))

@@ -165,3 +165,9 @@ from (
 ) a
 where flags & 516 = 512 and model is not null
 order by used_at;
+
+-- name: provider_key_by_id
+-- Also one that was revoked since: what was begun with it can be asked for with no other.
+select organization_id, provider_key_id, is_own, sealing_key_id, nonce, ciphertext
+from gateway.provider_keys
+where organization_id = %(organization_id)s and provider_key_id = %(provider_key_id)s;

@@ -226,6 +226,14 @@ class Upstream:
         headers["Content-Type"] = content_type
         return await self._request("POST", target, path, headers, body)
 
+    async def delete(self, target: Target, path: str) -> Answer:
+        """DELETE a path.
+
+        Raises:
+            UpstreamBroken
+        """
+        return await self._request("DELETE", target, path, _forwarded(target, path, {}), None)
+
     async def get(self, target: Target, path: str) -> Answer:
         """GET a path, such as /models.
 
