@@ -92,9 +92,13 @@ def wire_of(endpoint: str) -> Wire:
     """
     known = ENDPOINTS.get(endpoint)
     if known is None or endpoint not in (*BATCHED, MESSAGES):
-        served = ", ".join(path for path in BATCHED if path in ENDPOINTS)
-        raise UnreadableRequest(f"{endpoint[:200]!r} cannot be called in batches; {served} can")
+        raise _not_batched(endpoint)
     return known.wire
+
+
+def _not_batched(endpoint: str) -> UnreadableRequest:
+    served = ", ".join(path for path in BATCHED if path in ENDPOINTS)
+    return UnreadableRequest(f"{endpoint[:200]!r} cannot be called in batches; {served} can")
 
 
 def read_message_batch(body: bytes, prior_output_tokens: int) -> ReadBatch:
@@ -136,6 +140,8 @@ def read_file(content: bytes, prior_output_tokens: int) -> ReadBatch:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise UnreadableRequest(f"Line {number}: {error}") from error
         endpoint = endpoint or line.url
+        if endpoint not in BATCHED:
+            raise _not_batched(endpoint)
         if line.url != endpoint or line.method != "POST":
             raise UnreadableRequest(f"Line {number}: every line is a POST to the same path, {endpoint[:200]!r} here")
         read.append((line.custom_id, _read(endpoint, bytes(line.body), f"Line {number}")))

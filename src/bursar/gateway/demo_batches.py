@@ -25,7 +25,7 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
-from bursar.gateway import anthropic_wire, demo_anthropic, demo_openai, openai_wire, wire
+from bursar.gateway import anthropic_wire, demo_anthropic, demo_media, demo_openai, embeddings_wire, openai_wire, wire
 from bursar.gateway.demo_answers import DIRECTIONS_HEADER, PLAIN_DIRECTIONS, Directions, decide, read_directions
 
 USUAL_MS: Final = 1_000
@@ -362,9 +362,15 @@ def _openai_lines(batch: _Batch, *, answered: bool) -> Iterator[bytes]:
             line["error"] = {"code": _WHY[outcome], "message": "This request was not executed."}
         else:
             status = 200 if answered else 400
-            raw = _body(batch, openai_wire, demo_openai, body) if answered else demo_openai.error(400)
+            raw = _line_body(batch, body) if answered else demo_openai.error(400)
             line["response"] = {"status_code": status, "request_id": f"req_{place}", "body": msgspec.Raw(raw)}
         yield _encode(line) + b"\n"
+
+
+def _line_body(batch: _Batch, body: Any) -> bytes:
+    if batch.beside.get("endpoint") == "/v1/embeddings":
+        return demo_media.embeddings(embeddings_wire.read_request(_encode(body)), batch.directions)
+    return _body(batch, openai_wire, demo_openai, body)
 
 
 def _body(batch: _Batch, format: wire.Wire, shape: Any, params: Any) -> bytes:

@@ -177,6 +177,11 @@ def _embeddings(asked: wire.WireRequest, directions: Directions) -> Made:
     )
 
 
+def embeddings(asked: wire.WireRequest, directions: Directions) -> bytes:
+    """The plain answer to a request for embeddings."""
+    return b"".join(_embeddings(asked, directions).pieces)
+
+
 def _vector(given: object, size: int, is_base64: bool) -> str | list[float]:
     """The same input has the same vector; floats are exact in 32 bits, so that both encodings say the same."""
     digest = blake2b(_encode(given), digest_size=64).digest()
