@@ -20,9 +20,10 @@ from bursar.gateway import batch_vendors as vendors
 from bursar.gateway.batch_reading import BATCHED, ReadBatch, read_file, read_message_batch
 from bursar.gateway.batch_records import Batch, BatchOfAnother, File
 from bursar.gateway.batches import Batches, Places, ProviderSaid, Terms, said
-from bursar.gateway.calls import PRIOR_OUTPUT_TOKENS, body_hash
+from bursar.gateway.calls import body_hash
 from bursar.gateway.endpoints import MOST_BODY_BYTES
 from bursar.gateway.exchange import Exchange, NotMetered
+from bursar.gateway.outputs import PRIOR_OUTPUT_TOKENS
 from bursar.gateway.upstream import Answer, Target, Upstream
 from bursar.gateway.wire import UnreadableRequest, Wire
 from bursar.identity.principals import Principal
