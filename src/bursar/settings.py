@@ -77,6 +77,13 @@ class Settings:
             "How long a call waits where only the holds of running calls stand in its way; 0: not at all",
         ),
     )
+    litellm_python: Path | None = field(
+        default=None,
+        metadata=_setting(
+            "BURSAR_LITELLM_PYTHON",
+            "Interpreter that has LiteLLM, where it is installed apart; this server's otherwise",
+        ),
+    )
     log_format: str = field(default="console", metadata=_setting("BURSAR_LOG_FORMAT", "console or json"))
     log_level: str = field(default="info", metadata=_setting("BURSAR_LOG_LEVEL", "debug, info, warning or error"))
 
@@ -133,7 +140,7 @@ def make_data_dir(path: Path) -> None:
 
 
 def _parse(name: str, variable: str, text: str) -> Any:
-    if name in ("data_dir", "pg_bin"):
+    if name in ("data_dir", "pg_bin", "litellm_python"):
         return Path(text).expanduser().absolute()
     if name in LOWEST:
         lowest = LOWEST[name]

@@ -11,6 +11,7 @@ import structlog
 
 from bursar import db
 from bursar.clock import now
+from bursar.gateway.adapter_process import AdapterProcess
 from bursar.gateway.allowances import (
     AllowanceFinder,
     Allowances,
@@ -49,11 +50,18 @@ class Desk:
     """Routes, keys and prices from memory, at most seconds old. One per process."""
 
     def __init__(
-        self, database: db.Database, book: PriceBook, keys: KeyFinder, *, demo_base_url: str | None = None
+        self,
+        database: db.Database,
+        book: PriceBook,
+        keys: KeyFinder,
+        adapter: AdapterProcess,
+        *,
+        demo_base_url: str | None = None,
     ) -> None:
         self._database = database
         self._book = book
         self._keys = keys
+        self._adapter = adapter
         self._allowances = AllowanceFinder(database)
         self._demo_base_url = demo_base_url
         self._table = RouteTable([], [])
@@ -65,7 +73,7 @@ class Desk:
         """A call with who may answer it, by which keys and prices; nothing is held yet.
 
         Raises:
-            ModelNotFound, ModelNotAllowed, ModelNotPriced, NoProviderKey: of who is asked first.
+            ModelNotFound, ModelNotAllowed, ModelNotPriced, NoProviderKey, AdapterUnavailable: of who is asked first.
         """
         allowances = await self._allowances.of(principal.organization_id)
         asked = allowances.asked_names(request.model)
@@ -102,9 +110,12 @@ class Desk:
         request = request.as_priced(lambda usage: bool(quote.unpriced_kinds(usage, context=request.price_context)))
         quote.require_priced(request.hold_for(1), context=request.price_context, tools=request.unpriced_tools)
         key = await self._key(organization_id, route)
+        provider = route.provider
+        if provider.kind == "litellm":
+            provider = await self._adapter.reached(provider)
         if key is None:
-            return Attempt(Target(route.provider, model=route.model), route.model, quote, request)
-        target = Target(route.provider, key.secret, key.is_own, route.model)
+            return Attempt(Target(provider, model=route.model), route.model, quote, request)
+        target = Target(provider, key.secret, key.is_own, route.model)
         return Attempt(target, route.model, quote, request, key.provider_key_id)
 
     async def _fallbacks(
@@ -204,6 +215,7 @@ class Desk:
                 async with self._database.untenanted() as conn:
                     self._table = await load_routes(conn, demo_base_url=self._demo_base_url)
                 self._resolved = {}
+                self._adapter.want(any(each.kind == "litellm" for each in self._table.providers.values()))
                 self._loaded_at = asked_at
         return self._table
 

@@ -10,7 +10,7 @@ from bursar import db
 from bursar.credits import front as credits_front
 from bursar.credits.batcher import Batcher
 from bursar.credits.charges import Charges
-from bursar.gateway import demo_provider
+from bursar.gateway import adapter_process, demo_provider
 from bursar.gateway.batch_front import BatchFront
 from bursar.gateway.batches import Batches, Places
 from bursar.gateway.calls import Till
@@ -46,6 +46,7 @@ async def opened(database: db.Database) -> AsyncIterator[Opened]:
         batcher = await stack.enter_async_context(
             Batcher(database.dsn("bursar_lane"), wait_seconds=waits, space=database.space)
         )
+        adapter = await stack.enter_async_context(adapter_process.running(database.settings.litellm_python))
         upstream = Upstream()
         stack.push_async_callback(upstream.close)
         till = Till(database, batcher)
@@ -54,7 +55,7 @@ async def opened(database: db.Database) -> AsyncIterator[Opened]:
         stack.push_async_callback(_stop, asyncio.create_task(_note_last_use(database, keys), name="last use of keys"))
         finder = KeyFinder(database, Keyring(database.settings.master_key))
         book = PriceBook(database)
-        desk = Desk(database, book, finder, demo_base_url=demo_base_url)
+        desk = Desk(database, book, finder, adapter, demo_base_url=demo_base_url)
         places = Places(database, finder, demo_base_url=demo_base_url)
         batches = BatchFront(database, Batches(database, desk, upstream, places), upstream, places)
         yield Opened(

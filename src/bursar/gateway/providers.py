@@ -84,7 +84,7 @@ class Provider:
     batch_price_ppm: int = USUAL_BATCH_PRICE_PPM
     enabled: bool = True
     query: str = ""
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     litellm_provider: str | None = None
 
     def speaks(self, format: Literal["openai", "anthropic"]) -> bool:
@@ -104,7 +104,7 @@ class Known:
 
 
 # Names are those of the price list. Sources: each vendor's API reference; of kind litellm, LiteLLM's list of providers.
-# Those of the last two lines that speak run on one's own machine.
+# vLLM and Ollama run on one's own machine.
 KNOWN: Final[Mapping[str, Known]] = {
     "openai": Known("openai", "https://api.openai.com/v1"),
     "anthropic": Known("anthropic", "https://api.anthropic.com/v1"),
@@ -116,10 +116,10 @@ KNOWN: Final[Mapping[str, Known]] = {
     "x-ai": Known("openai", "https://api.x.ai/v1"),
     "moonshotai": Known("openai", "https://api.moonshot.ai/v1"),
     "google": Known("openai", "https://generativelanguage.googleapis.com/v1beta/openai"),
+    "cohere": Known("openai", "https://api.cohere.ai/compatibility/v1"),
     "vllm": Known("openai", "http://127.0.0.1:8000/v1", auth="none"),
     "ollama": Known("openai", "http://127.0.0.1:11434/v1", auth="none"),
     "aws": Known("litellm", None, litellm_provider="bedrock"),
-    "cohere": Known("litellm", None, litellm_provider="cohere_chat"),
     "databricks": Known("litellm", None, litellm_provider="databricks"),
     "vertex": Known("litellm", None, litellm_provider="vertex_ai"),
 }

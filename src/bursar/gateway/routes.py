@@ -77,7 +77,11 @@ class RouteTable:
 
     def __init__(self, providers: Sequence[Provider], routes: Sequence[ModelRoute]) -> None:
         """providers: in the order in which they are asked; those that are off or without an address are left out."""
-        usable = [provider for provider in providers if provider.enabled and provider.base_url is not None]
+        usable = [
+            provider
+            for provider in providers
+            if provider.enabled and (provider.base_url is not None or provider.kind == "litellm")
+        ]
         self.providers = {provider.name: provider for provider in usable}
         self.routes = {route.model: route for route in routes}
 
@@ -152,7 +156,6 @@ async def load_routes(conn: db.Connection, *, demo_base_url: str | None) -> Rout
     providers = [
         replace(provider, base_url=demo_base_url) if provider.name == DEMO else provider
         for provider in await list_providers(conn)
-        if provider.kind != "litellm"
     ]
     return RouteTable(providers, await list_model_routes(conn))
 
