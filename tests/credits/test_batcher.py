@@ -9,7 +9,7 @@ from tests.conftest import MakeOrg, Org
 
 from bursar import db
 from bursar.clock import uuid7
-from bursar.credits.batcher import Batcher
+from bursar.credits.batcher import WAITING, Batcher
 from bursar.credits.grants import GrantSource, add_grant
 from bursar.credits.moves import Action, Flag, Move, Outcome, Verdict
 from bursar.credits.pools import Pool, list_pools, pool_for
@@ -48,6 +48,13 @@ def move(org: Org, action: Action, amount: int = 0, request_id: UUID | None = No
         model="m",
         provider="demo",
     )
+
+
+async def waiting(calls: int) -> None:
+    """Until so many calls are parked in this process."""
+    async with asyncio.timeout(30):
+        while WAITING._value.get() < calls:
+            await asyncio.sleep(0.01)
 
 
 async def test_a_burst_is_decided_in_few_calls_and_exactly_what_fits_is_accepted(org: Org) -> None:
@@ -174,10 +181,77 @@ async def test_waiting_calls_are_served_in_the_order_of_their_arrival(org: Org) 
         tasks = []
         for number in range(5):
             tasks.append(asyncio.create_task(one(number)))
-            await asyncio.sleep(0.02)
+            await waiting(number + 1)
         await batcher.move(move(org, Action.RELEASE, 0, blocking.request_id))
         await asyncio.gather(*tasks)
     assert served == [0, 1, 2, 3, 4]
+
+
+async def test_many_who_wait_for_one_organizations_credits_keep_no_other_organization_waiting(
+    org: Org, make_org: MakeOrg
+) -> None:
+    other = await make_org()
+    await fund(org, 10)
+    await fund(other, 1000)
+    async with Batcher(org.database.dsn("bursar_lane"), lanes=1, wait_seconds=8) as batcher:
+        blocking = move(org, Action.AUTHORIZE, 10)
+        await batcher.move(blocking)
+        parked = [
+            asyncio.create_task(batcher.move(move(org, Action.AUTHORIZE, 6, flags=Flag.MAY_WAIT))) for _ in range(2500)
+        ]
+        await waiting(len(parked))
+        for _ in range(20):
+            assert (await batcher.move(move(other, Action.DEDUCT, 1))).outcome is Outcome.ACCEPTED
+        assert not any(task.done() for task in parked), "others were served only when these had given up"
+        await batcher.move(move(org, Action.RELEASE, 0, blocking.request_id))
+        assert (await parked[0]).outcome is Outcome.ACCEPTED
+        for task in parked[1:]:
+            task.cancel()
+
+
+async def test_a_large_call_is_passed_by_small_ones_and_refused_when_it_has_waited_long_enough(org: Org) -> None:
+    await fund(org, 10)
+    async with Batcher(org.database.dsn("bursar_lane"), wait_seconds=1) as batcher:
+        small = move(org, Action.AUTHORIZE, 4)
+        await batcher.move(small)
+        large = asyncio.create_task(batcher.move(move(org, Action.AUTHORIZE, 10, flags=Flag.MAY_WAIT)))
+        await waiting(1)
+        passed = 0
+        while not large.done():  # something is always held, and each of these finds room
+            following = move(org, Action.AUTHORIZE, 4, flags=Flag.MAY_WAIT)
+            assert (await batcher.move(following)).outcome is Outcome.ACCEPTED
+            await batcher.move(move(org, Action.RELEASE, 0, small.request_id))
+            small = following
+            passed += 1
+        assert (await large).outcome is Outcome.REFUSED
+        assert passed > 1
+        again = asyncio.create_task(batcher.move(move(org, Action.AUTHORIZE, 10, flags=Flag.MAY_WAIT)))
+        await waiting(1)
+        await batcher.move(move(org, Action.RELEASE, 0, small.request_id))
+        assert (await again).outcome is Outcome.ACCEPTED, "it is the first to be tried when nobody else is served"
+
+
+async def test_what_waits_is_sized_anew_each_time_it_is_tried(org: Org) -> None:
+    await fund(org, 10)
+    async with Batcher(org.database.dsn("bursar_lane")) as batcher:
+        await batcher.move(move(org, Action.AUTHORIZE, 7))
+        mine = move(org, Action.AUTHORIZE, 9, flags=Flag.MAY_WAIT)
+        sizes = iter((8, 6, 3))
+        verdict = await batcher.move(mine, resized=lambda: mine._replace(amount_micros=Micros(next(sizes))))
+    assert (verdict.outcome, verdict.held_micros) == (Outcome.ACCEPTED, 3)
+
+
+async def test_who_may_not_wait_at_all_is_refused_at_once_by_its_newest_size(org: Org) -> None:
+    await fund(org, 10)
+    async with Batcher(org.database.dsn("bursar_lane"), wait_seconds=0) as batcher:
+        await batcher.move(move(org, Action.AUTHORIZE, 7))
+        flags = Flag.MAY_WAIT | Flag.UNLIMITED | Flag.MAY_RESIZE
+        mine = move(org, Action.AUTHORIZE, 9, flags=flags)
+        smaller = await batcher.move(mine, resized=lambda: mine._replace(amount_micros=Micros(2)))
+        larger = mine._replace(request_id=uuid7())
+        refused = await batcher.move(larger, resized=lambda: larger)
+    assert smaller.outcome is Outcome.ACCEPTED
+    assert (refused.outcome, refused.detail) == (Outcome.REFUSED, "pool_exhausted"), "for good, after all its patience"
 
 
 async def test_a_settle_is_booked_although_its_caller_has_gone(org: Org) -> None:

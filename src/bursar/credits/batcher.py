@@ -5,11 +5,11 @@ half is packed meanwhile and goes out before the first one's answers are given, 
 same time. A lane is one connection and takes a hash class of organizations, so that two lanes never wait for one
 organization's gate.
 
-Calls that only open holds of others stand in the way of are parked, and tried again in the order of their arrival:
-after each settle or release of their organization here, and every 50 ms, since other processes settle too. Each time,
-whoever parked a call may size it anew. A smaller call may pass a larger one that came earlier, which is refused when it
-has waited for long enough. Parked calls take no more than half of a batch from those that have just come, so that many
-who wait for one organization's credits delay nobody else.
+Calls that only open holds of others stand in the way of are parked, and tried again in the order of their arrival: in
+the very batch of each settle or release of their organization here, which is decided before them, and every 50 ms,
+since other processes settle too. Each time, whoever parked a call may size it anew. A smaller call may pass a larger
+one that came earlier, which is refused when it has waited for long enough. Parked calls take no more than half of a
+batch from those that have just come, so that many who wait for one organization's credits delay nobody else.
 """
 
 import asyncio
@@ -94,6 +94,11 @@ class _Flight:
     batch: list[_Waiting]
     call: asyncio.Task[list[Verdict]]
 
+    @property
+    def tries_again(self) -> bool:
+        """Whether parked calls are in it: what comes next must not pass them while they are on their way back."""
+        return any(waiting.parked for waiting in self.batch)
+
 
 @dataclass(slots=True, eq=False)
 class Lane:
@@ -125,9 +130,10 @@ class Lane:
             await self._wait_for_work()
             if self.parked and time.monotonic() >= self.tried_at + RETRY_SECONDS:
                 self._unpark(None)
-            self._take()
-            call = self._pack()
             landed = self.flight
+            if landed is None or not landed.tries_again:
+                self._take()
+            call = self._pack()
             if landed is not None and not await self._landed(landed):
                 continue
             self.flight = None
@@ -144,7 +150,7 @@ class Lane:
         """Until there is a batch to take: anything at all, or a ripe one beside a flight; or the flight has landed."""
         if self.flight is None:
             self.ripe = 1
-        elif self.parked:
+        elif self.parked or self.flight.tries_again:
             self.ripe = sys.maxsize  # what this flight frees belongs to parked calls first
         else:
             self.ripe = min(MOST_A_BATCH, max(LEAST_HALF, len(self.flight.batch)))
@@ -161,6 +167,10 @@ class Lane:
 
     def _take(self) -> None:
         """The next batch: what is tried again, but no more than half of it where others have come; then what came."""
+        if self.parked:
+            ends = {each.move.organization_id for each in self.queue if each.move.action in MUST_BE_BOOKED}
+            if ends:
+                self._unpark(ends)
         requests: set[int] = set()
         known = len(self.queue) + len(self.again) + (len(self.flight.batch) if self.flight is not None else 0)
         most = min(MOST_A_BATCH, max(LEAST_HALF, (known + 1) // 2))
@@ -232,13 +242,8 @@ class Lane:
             await self._refused_whole(batch, error)
 
     def _answer_all(self, batch: list[_Waiting], verdicts: list[Verdict]) -> None:
-        freed: set[UUID] = set()
         for waiting, verdict in zip(batch, verdicts, strict=True):
-            if waiting.move.action in (Action.SETTLE, Action.RELEASE):
-                freed.add(waiting.move.organization_id)
             self._answer(waiting, verdict)
-        if freed and self.parked:
-            self._unpark(freed)
 
     async def _decide_alone(self, waiting: _Waiting) -> None:
         try:
@@ -348,15 +353,17 @@ class Lane:
         """Try parked calls again, first come first; None: those of every organization."""
         if organizations is None:
             self.tried_at = time.monotonic()
-        still: deque[_Waiting] = deque()
+        again, still = list(self.again), deque[_Waiting]()
         for each in self.parked:
             if organizations is None or each.move.organization_id in organizations:
                 self._try_again(each)
-                self.again.append(each)
+                again.append(each)
             else:
                 still.append(each)
         self.parked = still
-        if self.again:
+        if again:
+            # Those that were tried a moment ago come before later ones that were not yet.
+            self.again = deque(sorted(again, key=lambda waiting: waiting.arrived_at))
             self.wake.set()
 
     def _try_again(self, waiting: _Waiting) -> None:
