@@ -29,8 +29,12 @@ CLAUDE: dict[str, Any] = {"model": "demo-claude", "max_tokens": 20, "messages": 
 CALL_MICROS = 9_000  # 10 tokens of input at 100 micros, 20 of output at 400
 INPUT_MICROS = 1_000
 CLAUDE_INPUT_MICROS = 2_100
-PATHS = {"openai": "/v1/chat/completions", "anthropic": "/v1/messages"}
-BODIES = {"openai": CALL, "anthropic": CLAUDE}
+RESPONSE: dict[str, Any] = {"model": "demo-1", "max_output_tokens": 20, "input": "hello there"}
+PATHS = {"openai": "/v1/chat/completions", "responses": "/v1/responses", "anthropic": "/v1/messages"}
+BODIES = {"openai": CALL, "responses": RESPONSE, "anthropic": CLAUDE}
+LIMITS = {"openai": "max_tokens", "responses": "max_output_tokens", "anthropic": "max_tokens"}
+DELTAS = {"openai": b'"content":"', "responses": b"output_text.delta\n", "anthropic": b"text_delta"}
+VENDORS = list(PATHS)
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,27 @@ async def test_a_count_that_cannot_be_true_is_not_believed_and_harms_nobody(
     assert (await client.post(CALL)).status_code == 200, "the lane lives"
 
 
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"usage": {"input_tokens": 10, "output_tokens": 10**12}},
+        {"usage": {"input_tokens": 2**63, "output_tokens": 2}},
+        {"usage": {"input_tokens": -10, "output_tokens": 2}},
+        {"usage": [1], "tool_usage": {"web_search": {"num_requests": 10**12}}},
+    ],
+)
+async def test_a_response_that_lies_is_not_believed_either(client: Payer, scene: Scene, lie: dict[str, Any]) -> None:
+    async def lies_in_a_response(request: web.Request) -> web.StreamResponse:
+        message = {"type": "message", "content": [{"type": "output_text", "text": "Hello"}]}
+        return web.json_response({"status": "completed", "output": [message], **lie})
+
+    script = scene.provider.script(lies_in_a_response)
+    assert (await client.post(RESPONSE, path=PATHS["responses"], bursar_demo=script)).status_code == 200
+    [(charged, flags, output)] = await ended(client, rows=1)
+    assert (charged, output, flags & 4) == (INPUT_MICROS + 2 * 400, 2, 4), "counted by us and marked"
+    assert (await client.post(RESPONSE, path=PATHS["responses"])).status_code == 200, "the lane lives"
+
+
 async def test_a_claude_that_lies_is_not_believed_either(client: Payer, scene: Scene) -> None:
     async def lies_about_searches(request: web.Request) -> web.StreamResponse:
         usage = {"input_tokens": 7, "output_tokens": 1, "server_tool_use": {"web_search_requests": 10**12}}
@@ -195,15 +220,18 @@ async def test_a_provider_that_never_answers_costs_nothing(client: Payer, scene:
     assert await ended(client) == []
 
 
-@pytest.mark.parametrize("vendor", ["openai", "anthropic"])
+@pytest.mark.parametrize("vendor", VENDORS)
 async def test_a_stream_that_stands_still_is_ended_and_charged_what_came(
     client: Payer, scene: Scene, vendor: str
 ) -> None:
     async def stands_still(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
-        delta = {"delta": {"type": "text_delta", "text": "Hell"}, "type": "content_block_delta", "index": 0}
-        chunk = {"choices": [{"index": 0, "delta": {"content": "Hell"}}]} if vendor == "openai" else delta
+        chunk: dict[str, Any] = {
+            "openai": {"choices": [{"index": 0, "delta": {"content": "Hell"}}]},
+            "responses": {"type": "response.output_text.delta", "delta": "Hell"},
+            "anthropic": {"delta": {"type": "text_delta", "text": "Hell"}, "type": "content_block_delta", "index": 0},
+        }[vendor]
         await response.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
         await asyncio.sleep(20)
         return response
@@ -214,10 +242,10 @@ async def test_a_stream_that_stands_still_is_ended_and_charged_what_came(
     assert "provider_timeout" in answer.text
     [(charged, flags, output)] = await ended(client, rows=1)
     assert (output, flags & 4) == (1, 4)
-    assert charged == (INPUT_MICROS + 400 if vendor == "openai" else CLAUDE_INPUT_MICROS + 1_500)
+    assert charged == (INPUT_MICROS + 400 if vendor != "anthropic" else CLAUDE_INPUT_MICROS + 1_500)
 
 
-@pytest.mark.parametrize("vendor", ["openai", "anthropic"])
+@pytest.mark.parametrize("vendor", VENDORS)
 async def test_an_error_inside_a_stream_is_passed_on_and_what_came_is_charged(client: Payer, vendor: str) -> None:
     answer = await client.post(
         {**BODIES[vendor], "stream": True}, path=PATHS[vendor], bursar_demo="error_after=5; piece_ms=1"
@@ -225,7 +253,7 @@ async def test_an_error_inside_a_stream_is_passed_on_and_what_came_is_charged(cl
     assert "error" in answer.text
     [(charged, flags, output)] = await ended(client, rows=1)
     assert (output, flags & 4) == (5, 4)
-    assert charged == (INPUT_MICROS + 5 * 400 if vendor == "openai" else CLAUDE_INPUT_MICROS + 5 * 1_500)
+    assert charged == (INPUT_MICROS + 5 * 400 if vendor != "anthropic" else CLAUDE_INPUT_MICROS + 5 * 1_500)
 
 
 async def test_an_event_without_end_ends_the_stream(
@@ -297,7 +325,7 @@ async def test_who_hangs_up_before_the_whole_body_holds_nothing(client: Payer, s
     assert scene.provider.calls == calls
 
 
-@pytest.mark.parametrize("vendor", ["openai", "anthropic"])
+@pytest.mark.parametrize("vendor", VENDORS)
 async def test_a_plain_call_whose_client_has_gone_is_seen_to_its_end_and_charged_once(
     client: Payer, vendor: str
 ) -> None:
@@ -306,10 +334,10 @@ async def test_a_plain_call_whose_client_has_gone_is_seen_to_its_end_and_charged
     writer.transport.abort()
     await asyncio.sleep(0.3)
     [(charged, flags, output)] = await ended(client, rows=1)
-    assert (charged, output, flags & 4) == (CALL_MICROS if vendor == "openai" else 32_100, 20, 0)
+    assert (charged, output, flags & 4) == (CALL_MICROS if vendor != "anthropic" else 32_100, 20, 0)
 
 
-@pytest.mark.parametrize("vendor", ["openai", "anthropic"])
+@pytest.mark.parametrize("vendor", VENDORS)
 async def test_a_stream_whose_client_goes_before_it_begins_is_cut_and_charged_its_input(
     client: Payer, scene: Scene, vendor: str
 ) -> None:
@@ -319,7 +347,7 @@ async def test_a_stream_whose_client_goes_before_it_begins_is_cut_and_charged_it
     await asyncio.sleep(0.2)
     writer.close()
     [(charged, flags, output)] = await ended(client, rows=1, seconds=1)
-    assert (charged, output) == (INPUT_MICROS if vendor == "openai" else CLAUDE_INPUT_MICROS, 0)
+    assert (charged, output) == (INPUT_MICROS if vendor != "anthropic" else CLAUDE_INPUT_MICROS, 0)
     assert flags & 4
     await asyncio.sleep(0.1)
     assert scene.provider.cut == cut + 1, "the provider works no longer for nobody"
@@ -362,18 +390,18 @@ async def test_a_hold_that_is_placed_as_its_client_goes_is_released(client: Paye
     assert (await client.post(CALL, idempotency_key="gone")).status_code == 200, "its key is free again"
 
 
-@pytest.mark.parametrize("vendor", ["openai", "anthropic"])
+@pytest.mark.parametrize("vendor", VENDORS)
 @pytest.mark.parametrize("pieces", [1, 4, 12])
 async def test_who_hangs_up_after_some_pieces_pays_for_about_those(client: Payer, vendor: str, pieces: int) -> None:
-    body = {**BODIES[vendor], "stream": True, "max_tokens": 200}
+    body = {**BODIES[vendor], "stream": True, LIMITS[vendor]: 200}
     reader, writer = await opened(client, body, PATHS[vendor], Bursar_Demo="piece_ms=20; output_tokens=200")
     for _ in range(pieces):
-        await reader.readuntil(b"text_delta" if vendor == "anthropic" else b'"content":"')
+        await reader.readuntil(DELTAS[vendor])
     writer.close()
     [(charged, flags, output)] = await ended(client, rows=1)
     assert pieces - 3 <= output <= pieces + 15
     assert flags & 4
-    assert charged == (INPUT_MICROS + 400 * output if vendor == "openai" else CLAUDE_INPUT_MICROS + 1_500 * output)
+    assert charged == (INPUT_MICROS + 400 * output if vendor != "anthropic" else CLAUDE_INPUT_MICROS + 1_500 * output)
 
 
 async def test_a_client_that_never_reads_is_given_up_and_pays_for_what_the_provider_put_out(
@@ -538,13 +566,13 @@ async def test_whenever_they_hang_up_nothing_stays_held_and_nobody_pays_twice(
 
     async def one(number: int) -> int:
         """How many pieces the client has surely seen; -1: it cannot have been called."""
-        vendor = rng.choice(["openai", "anthropic"])
+        vendor = rng.choice(VENDORS)
         stream = rng.random() < 0.7
         moment = rng.choice(MOMENTS)
         wait = rng.random() * 0.05
         demo = f"piece_ms={rng.choice([1, 3])}; delay_ms={rng.choice([0, 10, 30])}"
         upto = {"head": rng.random() * 0.5, "body": 0.5 + rng.random() * 0.49}.get(moment, 1.0)
-        body = {**BODIES[vendor], "stream": stream, "max_tokens": 30}
+        body = {**BODIES[vendor], "stream": stream, LIMITS[vendor]: 30}
         reader, writer = await opened(client, body, PATHS[vendor], upto=upto, Bursar_Demo=demo)
         seen = -1 if upto < 1 else 0
         try:
@@ -554,7 +582,7 @@ async def test_whenever_they_hang_up_nothing_stays_held_and_nobody_pays_twice(
                 await reader.readuntil(b"\r\n\r\n")
                 wanted = {"first": 1, "middle": 8, "last": 15, "after": 0}[moment] if stream else 0
                 for _ in range(wanted):
-                    await reader.readuntil(b"_delta" if vendor == "anthropic" else b'"content"')
+                    await reader.readuntil(DELTAS[vendor])
                 if moment == "after":
                     await reader.readuntil(b"bursar-charged" if stream else b"}")
         except asyncio.IncompleteReadError:

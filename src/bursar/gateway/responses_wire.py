@@ -360,7 +360,7 @@ class _ToolCalls:
     def take_report(self, tool_usage: object) -> None:
         """The provider's own count of billed searches, where it gives one; it leaves out what it does not bill."""
         match tool_usage:
-            case {"web_search": {"num_requests": int(count)}} if 0 <= count <= wire.MAX_COUNT:
+            case {"web_search": {"num_requests": int(count)}} if 0 <= count <= tools.MOST_CALLS:
                 self._searches = int(count)
 
     def usage(self) -> Usage:
