@@ -4,12 +4,14 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import httpx2
 import pytest
 from tests.conftest import Org
+from tests.gateway import sounds
 from tests.gateway.conftest import Payer, fund
 from tests.gateway.scripted import HURRIED, Cable, Provider, served
 from tests.promises.figures import SEED, figure, tell
@@ -53,13 +55,7 @@ WAYS = [
         ("/v1/messages", CLAUDE, 2_100, 1_500),
     )
     for stream in (False, True)
-] + [Way("/v1/embeddings", {"model": "demo-embedding", "input": "hello there"}, 6, 0)]
-
-# What these put out is no text of so many tokens; their faults are in tests/gateway/test_media.py.
-ELSEWHERE = (
-    *("/v1/images/generations", "/v1/audio/speech", "/v1/audio/transcriptions", "/v1/audio/translations"),
-    "/v1/messages/count_tokens",
-)
+]
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ class Outcome:
 
     status: int
     charged: tuple[int, int] | None
-    estimated: bool = False
+    estimated: bool | None = False  # None: it may be either
     code: str = ""  # of the error in the answer or at the end of the stream
 
 
@@ -80,8 +76,13 @@ def exactly(micros: int, *, estimated: bool = False, code: str = "") -> Outcome:
     return Outcome(200, (micros, micros), estimated, code)
 
 
+def no_answer() -> str:
+    """Directions to wait for longer than we do."""
+    return f"delay_ms={int(HURRIED.first_byte_seconds * 1000) + 2000}"
+
+
 def no_first_token(way: Way, rng: random.Random) -> tuple[str, Outcome]:
-    return f"delay_ms={int(HURRIED.first_byte_seconds * 1000) + 2000}", nothing(504, "provider_timeout")
+    return no_answer(), nothing(504, "provider_timeout")
 
 
 def cut(way: Way, rng: random.Random) -> tuple[str, Outcome]:
@@ -105,9 +106,13 @@ def no_usage(way: Way, rng: random.Random) -> tuple[str, Outcome]:
     return "usage=missing", exactly(way.costs(), estimated=True)
 
 
-def refusal(way: Way, rng: random.Random) -> tuple[str, Outcome]:
+def refused(rng: random.Random) -> tuple[str, Outcome]:
     status = rng.choice([429, 500, 503, 529])
     return f"fail={status}", nothing(status)
+
+
+def refusal(way: Way, rng: random.Random) -> tuple[str, Outcome]:
+    return refused(rng)
 
 
 def error_event(way: Way, rng: random.Random) -> tuple[str, Outcome]:
@@ -169,6 +174,22 @@ async def rows_once_quiet(payer: Payer) -> dict[str, list[Any]]:
     return found
 
 
+def assert_charged(
+    rows: dict[str, list[Any]], expected: dict[str, tuple[str, Outcome]], *, is_free: bool = False
+) -> None:
+    """Each call has the one row that it must have, or none."""
+    assert rows.keys() == {name for name, (_, outcome) in expected.items() if outcome.charged is not None}
+    for name, charges in rows.items():
+        directions, outcome = expected[name]
+        [(charged, flags, kind)] = charges
+        assert kind == 0
+        assert outcome.charged is not None
+        least, most = outcome.charged
+        assert least <= charged <= most, directions
+        assert (charged == 0) == is_free, "never 0 by accident"
+        assert outcome.estimated in (None, bool(flags & ESTIMATED)), directions
+
+
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda each: each.__name__)
 async def test_a_fault_of_a_provider_is_charged_by_its_report_or_our_count_and_once(
@@ -190,20 +211,117 @@ async def test_a_fault_of_a_provider_is_charged_by_its_report_or_our_count_and_o
     async with httpx2.AsyncClient(base_url=payer.base_url, headers=headers, timeout=30, limits=limits) as http:
         await asyncio.gather(*(call(http, *fault(way, rng)) for _ in range(figure("faults"))))
     rows = await rows_once_quiet(payer)
-    assert rows.keys() == {name for name, (_, outcome) in expected.items() if outcome.charged is not None}
-    for name, charges in rows.items():
-        directions, outcome = expected[name]
-        [(charged, flags, kind)] = charges
-        assert outcome.charged is not None
-        least, most = outcome.charged
-        assert least <= charged <= most, directions
-        assert charged > 0, "never 0 by accident"
-        assert (bool(flags & ESTIMATED), kind) == (outcome.estimated, 0), directions
+    assert_charged(rows, expected)
     pool = await payer.pool()
     assert (pool.used_micros, pool.held_micros) == (sum(row[0][0] for row in rows.values()), 0)
     told = Counter(outcome.status for _, outcome in expected.values())
     tell(f"{fault.__name__}, {way}: {len(expected)} calls, statuses {dict(told)}, {len(rows)} charged")
 
 
+# -- work that is no talk
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something else that a provider does. costs: micros of it; is_stream: it comes piece by piece, or as events."""
+
+    path: str
+    body: dict[str, Any]
+    costs: int
+    is_stream: bool = False
+    reports: bool = True  # whether the answer says what it is to be billed by
+    file: bytes | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.body['model']}{' streamed' if self.is_stream else ''}"
+
+    def calling(self, http: httpx2.AsyncClient, directions: str) -> AbstractAsyncContextManager[httpx2.Response]:
+        """The answer as it begins."""
+        given: dict[str, Any] = {"json": self.body}
+        if self.file is not None:
+            given = {"data": self.body, "files": {"file": ("sound.wav", self.file, "audio/wav")}}
+        return http.stream("POST", self.path, headers={"bursar-demo": directions}, **given)
+
+
+TEXT = {"input": "hello there", "voice": "alloy"}
+SOUND = sounds.wav(2)
+WORKS = [
+    Work("/v1/embeddings", {"model": "demo-embedding", "input": "hello there"}, 6),
+    Work("/v1/images/generations", {"model": "demo-image", "prompt": "a cat"}, 4_000_000, reports=False),
+    Work(
+        "/v1/images/generations",
+        {"model": "demo-image-tokens", "prompt": "a cat", "quality": "low", "size": "1024x1024", "stream": True},
+        2 * 500 + 196 * 3_000,
+        is_stream=True,
+    ),
+    Work("/v1/audio/speech", {"model": "demo-speech", **TEXT}, 16_500, is_stream=True, reports=False),
+    Work(
+        "/v1/audio/speech",
+        {"model": "demo-speech-tokens", "stream_format": "sse", **TEXT},
+        3 * 60 + 16 * 1_200,
+        is_stream=True,
+    ),
+    Work("/v1/audio/transcriptions", {"model": "demo-transcribe"}, 20_000, file=SOUND),
+    Work(
+        "/v1/audio/transcriptions",
+        {"model": "demo-transcribe-tokens", "stream": "true"},
+        20 * 600 + 6 * 1_000,
+        is_stream=True,
+        file=SOUND,
+    ),
+    Work("/v1/audio/translations", {"model": "demo-transcribe"}, 20_000, file=SOUND),
+    Work("/v1/messages/count_tokens", {"model": "demo-claude", "messages": HELLO}, 0, reports=False),
+]
+
+
+# By fault: directions to the provider, and what must come of it. A status of 0 is a connection that is cut:
+# sound has no place for an error.
+WORK_FAULTS: dict[str, Callable[[Work, random.Random], tuple[str, Outcome]]] = {
+    "no first token": lambda work, rng: (no_answer(), nothing(504, "provider_timeout")),
+    "refusal": lambda work, rng: refused(rng),
+    "slow drip": lambda work, rng: (f"delay_ms={rng.randrange(300)}; piece_ms=30", exactly(work.costs)),
+    "no usage": lambda work, rng: ("usage=missing", exactly(work.costs, estimated=work.reports)),
+    "cut": lambda work, rng: cut_work(work, rng.randrange(4)),
+}
+
+
+def cut_work(work: Work, pieces: int) -> tuple[str, Outcome]:
+    """A stream is charged as far as it came; what is behind its last piece may be cut off without loss."""
+    if not work.is_stream:
+        return f"break_after={pieces}", nothing(502, "provider_broke_off")
+    return f"break_after={pieces}; piece_ms=2", Outcome(200 if work.reports else 0, (1, work.costs), None)
+
+
+@pytest.mark.parametrize("work", WORKS, ids=str)
+async def test_a_fault_in_other_work_is_charged_by_its_report_or_our_count_and_once(payer: Payer, work: Work) -> None:
+    rng = random.Random(SEED)
+    headers = {"authorization": f"Bearer {payer.key}"}
+    expected: dict[str, tuple[str, Outcome]] = {}
+    many = asyncio.Semaphore(20)
+
+    async def call(http: httpx2.AsyncClient, directions: str, outcome: Outcome) -> None:
+        async with many, work.calling(http, directions) as answer:
+            name = answer.headers["x-request-id"]
+            try:
+                text = (await answer.aread()).decode(errors="replace")
+                status = answer.status_code
+            except httpx2.RemoteProtocolError:
+                text, status = "", 0
+        assert status == outcome.status, f"{directions}: {text}"
+        assert outcome.code in text, f"{directions}: {text}"
+        expected[name] = directions, outcome
+
+    limits = httpx2.Limits(max_connections=None)
+    async with httpx2.AsyncClient(base_url=payer.base_url, headers=headers, timeout=30, limits=limits) as http:
+        faults = [fault(work, rng) for fault in WORK_FAULTS.values() for _ in range(figure("faults"))]
+        rng.shuffle(faults)
+        await asyncio.gather(*(call(http, *fault) for fault in faults))
+    rows = await rows_once_quiet(payer)
+    assert_charged(rows, expected, is_free=work.costs == 0)
+    pool = await payer.pool()
+    assert (pool.used_micros, pool.held_micros) == (sum(row[0][0] for row in rows.values()), 0)
+    tell(f"{work}: {len(expected)} calls, {len(rows)} charged")
+
+
 def test_no_path_is_left_out() -> None:
-    assert ENDPOINTS.keys() == {way.path for way in WAYS} | set(ELSEWHERE)
+    assert ENDPOINTS.keys() == {each.path for each in (*WAYS, *WORKS)}
