@@ -151,10 +151,11 @@ class Outputs:
         while self._read_at.get(organization_id, 0.0) < asked_at:
             self.read_soon(organization_id)
             reading = self._reading.get(organization_id)
-            if reading is not None:
-                await asyncio.shield(reading)
-            else:
+            if reading is None or reading.done():
+                # To wait for what is done gives nobody else a turn, not even the one who takes it out of the table.
                 await asyncio.sleep(READ_AGAIN_SECONDS / 5)
+            else:
+                await asyncio.shield(reading)
 
     async def close(self) -> None:
         """Nobody asks any more."""
