@@ -251,6 +251,50 @@ async def test_a_batch_of_embeddings_costs_its_input(payer: Payer, worker: Worke
     await agree(payer)
 
 
+async def test_tools_of_the_provider_cost_in_a_batch_what_they_cost_anywhere(payer: Payer, worker: Worker) -> None:
+    client = chat(payer)
+    offered = [
+        {"type": "web_search"},
+        {"type": "code_interpreter", "container": {"type": "auto", "memory_limit": "4g"}},
+    ]
+    asked = {"model": "demo-1", "max_output_tokens": 20, "input": "hello there", "tools": offered}
+    line = {"custom_id": "one", "method": "POST", "url": "/v1/responses", "body": asked}
+    file = await client.files.create(file=("asked.jsonl", json.dumps(line).encode()), purpose="batch")
+    await client.batches.create(
+        input_file_id=file.id,
+        endpoint="/v1/responses",
+        completion_window="24h",
+        extra_headers=directed(batch_ms=0, searches=3, code_sessions=1),
+    )
+    held = (await payer.pool()).held_micros
+    await worker.look(payer.org)
+    [(charged, tokens_in, tokens_out, searches, sessions)] = await payer.rows(
+        "select charged_micros, input_tokens, output_tokens, web_searches, code_sessions from ledger.attribution"
+    )
+    assert (searches, sessions) == (3, 1)
+    # Half of the tokens; 10 USD for a thousand searches and 0.12 USD for a large container, in full.
+    assert charged == tokens_in * 50 + tokens_out * 200 + 3 * 1_000_000 + 12_000_000
+    assert held > charged
+    await agree(payer)
+    unknown = {**line, "body": {**asked, "tools": [{"type": "image_generation"}]}}
+    with pytest.raises(openai.BadRequestError, match="image_generation"):
+        await client.files.create(file=("asked.jsonl", json.dumps(unknown).encode()), purpose="batch")
+
+
+async def test_code_that_anthropic_runs_in_a_batch_is_charged_by_the_container(payer: Payer, worker: Worker) -> None:
+    offered = [{"type": "code_execution_20250825", "name": "code_execution"}]
+    await claude(payer).messages.batches.create(
+        requests=messages(1, tools=offered), extra_headers=directed(batch_ms=0, code_sessions=1)
+    )
+    await worker.look(payer.org)
+    [(charged, tokens_in, tokens_out, sessions)] = await payer.rows(
+        "select charged_micros, input_tokens, output_tokens, code_sessions from ledger.attribution"
+    )
+    assert sessions == 1
+    assert charged == tokens_in * 150 + tokens_out * 750 + 5_000_000
+    await agree(payer)
+
+
 # ---------------------------------------------------------------------------------------------- what is not answered
 
 

@@ -263,9 +263,9 @@ def _settle_move(batch: Batch, prices: PinnedPrices, request: HeldRequest, resul
     """What a request is charged; None where it was not answered."""
     if result.body is None:
         return None
-    estimate = Usage(**dict(zip(USAGE_KINDS, request.estimate, strict=False)))
-    found = measured(batch.endpoint, request.model, estimate, result.body)
-    priced = prices.price(request.model, found.usage)
+    estimate, permitted = _usage(request.estimate), _usage(request.permitted)
+    found = measured(batch.endpoint, request.model, estimate, permitted, result.body)
+    priced = prices.price(request.model, found.usage, request.context)
     return batch.move(
         Action.SETTLE,
         request,
@@ -276,6 +276,11 @@ def _settle_move(batch: Batch, prices: PinnedPrices, request: HeldRequest, resul
         flags=(Flag.ESTIMATED if found.estimated else Flag.NONE)
         | (Flag.UNPRICED if priced is not None and priced.unpriced_kinds else Flag.NONE),
     )
+
+
+def _usage(counts: Sequence[int]) -> Usage:
+    """As it was stored; of kinds that came later there was nothing."""
+    return Usage(**dict(zip(USAGE_KINDS, counts, strict=False)))
 
 
 def _pause(batch: Batch) -> int:

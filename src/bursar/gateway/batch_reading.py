@@ -33,26 +33,42 @@ ModelNames = Mapping[str, str]
 class Asked:
     """One request of a batch as metering sees it.
 
-    model     the public name
-    estimate  its input by our own rule; most: that, and as much output as is held for
-    is_guess  it names no limit of its output, so that `most` is a guess
+    model           the public name
+    estimate        its input by our own rule; most: that, and as much output and work of tools as is held for
+    permitted       what the provider's tools may use
+    is_guess        it names no limit of its output, so that `most` is a guess
+    context         conditions of its price
+    unpriced_tools  tools of the provider that nobody here knows to price
     """
 
     custom_id: str
     model: str
     estimate: Usage
     most: Usage
+    permitted: Usage
     is_guess: bool
+    context: Mapping[str, str]
+    unpriced_tools: tuple[str, ...] = ()
 
     def as_json(self) -> list[Any]:
         """For storing: counts that are zero are left out."""
-        return [self.custom_id, self.model, _counts(self.estimate), _counts(self.most), self.is_guess]
+        counts = [_counts(each) for each in (self.estimate, self.most, self.permitted)]
+        return [self.custom_id, self.model, *counts, self.is_guess, self.context, self.unpriced_tools]
 
     @classmethod
     def of_json(cls, row: Sequence[Any]) -> Asked:
         """The other way."""
-        custom_id, model, estimate, most, is_guess = row
-        return cls(custom_id, model, Usage(**estimate), Usage(**most), is_guess)
+        custom_id, model, estimate, most, permitted, is_guess, context, tools = row
+        return cls(
+            custom_id=custom_id,
+            model=model,
+            estimate=Usage(**estimate),
+            most=Usage(**most),
+            permitted=Usage(**permitted),
+            is_guess=is_guess,
+            context=context,
+            unpriced_tools=tuple(tools),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +208,16 @@ def _asked(read: Sequence[tuple[str, WireRequest]], prior_output_tokens: int) ->
 def _as_asked(custom_id: str, request: WireRequest, prior_output_tokens: int) -> Asked:
     limit = request.max_output_tokens
     most = request.hold_for(prior_output_tokens if limit is None else limit)
-    return Asked(custom_id, request.model, request.estimate, most, limit is None and request.has_output)
+    return Asked(
+        custom_id=custom_id,
+        model=request.model,
+        estimate=request.estimate,
+        most=most,
+        permitted=request.permitted,
+        is_guess=limit is None and request.has_output,
+        context=request.context,
+        unpriced_tools=request.unpriced_tools,
+    )
 
 
 def _counts(usage: Usage) -> dict[str, int]:
@@ -249,7 +274,7 @@ def read_result(format: Format, line: bytes) -> Result | None:
     return Result(said.custom_id, bytes(said.response.body) if answered and said.response is not None else None)
 
 
-def measured(endpoint: str, model: str, estimate: Usage, body: bytes) -> wire.Measured:
+def measured(endpoint: str, model: str, estimate: Usage, permitted: Usage, body: bytes) -> wire.Measured:
     """What an answer in a batch used, by the meter of a single call."""
     request = WireRequest(
         model=model,
@@ -260,6 +285,7 @@ def measured(endpoint: str, model: str, estimate: Usage, body: bytes) -> wire.Me
         wants_usage=True,
         service_tier="",
         fields={},
+        permitted=permitted,
     )
     meter = wire_of(endpoint).UsageMeter(request)
     meter.read_body(body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -128,7 +129,9 @@ class HeldRequest:
     custom_id: str
     request_id: UUID
     model: str
-    estimate: list[int]
+    estimate: Sequence[int]
+    permitted: Sequence[int]
+    context: Mapping[str, str]
     hold_micros: Micros
 
 
@@ -143,9 +146,11 @@ class Prices:
     batch_ppm: int
     at: datetime
 
-    def price(self, model: str, usage: Usage, rounding: Rounding = Rounding.HALF_UP) -> Priced:
-        """What some usage of a model comes to."""
-        return self.quotes[model].price_in_batch(usage, batch_ppm=self.batch_ppm, at=self.at, rounding=rounding)
+    def most(self, model: str, usage: Usage, context: Mapping[str, str]) -> Priced:
+        """What some usage of a model comes to at most. Rounded up."""
+        return self.quotes[model].price_in_batch(
+            usage, batch_ppm=self.batch_ppm, at=self.at, context=context, rounding=Rounding.UP
+        )
 
     def as_json(self) -> dict[str, Any]:
         """What pins them: ids of versions, which never change, and what is said beside."""
@@ -182,7 +187,7 @@ class PinnedPrices:
     batch_ppm: int
     at: datetime
 
-    def price(self, model: str, usage: Usage) -> Priced | None:
+    def price(self, model: str, usage: Usage, context: Mapping[str, str]) -> Priced | None:
         """What some usage of a model comes to; None: a named policy lets it pass unpriced."""
         pin = self.models[model]
         if pin["charge"] is None:
@@ -193,7 +198,7 @@ class PinnedPrices:
             usage,
             pin["markup_ppm"],
             batch_ppm=self.batch_ppm,
-            context={} if pin["has_context"] else None,
+            context=context if pin["has_context"] else None,
             at=self.at,
         )
 
@@ -307,10 +312,17 @@ async def add_batch(conn: db.Connection, *, requests: Sequence[HeldRequest], **c
         custom_ids=[each.custom_id for each in requests],
         request_ids=[each.request_id for each in requests],
         models=[each.model for each in requests],
-        estimates=["{" + ",".join(map(str, each.estimate)) + "}" for each in requests],
+        estimates=[_array(each.estimate) for each in requests],
+        permitted=[_array(each.permitted) for each in requests],
+        contexts=[json.dumps(dict(each.context)) for each in requests],
         holds=[each.hold_micros for each in requests],
     )
     return True
+
+
+def _array(counts: Sequence[int]) -> str:
+    """As PostgreSQL writes it."""
+    return "{" + ",".join(map(str, counts)) + "}"
 
 
 async def held_requests(

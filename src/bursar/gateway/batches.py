@@ -35,7 +35,6 @@ from bursar.gateway.upstream import Answer, ProviderRefusesUs, ProviderUnreachab
 from bursar.gateway.wire import UnreadableRequest, WireRequest
 from bursar.identity.principals import Principal
 from bursar.money import Micros, NanoUsd
-from bursar.pricing.prices import Rounding
 
 WINDOW_SECONDS: Final = 24 * 3600
 """In which a provider answers a batch or gives it up. Source: both vendors' references."""
@@ -133,7 +132,7 @@ class Batches:
             if each.model not in attempts:
                 call = await self._desk.open(principal, _as_request(each), format, b"")
                 attempts[each.model] = call.attempts[0]
-            attempts[each.model].quote.require_priced(each.most)
+            attempts[each.model].quote.require_priced(each.most, context=each.context, tools=each.unpriced_tools)
         terms = Terms(attempts)
         places = {(each.target.provider.name, each.provider_key_id) for each in attempts.values()}
         if len(places) > 1:
@@ -377,11 +376,12 @@ def _priced(batch: Batch, prices: Prices, asked: Sequence[Asked], terms: Terms) 
     moves: list[Move] = []
     for each in asked:
         model = terms.attempts[each.model].quote.model
-        most = prices.price(model, each.most, Rounding.UP)
-        input_alone = prices.price(model, each.estimate, Rounding.UP)
+        most = prices.most(model, each.most, each.context)
+        input_alone = prices.most(model, each.estimate, each.context)
         nothing = Micros(0)
         amount = nothing if batch.is_own_key else most.charged_micros
-        request = HeldRequest(each.custom_id, uuid7(), model, list(each.estimate.as_array()), amount)
+        estimate, permitted = each.estimate.as_array(), each.permitted.as_array()
+        request = HeldRequest(each.custom_id, uuid7(), model, estimate, permitted, each.context, amount)
         held.append(request)
         moves.append(
             batch.move(

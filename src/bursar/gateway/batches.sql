@@ -11,10 +11,14 @@ on conflict (organization_id, idempotency_key) where idempotency_key is not null
 returning batch_id
 
 -- name: add_batch_requests
-insert into gateway.batch_requests (organization_id, batch_id, custom_id, request_id, model, estimate, hold_micros)
-select %(organization_id)s, %(batch_id)s, custom_id, request_id, model, estimate::int[], hold_micros
-from unnest(%(custom_ids)s::text[], %(request_ids)s::uuid[], %(models)s::text[], %(estimates)s::text[], %(holds)s::bigint[])
-    r(custom_id, request_id, model, estimate, hold_micros)
+insert into gateway.batch_requests (
+    organization_id, batch_id, custom_id, request_id, model, estimate, permitted, context, hold_micros
+)
+select %(organization_id)s, %(batch_id)s, custom_id, request_id, model, estimate::int[], permitted::int[], context::jsonb, hold_micros
+from unnest(
+    %(custom_ids)s::text[], %(request_ids)s::uuid[], %(models)s::text[], %(estimates)s::text[], %(permitted)s::text[], %(contexts)s::text[],
+    %(holds)s::bigint[]
+) r(custom_id, request_id, model, estimate, permitted, context, hold_micros)
 
 -- name: batch
 select organization_id, batch_id, format, endpoint, user_id, api_key_id, provider, provider_key_id, is_own_key, provider_batch_id, input_file_id,
@@ -108,7 +112,7 @@ where organization_id = %(organization_id)s and batch_id = %(batch_id)s and dele
 select provider_batch_id from gateway.batches where provider = %(provider)s and provider_batch_id = any (%(provider_batch_ids)s)
 
 -- name: held_requests
-select custom_id, request_id, model, estimate, hold_micros
+select custom_id, request_id, model, estimate, permitted, context, hold_micros
 from gateway.batch_requests
 where organization_id = %(organization_id)s and batch_id = %(batch_id)s and state = 'held' and (%(custom_ids)s::text[] is null or custom_id = any (%(custom_ids)s))
 

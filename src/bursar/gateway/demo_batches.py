@@ -25,7 +25,17 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
-from bursar.gateway import anthropic_wire, demo_anthropic, demo_media, demo_openai, embeddings_wire, openai_wire, wire
+from bursar.gateway import (
+    anthropic_wire,
+    demo_anthropic,
+    demo_media,
+    demo_openai,
+    demo_responses,
+    embeddings_wire,
+    openai_wire,
+    responses_wire,
+    wire,
+)
 from bursar.gateway.demo_answers import DIRECTIONS_HEADER, PLAIN_DIRECTIONS, Directions, decide, read_directions
 
 USUAL_MS: Final = 1_000
@@ -370,6 +380,8 @@ def _openai_lines(batch: _Batch, *, answered: bool) -> Iterator[bytes]:
 def _line_body(batch: _Batch, body: Any) -> bytes:
     if batch.beside.get("endpoint") == "/v1/embeddings":
         return demo_media.embeddings(embeddings_wire.read_request(_encode(body)), batch.directions)
+    if batch.beside.get("endpoint") == "/v1/responses":
+        return _body(batch, responses_wire, demo_responses, body)
     return _body(batch, openai_wire, demo_openai, body)
 
 

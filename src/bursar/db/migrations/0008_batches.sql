@@ -118,6 +118,8 @@ create table gateway.batch_requests (
     request_id uuid not null,
     model text not null,
     estimate integer[] not null,
+    permitted integer[] not null,
+    context jsonb not null,
     hold_micros bigint not null,
     state text not null default 'held',
     constraint batch_requests_pkey primary key (organization_id, batch_id, custom_id),
@@ -132,6 +134,8 @@ comment on column gateway.batch_requests.custom_id is 'The client''s name of the
 comment on column gateway.batch_requests.request_id is 'Its id in holds and attribution; settling it twice books once';
 comment on column gateway.batch_requests.model is 'Model as priced';
 comment on column gateway.batch_requests.estimate is 'Estimated input and calls of tools, in the order of the attribution''s columns';
+comment on column gateway.batch_requests.permitted is 'What the provider''s tools may use beside it, in the same order';
+comment on column gateway.batch_requests.context is 'Conditions of its price, such as the size of a container';
 comment on column gateway.batch_requests.hold_micros is 'What was held for it';
 comment on column gateway.batch_requests.state is 'held; charged: it was answered; freed: it failed, expired or was cancelled and costs nothing. Follows what the books say';
 create index batch_requests_open on gateway.batch_requests (organization_id, batch_id) where state = 'held';
