@@ -30,7 +30,7 @@ from bursar.money import Micros
 from bursar.settings import Settings
 
 REQUESTS = figure("requests")
-CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
 CALL: dict[str, Any] = {"model": "demo-1", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}
 TELLTALES = re.compile(r"Traceback|psycopg|\.py\b|relation \"|SELECT |select \w+ from|/home/|/root/|errcode|plpgsql")
 
@@ -281,7 +281,32 @@ def _changed(rng: random.Random, body: dict[str, Any], values: list[Any]) -> dic
     return changed
 
 
-@pytest.mark.parametrize("path", [CHAT, MESSAGES])
+def _changed_response(rng: random.Random, body: dict[str, Any], values: list[Any]) -> dict[str, Any]:
+    """A request for a response with places that are wrong, or may be."""
+    names = (
+        *("model", "input", "instructions", "max_output_tokens", "max_tool_calls", "stream", "tools", "text", "prompt"),
+        *("previous_response_id", "conversation", "background", "service_tier", "reasoning", "store", "Input", "é"),
+    )
+    items = ("message", "function_call_output", "item_reference", "additional_tools", "computer_call_output")
+    parts = ("input_text", "input_image", "input_file", "input_audio", "output_text", "refusal")
+    changed = json.loads(json.dumps(body))
+    for value in values:
+        match rng.choice(["top", "top", "item", "part", "tool"]):
+            case "top":
+                changed[rng.choice(names)] = value
+            case "item":
+                item = {"type": rng.choice(items), "content": value, "output": value, "id": value, "tools": [value]}
+                changed["input"] = [item, {"role": "user", "content": "hi"}]
+            case "part":
+                part = {"type": rng.choice(parts), "text": value, "image_url": value, "file_data": value}
+                changed["input"] = [{"role": "user", "content": [part, value]}]
+            case "tool":
+                tool = {"type": rng.choice(["web_search", "code_interpreter", "shell", "function", value])}
+                changed["tools"] = [{**tool, "container": value, "environment": value, "name": value}, value]
+    return changed
+
+
+@pytest.mark.parametrize("path", [CHAT, MESSAGES, RESPONSES])
 async def test_no_call_of_a_model_breaks_the_gateway_and_each_that_is_answered_is_charged(
     payer: Payer, path: str
 ) -> None:
@@ -294,8 +319,13 @@ async def test_no_call_of_a_model_breaks_the_gateway_and_each_that_is_answered_i
 
         async def call(example: tuple[list[Any], int, dict[str, str], bool]) -> None:
             values, seed, headers, stream = example
-            body = _changed(random.Random(seed), {**CALL, "stream": stream}, values)
-            raw = {name: value.encode("latin-1") for name, value in headers.items() if name != "bursar-demo"}
+            if path == RESPONSES:
+                whole = {"model": "demo-1", "max_output_tokens": 5, "input": "hi", "stream": stream}
+                body = _changed_response(random.Random(seed), whole, values)
+            else:
+                body = _changed(random.Random(seed), {**CALL, "stream": stream}, values)
+            # The client itself refuses values with blanks around them.
+            raw = {name: value.strip().encode("latin-1") for name, value in headers.items() if name != "bursar-demo"}
             raw["authorization"] = b"Bearer " + payer.key.encode()
             answer = await http.post(path, content=json.dumps(body).encode(), headers=raw)
             assert_well_answered(answer, body)
