@@ -216,6 +216,11 @@ async def test_nothing_is_fetched_from_where_the_adapter_runs(scene: Scene, part
     assert (got, json.loads(answer)["error"]["code"]) == (400, "address_not_fetched")
 
 
+async def test_other_paths_say_what_is_served(scene: Scene) -> None:
+    got, answer = await scene.call({"model": "x", "prompt": "a cat"}, path="/images/generations")
+    assert (got, json.loads(answer)["error"]["code"]) == (404, "not_served")
+
+
 async def test_only_whoever_started_it_is_let_in(scene: Scene) -> None:
     target = await scene.target()
     stranger = replace(target.provider, headers={**target.provider.headers, litellm_adapter.TOKEN_HEADER: "guessed"})

@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 from uuid import UUID
@@ -24,6 +25,7 @@ from bursar.gateway.providers import InvalidProviderHeader, Provider, list_provi
 from bursar.gateway.routes import MOST_RETRIES, ModelRoute, list_model_routes, put_model_route, remove_model_route
 from bursar.gateway.sealing import Keyring
 from bursar.identity.organizations import PLATFORM_ORGANIZATION_ID, ensure_platform
+from bursar.settings import Settings
 
 app = typer.Typer(help="Model providers: add, list, keys, routes.", no_args_is_help=True)
 
@@ -114,7 +116,20 @@ def add(
                 by=OPERATOR,
             )
 
-    print_fields(with_database(run), as_json=as_json)
+    added = with_database(run)
+    print_fields(added, as_json=as_json)
+    if added.kind == "litellm" and added.enabled:
+        _warn_without_litellm()
+
+
+def _warn_without_litellm() -> None:
+    """Say early what a call would be refused with. Another interpreter is looked at when the server starts."""
+    if Settings.from_environment().litellm_python is None and find_spec("litellm") is None:
+        typer.echo(
+            "LiteLLM is not installed here: calls of this provider are refused where the server runs without it. "
+            "How to install it: docs/providers.md, “Through LiteLLM”.",
+            err=True,
+        )
 
 
 @app.command("list")

@@ -37,7 +37,7 @@ FIXED: Final = {
     "PYTHONDONTWRITEBYTECODE": "1",
 }
 START_SECONDS: Final = 60.0
-WAIT_SECONDS: Final = 20.0
+WAIT_SECONDS: Final = 30.0
 """How long a call waits for an adapter that is starting."""
 FIRST_PAUSE_SECONDS: Final = 0.5
 LONGEST_PAUSE_SECONDS: Final = 30.0

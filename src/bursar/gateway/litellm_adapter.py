@@ -121,6 +121,7 @@ class Adapter:
         app = web.Application(client_max_size=MOST_BYTES)
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/embeddings", self._embeddings)
+        app.router.add_route("*", "/{path:.*}", self._nothing)
         return app
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
@@ -136,6 +137,10 @@ class Adapter:
             return await self._stream(request, chunks, call["model"], secrets)
         except Exception as error:
             return _failed(error, secrets)
+
+    async def _nothing(self, request: web.Request) -> web.StreamResponse:
+        served = "chat completions and embeddings are"
+        return _failed(Refused(404, f"{request.path} is not served for this provider; {served}", code="not_served"), [])
 
     async def _stream(self, request: web.Request, chunks: Any, model: str, secrets: list[str]) -> web.StreamResponse:
         """Pass the chunks on. Until the first one came, a failure has a status of its own."""
