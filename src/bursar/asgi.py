@@ -201,16 +201,40 @@ class Protocol(HttpToolsProtocol):
     _head_size = 0
     _is_in_head = True
     _head_timer: asyncio.TimerHandle | None = None
+    _is_lost = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A head is expected from now on."""
         super().connection_made(transport)
+        self._watchers: list[Callable[[], None]] = []
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self._cut)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is expected any more."""
         self._stop_timer()
+        self._is_lost = True
         super().connection_lost(exc)
+        for watcher in self._watchers:
+            watcher()
+        self._watchers = []
+
+    def when_lost(self, watcher: Callable[[], None]) -> None:
+        """Call it when the client hangs up; at once, if it has. The whole body must have been read."""
+        self.flow.resume_reading()  # or nobody would see it
+        if self._is_lost:
+            watcher()
+        else:
+            self._watchers.append(watcher)
+
+    def forget(self, watcher: Callable[[], None]) -> None:
+        """Nobody waits for that any more."""
+        if watcher in self._watchers:
+            self._watchers.remove(watcher)
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether what is written has to wait, because the client does not read."""
+        return self.flow.write_paused
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a head or a body."""
@@ -236,6 +260,7 @@ class Protocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         cycle.transport = _Joined(self.transport, self.loop)  # type: ignore[assignment]
+        cycle.scope["state"]["connection"] = self
         super()._start_asgi_task(cycle, app)
 
     def _stop_timer(self) -> None:

@@ -9,7 +9,7 @@ from tests.conftest import MakeOrg, Org
 
 from bursar import db
 from bursar.clock import uuid7
-from bursar.credits.batcher import WAITING, Batcher
+from bursar.credits.batcher import WAITING, Batcher, Lane, _Waiting
 from bursar.credits.grants import GrantSource, add_grant
 from bursar.credits.moves import Action, Flag, Move, Outcome, Verdict
 from bursar.credits.pools import Pool, list_pools, pool_for
@@ -292,3 +292,33 @@ async def test_one_move_that_the_database_refuses_does_not_take_the_others_with_
     assert isinstance(answers[2], Verdict)
     assert not (isinstance(answers[1], Verdict) and answers[1].accepted)
     assert (await pool_of(org)).used_micros == 10
+
+
+async def test_a_mark_that_the_end_of_its_request_overtakes_goes_out_no_more() -> None:
+    """It holds nothing more; only marks that are still in the queue are spared, and of this request alone."""
+    lane = Lane("")
+    loop = asyncio.get_running_loop()
+
+    def put(action: Action, request_id: UUID, amount: int = 0) -> asyncio.Future[Verdict]:
+        move = Move(action, uuid7(), request_id, amount_micros=Micros(amount))
+        waiting = _Waiting(move, loop.create_future(), 0.0, 0.0)
+        lane.put(waiting)
+        return waiting.answer
+
+    one, other = uuid7(), uuid7()
+    mark, others, more = put(Action.EXTEND, one), put(Action.EXTEND, other), put(Action.EXTEND, one, amount=5)
+    again = put(Action.EXTEND, one)
+    put(Action.SETTLE, one)
+    assert not others.done()
+    assert not more.done()
+    assert again.result().outcome is Outcome.NO_HOLD
+    lane._take()
+    assert [each.answer for each in lane.packed] == [mark, others]
+    lane.packed = []
+    lane._take()
+    assert [each.answer for each in lane.packed] == [more]
+    lane.packed = []
+    put(Action.RELEASE, other)
+    lane._take()
+    assert [each.move.action for each in lane.packed] == [Action.SETTLE, Action.RELEASE]
+    assert not lane.marks

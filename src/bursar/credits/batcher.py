@@ -27,7 +27,7 @@ import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
 from bursar import db
-from bursar.credits.moves import Action, Move, Outcome, Verdict, as_call, as_verdicts
+from bursar.credits.moves import NOTHING, Action, Move, Outcome, Verdict, as_call, as_verdicts
 from bursar.db import arrays
 from bursar.problems import Problem
 
@@ -85,6 +85,7 @@ class _Waiting:
     give_up_at: float
     resized: Callable[[], Move] | None = None  # what to ask instead when it is tried again
     parked: bool = False
+    is_idle: bool = False  # a mark that the end of its request has overtaken in the queue
 
 
 @dataclass(slots=True, eq=False)
@@ -111,6 +112,7 @@ class Lane:
     packed: list[_Waiting] = field(default_factory=list)  # taken, to go out when the flight has landed
     parked: deque[_Waiting] = field(default_factory=deque)
     again: deque[_Waiting] = field(default_factory=deque)  # parked ones that are being tried again
+    marks: dict[int, _Waiting] = field(default_factory=dict)  # by request: extensions in the queue that hold no more
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     ripe: int = 1  # as many must wait until the next batch is taken
     connection: psycopg.AsyncConnection[tuple[object, ...]] | None = None
@@ -119,7 +121,21 @@ class Lane:
     tried_at: float = 0.0  # when all parked calls were last tried, by the monotonic clock
 
     def put(self, waiting: _Waiting) -> None:
-        """Queue a move; it goes out with the next batch."""
+        """Queue a move; it goes out with the next batch.
+
+        A mark that is still in the queue when its request ends goes out no more: whoever reads it would find no hold.
+        """
+        move = waiting.move
+        if move.action is Action.EXTEND and move.amount_micros == move.tokens == 0:
+            self.marks[move.request_id.int] = waiting
+        elif move.action in MUST_BE_BOOKED and self.marks:
+            mark = self.marks.pop(move.request_id.int, None)
+            if mark is not None:
+                mark.is_idle = True
+                if not mark.answer.done():
+                    mark.answer.set_result(
+                        Verdict(Outcome.NO_HOLD, move.request_id, NOTHING, NOTHING, None, None, None)
+                    )
         self.queue.append(waiting)
         if len(self.queue) >= self.ripe:
             self.wake.set()
@@ -188,12 +204,16 @@ class Lane:
             if waiting.answer.cancelled() and waiting.move.action in (Action.AUTHORIZE, Action.DEDUCT):
                 self._leave_park(waiting)
                 continue
+            if waiting.is_idle:
+                continue
             request = waiting.move.request_id.int  # hashed faster than the UUID
             if request in requests:
                 later.append(waiting)
                 continue
             requests.add(request)
             self.packed.append(waiting)
+            if waiting.move.action is Action.EXTEND:
+                self.marks.pop(request, None)
         line.extendleft(reversed(later))
 
     def _pack(self) -> Call | None:
@@ -423,13 +443,23 @@ class Batcher:
             DiskFull: what room is left is for what runs already; nothing was asked.
             psycopg.Error: the database refused the call itself.
         """
+        return await self.ask(move, resized=resized, arrived_at=arrived_at)
+
+    def ask(
+        self, move: Move, *, resized: Callable[[], Move] | None = None, arrived_at: float | None = None
+    ) -> asyncio.Future[Verdict]:
+        """As `move`, for whoever does not wait for the verdict at once.
+
+        Raises:
+            DiskFull
+        """
         if self._space is not None and move.action in NEW_WORK and self._space.is_short():
             raise DiskFull(headers={"Retry-After": "5"})
         answer: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
         at = time.monotonic()
         waiting = _Waiting(move, answer, at if arrived_at is None else arrived_at, at + GIVE_UP_SECONDS, resized)
         self._lanes[move.organization_id.int % len(self._lanes)].put(waiting)
-        return await answer
+        return answer
 
 
 def _can_be_packed(move: Move) -> bool:

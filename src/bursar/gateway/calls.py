@@ -1,7 +1,6 @@
 """One metered call on its way: hold an estimate, mark progress, settle the truth or release. No HTTP here."""
 
 import asyncio
-from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -220,7 +219,7 @@ class Till:
         self._running: dict[UUID, Call] = {}
         self._idle = asyncio.Event()
         self._idle.set()
-        self._closing: set[asyncio.Task[Verdict]] = set()
+        self._closing: set[asyncio.Future[Verdict]] = set()
 
     async def hold(self, call: Call) -> None:
         """Hold the estimate, or refuse.
@@ -234,7 +233,7 @@ class Till:
             move, verdict = await self._authorized(call)
         except (asyncio.CancelledError, Unavailable):
             # The client has gone, or no answer came: the hold may be placed all the same, and nobody would end it.
-            self._soon(self._batcher.move(self._release(call)))
+            self._soon(self._batcher.ask(self._release(call)))
             raise
         if not verdict.accepted:
             raise await self._refusal(call, verdict, move.amount_micros)
@@ -310,9 +309,7 @@ class Till:
     def sent(self, call: Call) -> None:
         """The provider call goes out: from here an expired hold is charged. Not waited for; it is in the next batch."""
         self._soon(
-            self._batcher.move(
-                call.move(Action.EXTEND, flags=call.flags | Flag.SENT, lease_seconds=self._lease_seconds)
-            )
+            self._batcher.ask(call.move(Action.EXTEND, flags=call.flags | Flag.SENT, lease_seconds=self._lease_seconds))
         )
 
     async def turn_to_next(self, call: Call) -> bool:
@@ -359,7 +356,7 @@ class Till:
             | (Flag.ESTIMATED if estimated else Flag.NONE)
             | (Flag.UNPRICED if priced.unpriced_kinds else Flag.NONE),
         )
-        return _booked(await asyncio.shield(self._soon(self._batcher.move(move))))
+        return _booked(await asyncio.shield(self._soon(self._batcher.ask(move))))
 
     def _note_output(self, call: Call, usage: Usage, *, estimated: bool) -> None:
         """Before the settle frees what others wait for, so that they are sized by it. A cut answer tells nothing."""
@@ -370,7 +367,7 @@ class Till:
     async def release(self, call: Call) -> Verdict:
         """Free the hold and charge nothing: the provider did nothing."""
         self._end(call)
-        return _booked(await asyncio.shield(self._soon(self._batcher.move(self._release(call)))))
+        return _booked(await asyncio.shield(self._soon(self._batcher.ask(self._release(call)))))
 
     def _release(self, call: Call) -> Move:
         """The move that frees a hold and its idempotency key."""
@@ -456,17 +453,16 @@ class Till:
         assert call.stopped_by is not None
         return await self._refusal(call, call.stopped_by, call.held_micros)
 
-    def _soon(self, verdict: Awaitable[Verdict]) -> asyncio.Task[Verdict]:
-        """Run to its end whatever happens to the caller."""
-        task = asyncio.ensure_future(verdict)
-        self._closing.add(task)
-        task.add_done_callback(self._closed)
-        return task
+    def _soon(self, verdict: asyncio.Future[Verdict]) -> asyncio.Future[Verdict]:
+        """Waited for at the end of the process, whatever happens to the caller."""
+        self._closing.add(verdict)
+        verdict.add_done_callback(self._closed)
+        return verdict
 
-    def _closed(self, task: asyncio.Task[Verdict]) -> None:
-        self._closing.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("a settle, release or mark failed; its hold will expire", error=str(task.exception()))
+    def _closed(self, verdict: asyncio.Future[Verdict]) -> None:
+        self._closing.discard(verdict)
+        if not verdict.cancelled() and verdict.exception() is not None:
+            log.error("a settle, release or mark failed; its hold will expire", error=str(verdict.exception()))
 
     async def _settled_twin(self, move: Move, verdict: Verdict) -> Verdict:
         """Where the key is known: wait for the twin, then say how it ended; a released one leaves the key free.

@@ -5,7 +5,7 @@ from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl
 
-from bursar.asgi import Message, Receive, Scope, Send, read_body
+from bursar.asgi import Message, Protocol, Receive, Scope, Send, read_body
 from bursar.gateway.wire import JSON, Wire
 from bursar.problems import Problem
 
@@ -43,7 +43,12 @@ class Exchange:
         self._scope = scope
         self._receive = receive
         self._send_message = send
-        self._gone: asyncio.Task[None] | None = None
+        # The connection, where the server is ours; else a task that reads what comes.
+        self._connection: Protocol | None = scope["state"].get("connection")
+        self._watch: asyncio.Task[None] | None = None
+        self._is_watched = False
+        self._is_gone = False
+        self._working: asyncio.Task[Any] | None = None
 
     @property
     def content_type(self) -> str:
@@ -72,32 +77,58 @@ class Exchange:
         Raises:
             ClientGone
         """
-        if self._gone is None:
-            self._gone = asyncio.create_task(self._wait_until_gone())
-        task = asyncio.create_task(work)
-        try:
-            await asyncio.wait({task, self._gone}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
-        if task.cancelled():
+        self._watch_client()
+        task = asyncio.current_task()
+        assert task is not None
+        if self._is_gone:
+            work.close()
             raise ClientGone
-        return task.result()
+        cancelled_before = task.cancelling()
+        self._working = task
+        try:
+            result = await work
+        except asyncio.CancelledError:
+            # Ours, if the client has gone and nobody else cancelled it too.
+            if self._is_gone and task.uncancel() <= cancelled_before:
+                raise ClientGone from None
+            raise
+        else:
+            if self._is_gone and task.cancelling() > cancelled_before:
+                task.uncancel()
+            return result
+        finally:
+            self._working = None
+
+    def _watch_client(self) -> None:
+        if self._is_watched:
+            return
+        self._is_watched = True
+        if self._connection is not None:
+            self._connection.when_lost(self._has_gone)
+        else:
+            self._watch = asyncio.create_task(self._wait_until_gone())
+
+    def _has_gone(self) -> None:
+        self._is_gone = True
+        if self._working is not None:
+            self._working.cancel()
 
     async def _wait_until_gone(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        self._has_gone()
 
     @property
     def is_gone(self) -> bool:
         """Whether the client is known to have hung up."""
-        return self._gone is not None and self._gone.done()
+        return self._is_gone
 
     def close(self) -> None:
         """Nothing is waited for any more."""
-        if self._gone is not None:
-            self._gone.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._is_watched and self._connection is not None:
+            self._connection.forget(self._has_gone)
 
     async def start(self, status: int, headers: Headers) -> None:
         """Status and headers of an answer."""
@@ -128,6 +159,9 @@ class Exchange:
         Raises:
             ClientGone: it has not read for MOST_SEND_SECONDS.
         """
+        if self._connection is not None and not self._connection.is_held_up:
+            await self._send_message(message)
+            return
         try:
             async with asyncio.timeout(MOST_SEND_SECONDS):
                 await self._send_message(message)

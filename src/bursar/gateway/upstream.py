@@ -173,6 +173,13 @@ class Answer:
             yield piece
 
     async def _next_piece(self) -> bytes:
+        content = self._response.content
+        if content.exception() is None:
+            if content.at_eof():
+                return b""
+            here = content.read_nowait(-1)
+            if here:
+                return here
         until = min(self._deadline, asyncio.get_running_loop().time() + self._limits.idle_seconds)
         with _translated(self._target):
             async with asyncio.timeout_at(until):
