@@ -72,14 +72,19 @@ def by_hold(batcher: Batcher, payers: Sequence[Payer]) -> Call:
 
 
 @asynccontextmanager
-async def connections(dsn: str, size: int) -> AsyncIterator[Pool]:
-    """A pool as an application has one, all connections made."""
+async def connections(dsn: str, size: int, *, name: str = "pool") -> AsyncIterator[Pool]:
+    """A pool as an application has one, all connections made, which the server knows by `name`."""
 
     async def configure(connection: Connection) -> None:
         arrays.register(connection)
 
     async with AsyncConnectionPool(
-        dsn, min_size=size, max_size=size, configure=configure, kwargs={"autocommit": True}, timeout=120
+        dsn,
+        min_size=size,
+        max_size=size,
+        configure=configure,
+        kwargs={"autocommit": True, "application_name": name},
+        timeout=120,
     ) as pool:
         await pool.wait()
         yield pool

@@ -6,18 +6,25 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from benchmarks.hotpath import usage
+
 # One call by the caller of this number; true when credits were charged for good.
 Call = Callable[[int], Awaitable[bool]]
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What one round showed: charged calls per second, and how long an answer took."""
+    """What one round showed: charged calls per second, how long an answer took, and how many cores were busy with it.
+
+    client: of this process; server: of the server's processes, None where that cannot be found.
+    """
 
     per_second: float
     p50_ms: float
     p99_ms: float
     charged: int
+    client: float
+    server: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +42,12 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One thing to measure."""
+    """One thing to measure. server: the first process of the server that works for it."""
 
     name: str
     call: Call
     callers: int
+    server: int | None = None
 
 
 async def interleaved(cases: Sequence[Case], *, rounds: int, seconds: float) -> dict[str, list[Pace]]:
@@ -57,6 +65,7 @@ async def pace_of(case: Case, *, seconds: float) -> Pace:
     """One round of one case."""
     latencies: list[float] = []
     charged = 0
+    own, theirs = time.process_time(), usage.seconds_of(case.server)
     stop = time.perf_counter() + seconds
 
     async def caller(number: int) -> None:
@@ -72,6 +81,10 @@ async def pace_of(case: Case, *, seconds: float) -> Pace:
     began = time.perf_counter()
     await asyncio.gather(*(caller(number) for number in range(case.callers)))
     took = time.perf_counter() - began
+    client = (time.process_time() - own) / took
+    after = usage.seconds_of(case.server)
+    server = None if theirs is None or after is None else (after - theirs) / took
     latencies.sort()
     n = len(latencies)
-    return Pace(charged / took, latencies[n // 2] * 1e3, latencies[min(n - 1, n * 99 // 100)] * 1e3, charged)
+    p50, p99 = latencies[n // 2] * 1e3, latencies[min(n - 1, n * 99 // 100)] * 1e3
+    return Pace(charged / took, p50, p99, charged, client, server)

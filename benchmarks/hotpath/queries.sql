@@ -61,3 +61,32 @@ select bench.deduct(%(organization_id)s, %(request_id)s, %(user_id)s, %(api_key_
 
 -- name: write_floor
 select bench.write_floor(%b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b)
+
+-- name: fill_ledger
+-- %(rows)s rows in all, of which this writes those from first to last. One in a hundred is the hot pool's.
+with payers as (
+    select c.organization_id, c.user_id, c.api_key_id, c.chain_id, c.leg_pool_ids[1] as pool_id, row_number() over (order by c.chain_id) - 1 as nr,
+        count(*) over () as payers
+    from credits.chains c where c.replaced_at is null and c.refusal is null
+)
+insert into ledger.attribution (organization_id, request_id, booked_at, used_at, user_id, api_key_id, provider, model, chain_id, pool_id,
+    position_micros, charged_micros, hold_micros, provider_cost_nano_usd, input_tokens, output_tokens)
+select p.organization_id,
+    -- as UUIDv7: its time comes first
+    encode(substring(int8send((extract(epoch from n.at) * 1000)::bigint) from 3) || '\x7000'::bytea || substring(uuid_send(gen_random_uuid()) from 9),
+        'hex')::uuid,
+    n.at, n.at, p.user_id, p.api_key_id, 'openai', 'gpt-4o-mini', p.chain_id, p.pool_id, 0, 0, 0, 12340, 120, 80
+from (
+    select nr, clock_timestamp() - interval '1 hour' * (1 - nr::double precision / %(rows)s) as at
+    from generate_series(%(first)s::bigint, %(last)s::bigint) nr
+) n
+join payers p on p.nr = n.nr %% p.payers
+
+-- name: backends
+select pid from pg_stat_activity where application_name = %(name)s
+
+-- name: pgledger_account
+select id from pgledger_create_account(%(name)s, 'USD', allow_negative_balance => %(may_be_negative)s)
+
+-- name: pgledger_transfer
+select id from pgledger_create_transfer(%(payer)s, %(taker)s, %(amount)s)

@@ -32,21 +32,26 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line. figure: requests per second over rounds, or milliseconds."""
+    """One line. figure: requests per second over rounds, or megabytes; None: not measured.
+
+    client, server: cores that were busy in this process and in those of the server.
+    """
 
     group: str
     name: str
-    figure: Figure
+    figure: Figure | None
     unit: str
     p50_ms: float | None = None
     p99_ms: float | None = None
+    client: float | None = None
+    server: float | None = None
     ratios: tuple[Ratio, ...] = ()
 
 
 def show(rows: Sequence[Row], about: dict[str, Any]) -> None:
     """Print the table."""
     table = Table(title="benchmarks/hotpath", title_justify="left", caption_justify="left")
-    for heading in ("", "median", "least – greatest", "p50 ms", "p99 ms", "against targets"):
+    for heading in ("", "median", "least – greatest", "p50 ms", "p99 ms", "cores: client", "server", "against targets"):
         table.add_column(heading, justify="left" if heading in ("", "against targets") else "right")
     group = ""
     for row in rows:
@@ -56,13 +61,12 @@ def show(rows: Sequence[Row], about: dict[str, Any]) -> None:
             group = row.group
         table.add_row(
             f"  {row.name}",
-            f"{_number(row.figure.median)} {row.unit}",
-            f"{_number(row.figure.least)} – {_number(row.figure.greatest)}",
-            "" if row.p50_ms is None else f"{row.p50_ms:.2f}",
-            "" if row.p99_ms is None else f"{row.p99_ms:.2f}",
+            "not measured" if row.figure is None else f"{_number(row.figure.median)} {row.unit}",
+            "" if row.figure is None else f"{_number(row.figure.least)} – {_number(row.figure.greatest)}",
+            *("" if value is None else f"{value:.2f}" for value in (row.p50_ms, row.p99_ms, row.client, row.server)),
             "\n".join(str(ratio) for ratio in row.ratios),
         )
-    console = Console(width=170)
+    console = Console(width=190)
     console.print(table)
     console.print("\n".join(f"{name}: {value}" for name, value in about.items()))
 
