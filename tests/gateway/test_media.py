@@ -168,15 +168,15 @@ async def test_images_without_a_count_are_counted(
 
 
 async def test_images_of_tens_of_megabytes_pass_plain_and_streamed(payer: Payer, client: openai.AsyncOpenAI) -> None:
-    asked: dict[str, Any] = {"model": "demo-image", "prompt": "a cat", "extra_headers": direct("bytes=25000000")}
-    plain = await client.images.generate(**asked, n=2)
+    asked: dict[str, Any] = {"model": "demo-image", "prompt": "a cat", "extra_headers": direct("bytes=26000000")}
+    plain = await client.images.generate(**asked, n=3)
     assert plain.data is not None
-    assert {len(base64.b64decode(each.b64_json or "")) for each in plain.data} == {25_000_000}
+    assert {len(base64.b64decode(each.b64_json or "")) for each in plain.data} == {26_000_000}
     stream = await client.images.generate(**asked, stream=True)
     [event] = [event async for event in stream]
-    assert len(base64.b64decode(event.b64_json)) == 25_000_000
+    assert len(base64.b64decode(event.b64_json)) == 26_000_000
     rows = await payer.rows("select images from ledger.attribution order by 1")
-    assert rows == [(1,), (2,)]
+    assert rows == [(1,), (3,)]
 
 
 async def test_of_200_images_at_once_exactly_the_100_that_fit_are_made(org: Org, two_servers: list[str]) -> None:
@@ -480,6 +480,8 @@ async def test_counting_tokens_needs_no_credits(org: Org, base_url: str) -> None
     assert (await payer.post({"max_tokens": 5, **COUNT}, path="/v1/messages")).status_code == 402
     answer = await payer.post(COUNT, path="/v1/messages/count_tokens")
     assert (answer.status_code, answer.json()) == (200, {"input_tokens": 7})
+    fixed = await payer.post({**COUNT, "model": "demo-fixed"}, path="/v1/messages/count_tokens")
+    assert fixed.status_code == 200, "not even the price of a request is held"
 
 
 # ------------------------------------------------------------------------------------- what holds for all of them

@@ -12,6 +12,7 @@ from bursar.problems import Problem
 Headers = list[tuple[bytes, bytes]]
 Result = TypeVar("Result")
 
+PIECE_BYTES: Final = 1024 * 1024
 MOST_SEND_SECONDS: Final = 120.0
 """A client that has not taken a piece by then has gone: its hold and the provider's connection do not wait for it."""
 
@@ -171,7 +172,11 @@ class Exchange:
     async def send_whole(self, status: int, headers: Headers, body: bytes) -> None:
         """An answer in one piece."""
         await self.start(status, [*headers, (b"content-length", str(len(body)).encode())])
-        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+        # What is handed over at once is copied at once; a large answer goes as the client takes it.
+        last = max(0, len(body) - 1) // PIECE_BYTES * PIECE_BYTES
+        for place in range(0, last, PIECE_BYTES):
+            await self.send_piece(body[place : place + PIECE_BYTES])
+        await self._send({"type": "http.response.body", "body": body[last:], "more_body": False})
 
     async def refuse(self, problem: Problem) -> None:
         """Our own refusal in the vendor's error shape; after the answer has begun, as the last event of the stream."""

@@ -74,7 +74,15 @@ class EventParser:
         return self._event(raw) if raw else None
 
     def _event_end(self, start: int) -> int | None:
-        match = _EVENT_END.search(self._buffer, max(start, self._searched))
+        begin = max(start, self._searched)
+        if self._buffer.find(b"\r", begin) < 0:
+            # Nearly every stream has plain line feeds; an image is one event of tens of megabytes.
+            place = self._buffer.find(b"\n\n", begin)
+            if place < 0:
+                return None
+            self._searched = 0
+            return place + 2
+        match = _EVENT_END.search(self._buffer, begin)
         if match is None:
             return None
         # A CR at the very end may be the first half of a CR LF: the next piece decides.
@@ -97,7 +105,7 @@ def _fields(text: bytes) -> tuple[str, bytes]:
     """Name and data of an event's lines."""
     name = ""
     data: list[bytes] = []
-    for line in _LINE_END.split(text):
+    for line in _LINE_END.split(text) if b"\r" in text else text.split(b"\n"):
         field, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
         if field == b"data":
