@@ -25,8 +25,8 @@ class Figure:
 FIGURES: Final[Mapping[str, Figure]] = {
     "deductions": Figure(500, 20_000),  # R1
     "steps": Figure(2_000, 100_000),  # R2
-    "kills": Figure(3, 1_000),  # R3: of a server
-    "database kills": Figure(3, 500),  # R4
+    "kills": Figure(5, 1_000),  # R3: of a server
+    "database kills": Figure(5, 500),  # R4
     "other kills": Figure(3, 500),  # R5: of each kind
     "first starts": Figure(2, 25),  # R5: killed while the database is made and migrated
     "seconds": Figure(20, 600),  # R6

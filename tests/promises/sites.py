@@ -245,6 +245,10 @@ class Client:
         """Call after call, each with a key of its own, and tried again until there is a definite answer."""
         while not stop.is_set():
             key = f"{rng.random()}"
+            if rng.random() < 0.25:
+                await self._report(urls, tally, key, rng)
+                tally.keys += 1
+                continue
             directions = f"delay_ms={rng.choice([0, 0, 5, 50])}"
             stream = rng.random() < 0.4
             changes: dict[str, Any] = {"stream": stream}
@@ -255,6 +259,38 @@ class Client:
             while not await self._knows(rng.choice(urls), tally, directions, key, changes):
                 await asyncio.sleep(0.1)
             tally.keys += 1
+
+    async def _report(self, urls: list[str], tally: Tally, key: str, rng: random.Random) -> None:
+        """Charge as a program does that calls models itself: at once, or by a hold, which may be over by then."""
+        amount = rng.randrange(1, 1_000_000)
+        charge: dict[str, Any] = {"amount": {"amount": str(amount), "unit": "micro"}}
+        if rng.random() < 0.5:
+            answer = await self._insist(urls, tally, "deduct", charge, key, rng)
+        else:
+            hold = {**charge, "lease_seconds": 1, "sent": rng.random() < 0.5}
+            held = await self._insist(urls, tally, "authorize", hold, key, rng)
+            settle = {**charge, "request_id": held["request_id"]}
+            answer = await self._insist(urls, tally, "settle", settle, f"{key} settled", rng)
+        tally.charged[answer["request_id"]] = amount
+
+    async def _insist(
+        self, urls: list[str], tally: Tally, name: str, body: dict[str, Any], key: str, rng: random.Random
+    ) -> dict[str, Any]:
+        """Ask until it is done; what was answered."""
+        while True:
+            path = f"{rng.choice(urls)}/api/v1/credits/{name}"
+            try:
+                async with self.http.post(path, json=body, headers={"idempotency-key": key}) as answer:
+                    document: dict[str, Any] = await answer.json(content_type=None)
+            except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
+                tally.statuses[0] += 1
+            else:
+                tally.statuses[answer.status] += 1
+                if answer.status == 200:
+                    return document
+                assert answer.status == 503, f"{name}: {answer.status} {document}"
+                tally.unsaid += "retry-after" not in answer.headers
+            await asyncio.sleep(0.1)
 
     async def _knows(self, url: str, tally: Tally, directions: str, key: str, changes: dict[str, Any]) -> bool:
         """Ask once; whether there is a definite answer."""

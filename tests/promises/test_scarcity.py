@@ -43,11 +43,8 @@ async def database(database: db.Database, admin_dsn: str, settings: Settings) ->
 async def provider(database: db.Database, settings: Settings) -> AsyncIterator[tuple[Provider, str]]:
     """A provider that counts its calls, and the application in front of it."""
     provider, cable = Provider(), Cable(database.dsn("bursar_lane"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bursar.db.connections.POOL_TIMEOUT_SECONDS", 0.1)
-        patch.setattr("bursar.credits.batcher.GIVE_UP_SECONDS", 0.4)
-        async with served(database, settings, provider, cable) as (base_url, _):
-            yield provider, base_url
+    async with served(database, settings, provider, cable) as (base_url, _):
+        yield provider, base_url
 
 
 @pytest.fixture
@@ -130,14 +127,26 @@ class Seen:
     left: int
     told: Counter[tuple[str, int]] = field(default_factory=Counter)  # (what, status)
     answered: dict[str, int] = field(default_factory=dict)  # micros charged, by request id
+    unknown: list[str] = field(default_factory=list)  # keys of deductions that may have been booked
+    deducted: int = 0
+
+
+async def deduct(http: httpx2.AsyncClient, key: str) -> httpx2.Response:
+    """A charge that a program reports."""
+    body = {"amount": {"amount": str(CALL_MICROS), "unit": "micro"}}
+    return await http.post("/api/v1/credits/deduct", json=body, headers={"idempotency-key": key})
 
 
 async def call_on(payer: Payer, http: httpx2.AsyncClient, seen: Seen, rng: random.Random) -> None:
     """Calls of models and questions about the books, until all were made."""
     while seen.left > 0:
         seen.left -= 1
-        what = rng.choice(["plain", "stream", "read"])
-        if what == "read":
+        what = rng.choice(["plain", "stream", "read", "deduct"])
+        key = f"{rng.random()}"
+        if what == "deduct":
+            answer = await deduct(http, key)
+            seen.deducted += 1
+        elif what == "read":
             answer = await http.get(f"/api/v1/organizations/{payer.org.slug}/why?model=demo-1&amount=1")
         else:
             answer = await http.post("/v1/chat/completions", json={**CALL, "stream": what == "stream"})
@@ -146,7 +155,10 @@ async def call_on(payer: Payer, http: httpx2.AsyncClient, seen: Seen, rng: rando
         if answer.status_code == 503:
             assert "retry-after" in answer.headers, answer.text
             assert "Traceback" not in answer.text
+            seen.unknown += [key] if what == "deduct" else []
             await asyncio.sleep(0.01)
+        elif what == "deduct":
+            seen.answered[answer.json()["request_id"]] = CALL_MICROS
         elif what == "plain":
             seen.answered[answer.headers["x-request-id"]] = round(float(answer.headers["bursar-charged"]) * 10**6)
         elif what == "stream" and "books_unavailable" not in answer.text:
@@ -172,21 +184,31 @@ async def test_a_shortage_is_told_as_503_and_charges_all_of_a_call_or_nothing(
     headers = {"authorization": f"Bearer {payer.key}"}
     limits = httpx2.Limits(max_connections=None)
     async with httpx2.AsyncClient(base_url=payer.base_url, headers=headers, timeout=30, limits=limits) as http:
-        work = [asyncio.create_task(call_on(payer, http, seen, random.Random(rng.random()))) for _ in range(CALLERS)]
-        while not all(task.done() for task in work):
-            async with shortage(payer):
-                pass
-            await asyncio.sleep(rng.random() * 0.3)
-        await asyncio.gather(*work)
+        with pytest.MonkeyPatch.context() as patch:  # nobody waits for ten seconds
+            patch.setattr("bursar.db.connections.POOL_TIMEOUT_SECONDS", 0.1)
+            patch.setattr("bursar.credits.batcher.GIVE_UP_SECONDS", 0.4)
+            work = [
+                asyncio.create_task(call_on(payer, http, seen, random.Random(rng.random()))) for _ in range(CALLERS)
+            ]
+            while not all(task.done() for task in work):
+                async with shortage(payer):
+                    pass
+                await asyncio.sleep(rng.random() * 0.3)
+            await asyncio.gather(*work)
         for _ in range(3):
             assert (await http.post("/v1/chat/completions", json=CALL)).status_code == 200, "it serves again"
+        for key in seen.unknown:
+            answer = await deduct(http, key)
+            assert answer.status_code == 200, answer.text
+            seen.answered[answer.json()["request_id"]] = CALL_MICROS
     await quiet(payer)
     tell(f"{shortage.__name__}: {dict(sorted(seen.told.items()))}")
     assert sum(count for (_, status), count in seen.told.items() if status == 503) > 0, "the test ran short of nothing"
     rows = await payer.rows("select request_id, charged_micros, kind from ledger.attribution")
     assert {(row[1], row[2]) for row in rows} == {(CALL_MICROS, 0)}, "all of a call"
     booked = {f"req_{row[0].hex}": row[1] for row in rows}
-    assert len(booked) == len(rows) == provider[0].calls - calls, "each call that the provider answered, once"
+    answered = provider[0].calls - calls
+    assert len(booked) == len(rows) == answered + seen.deducted, "each call that was answered and each deduction, once"
     assert seen.answered.items() <= booked.items()
     pool = await payer.pool()
     assert (pool.used_micros, pool.held_micros) == (len(rows) * CALL_MICROS, 0)
