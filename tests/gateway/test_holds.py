@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+import psycopg
 import pytest
 from fastapi import FastAPI
 from tests.conftest import MakeOrg, Org
@@ -14,6 +15,7 @@ from tests.gateway.conftest import Payer, fund
 from tests.gateway.scripted import Cable, Provider, served
 
 from bursar import db
+from bursar.credits import why
 from bursar.credits.limits import LimitAction, Metric, NotStrict, Scope, end_limit, set_limit
 from bursar.gateway.calls import Call, Till
 from bursar.gateway.front import Front
@@ -287,7 +289,65 @@ async def test_many_streams_at_a_limit_use_what_there_is_and_end_one_after_anoth
     assert pool.held_micros == 0
     rows = await payer.rows("select sum(charged_micros), count(*) from ledger.attribution")
     assert rows == [(pool.used_micros, 4)]
-    assert pool.used_micros > micros_of(5_000), "nearly all of it was used"
+    assert pool.used_micros > micros_of(4_300), "three until they had used their first hold, and one all it wanted"
+
+
+# -- which limit comes next
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_answers_name_the_limit_that_such_calls_come_to_first(scene: Scene, org: Org, stream: bool) -> None:
+    payer = await paying(org, scene.base_url, 100 * micros_of(20))
+    body = {**CALL, "max_tokens": 20, "stream": stream}
+    answer = await payer.post(body)
+    assert answer.headers["bursar-binding-limit"] == "Shared credits"
+    assert "bursar-resets-at" not in answer.headers
+    await strict(payer, 20, metric=Metric.CALLS, is_strict=False)  # nearer than 99 more calls that can be paid
+    await strict(payer, 1, action=LimitAction.WARNS, is_strict=False)  # stops nobody
+    scene.till._nearest._known.clear()  # what is known is kept for seconds
+    answer = await payer.post(body)
+    assert answer.headers["bursar-binding-limit"] == "Key cap on calls per month"
+    told = (await payer.post({**body, "max_tokens": 10**6})).json()["error"]["why"]
+    [cap] = [each for each in told["limits"] if each["name"] == "Key cap on calls per month"]
+    assert answer.headers["bursar-resets-at"] == cap["resets_at"]
+    assert (await payer.post(body, bursar_demo="fail=400")).headers["bursar-binding-limit"] == cap["name"]
+
+
+async def test_the_next_limit_is_read_beside_the_call_once_in_a_while_and_never_locks_the_gate(
+    scene: Scene, org: Org, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payer = await paying(org, scene.base_url, 10**9)
+    read: list[str] = []
+    real = why.limits_passed
+
+    async def limits_passed(conn: db.Connection, **asker: Any) -> Any:
+        read.append("read")
+        return await real(conn, **asker)
+
+    monkeypatch.setattr(why, "limits_passed", limits_passed)
+    monkeypatch.setattr("bursar.gateway.nearest.FRESH_SECONDS", 60)
+    async with await psycopg.AsyncConnection.connect(org.database.dsn("admin")) as conn:
+        await payer.post(CALL)
+        await conn.execute("select from credits.gates where organization_id = %s for update", [org.organization_id])
+        blocked = await asyncio.wait_for(limits_of(payer), 10)
+        assert {each.name for each in blocked} == {"Shared credits", "Shared credits: what nobody reserved"}
+        await conn.rollback()
+    read.clear()
+    scene.till._nearest._known.clear()
+    for _ in range(5):
+        assert (await payer.post(CALL)).headers["bursar-binding-limit"] == "Shared credits"
+    assert read == ["read"]
+
+
+async def limits_of(payer: Payer) -> tuple[why.LimitState, ...]:
+    async with payer.org.tenant() as conn:
+        return await why.limits_passed(
+            conn,
+            organization_id=payer.org.organization_id,
+            user_id=payer.user_id,
+            api_key_id=payer.api_key_id,
+            model="demo-1",
+        )
 
 
 # -- a burst into a budget

@@ -63,6 +63,12 @@ order by created_at, limit_id
 -- name: current_chain
 select credits.current_chain(%(organization_id)s, %(user_id)s, %(api_key_id)s)
 
+-- name: chain_in_use
+-- Asks without the gate: of a call that was let through, the chain is there, at most about to be replaced.
+select chain_id from credits.chains
+where organization_id = %(organization_id)s and user_id = coalesce(%(user_id)s, '00000000-0000-0000-0000-000000000000'::uuid)
+  and api_key_id = coalesce(%(api_key_id)s, '00000000-0000-0000-0000-000000000000'::uuid) and replaced_at is null
+
 -- name: chain
 -- The pools and limits that a chain checks for a model, each with its balance now and who set it.
 select c.refusal, e.id as balance_id, e.leg, (array['credits', 'calls', 'tokens'])[e.metric + 1] as metric, b.kind, b.stops,

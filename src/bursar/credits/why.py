@@ -271,6 +271,37 @@ def _spendable(limits: Sequence[LimitState], legs: Sequence[int | None]) -> Micr
     return Micros(min([_of_legs(limits, legs), *caps]))
 
 
+async def limits_passed(
+    conn: db.Connection, *, organization_id: UUID, user_id: UUID | None, api_key_id: UUID | None, model: str
+) -> tuple[LimitState, ...]:
+    """What a call that was let through a moment ago had to pass, as it is now. Locks nothing; empty: nobody called."""
+    chain_id = await db.fetch_value(
+        conn, QUERIES.chain_in_use, organization_id=organization_id, user_id=user_id, api_key_id=api_key_id
+    )
+    states = await db.fetch_all(
+        conn, LimitState, QUERIES.chain, organization_id=organization_id, chain_id=chain_id, model=model
+    )
+    return tuple(each for each in states if each.balance_id is not None)
+
+
+def nearest(limits: Sequence[LimitState], *, micros: int, tokens: int) -> LimitState | None:
+    """The limit that the fewest further calls of this size fit into; among equals the one with the least room for its
+    size. Limits that only warn do not count, nor any for what such a call does not use.
+
+    Of several ways to pay, the last one that has anything counts: those before it only pass the call on.
+    """
+    needs = {"credits": micros, "calls": 1, "tokens": tokens}
+    legs = sorted({each.leg for each in limits if each.leg})
+    able = [leg for leg in legs if min(each.room for each in limits if each.leg == leg) > 0]
+    last = (able or legs or [0])[-1]
+    stopping = [each for each in limits if each.stops and each.leg in (0, last) and needs.get(each.metric or "", 0) > 0]
+    return min(
+        stopping,
+        key=lambda each: (each.room // needs[each.metric or ""], each.room * 1_000_000 // max(1, each.limit_amount)),
+        default=None,
+    )
+
+
 def decided(answer: Why, *, code: str, binding_id: UUID | None) -> Why:
     """The answer with what move_batch decided a moment ago: it is the decision, this is its explanation."""
     binding = next((each for each in answer.limits if each.balance_id == binding_id), None)
@@ -283,10 +314,7 @@ def refusal(answer: Why, *, organization: str | None = None) -> Problem:
     problem = _PROBLEMS.get(code, NotAllowedHere)
     detail = answer.binding.name if answer.binding else problem.title
     headers = {"x-should-retry": "false"}
-    if answer.binding is not None:
-        headers["Bursar-Binding-Limit"] = header_text(answer.binding.name)
-        if answer.binding.resets_at:
-            headers["Bursar-Resets-At"] = answer.binding.resets_at.isoformat()
+    headers.update(limit_headers(answer.binding))
     headers["Bursar-Available"] = format_credits(answer.available_micros)
     return problem(
         f"{detail}: {format_credits(answer.wanted_micros)} credits are needed, "
@@ -294,6 +322,14 @@ def refusal(answer: Why, *, organization: str | None = None) -> Problem:
         why=answer.as_json(organization=organization),
         headers=headers,
     )
+
+
+def limit_headers(limit: LimitState | None) -> dict[str, str]:
+    """The headers that name a limit and say when it begins anew."""
+    if limit is None:
+        return {}
+    resets = {"Bursar-Resets-At": limit.resets_at.isoformat()} if limit.resets_at else {}
+    return {"Bursar-Binding-Limit": header_text(limit.name), **resets}
 
 
 def header_text(text: str) -> str:

@@ -17,6 +17,7 @@ from bursar.credits import explain, why
 from bursar.credits.batcher import Batcher, Unavailable
 from bursar.credits.grants import KeyReused
 from bursar.credits.moves import Action, Flag, Move, Outcome, Verdict
+from bursar.gateway.nearest import Nearest
 from bursar.gateway.outputs import Kind, Outputs, kind_of
 from bursar.gateway.upstream import Target
 from bursar.gateway.wire import UsageMeter, WireRequest
@@ -93,6 +94,7 @@ class Call:
     available_micros: Micros | None = None
     meter: UsageMeter | None = None
     stopped_by: Verdict | None = None
+    nearest: why.LimitState | None = None
 
     @property
     def attempt(self) -> Attempt:
@@ -215,6 +217,7 @@ class Till:
         self._batcher = batcher
         self._lease_seconds = database.settings.lease_seconds
         self._outputs = Outputs(database)
+        self._nearest = Nearest(database)
         self._strict: dict[Kind, float] = {}  # until when, by the monotonic clock
         self._running: dict[UUID, Call] = {}
         self._idle = asyncio.Event()
@@ -242,6 +245,7 @@ class Till:
         call.available_micros = verdict.available_micros
         self._running[call.request_id] = call
         self._idle.clear()
+        self._nearest.look(call.principal, call.quote.model)
 
     async def _authorized(self, call: Call) -> tuple[Move, Verdict]:
         """What was asked for in the end, and what was decided. A guess is made anew for as long as that may help."""
@@ -364,6 +368,11 @@ class Till:
             tokens = usage.output_tokens + usage.audio_output_tokens + usage.image_output_tokens
             self._outputs.note(call.principal, call.quote.model, -(-tokens // call.request.choices))
 
+    async def tell_nearest(self, call: Call) -> None:
+        """Note on the call which limit will stop such calls first, as of seconds ago."""
+        size = {"micros": call.held_micros, "tokens": call.held_tokens}
+        call.nearest = await self._nearest.of(call.principal, call.quote.model, **size)
+
     async def release(self, call: Call) -> Verdict:
         """Free the hold and charge nothing: the provider did nothing."""
         self._end(call)
@@ -400,6 +409,7 @@ class Till:
         while self._closing:
             await asyncio.gather(*self._closing, return_exceptions=True)
         await self._outputs.close()
+        await self._nearest.close()
 
     async def _progress(self, call: Call) -> None:
         try:

@@ -8,6 +8,7 @@ from typing import Final
 import structlog
 from prometheus_client import Counter
 
+from bursar.credits import why
 from bursar.credits.moves import Verdict
 from bursar.gateway import sse
 from bursar.gateway.calls import Call, Till
@@ -134,6 +135,7 @@ class Relay:
         """The provider refused or failed: it costs nothing, and its own words go on."""
         if self._till.is_running(call):
             await self._till.release(call)
+        await self._till.tell_nearest(call)
         charged = _charge_headers(call, Micros(0), call.available_micros)
         await exchange.send_whole(answer.status, [*answer.headers, *charged], body)
 
@@ -147,6 +149,7 @@ class Relay:
             return
         measured = call.meter.measure()
         verdict = await self._till.settle(call, measured.usage, estimated=measured.estimated)
+        await self._till.tell_nearest(call)
         charged = _charge_headers(call, verdict.charged_micros, verdict.available_micros)
         await exchange.send_whole(answer.status, [*answer.headers, *charged], body)
 
@@ -168,6 +171,7 @@ class Relay:
 
     async def _pump(self, exchange: Exchange, call: Call, answer: Answer) -> None:
         assert call.meter is not None
+        await self._till.tell_nearest(call)
         await exchange.start(answer.status, [*answer.headers, *_hold_headers(call)])
         try:
             async for piece in answer.pieces():
@@ -209,6 +213,7 @@ def _hold_headers(call: Call) -> Headers:
 
 def _common_headers(call: Call, available: Micros | None) -> Headers:
     headers = [] if available is None else [(b"bursar-available", format_credits(available).encode())]
+    headers += [(name.lower().encode(), text.encode()) for name, text in why.limit_headers(call.nearest).items()]
     if call.tried:
         headers.append((b"bursar-attempt", str(call.tried + 1).encode()))
         headers.append((b"bursar-provider", call.target.provider.name.encode()))
