@@ -26,6 +26,11 @@ CLAUDE: dict[str, Any] = {"model": "demo-claude", "max_tokens": 20, "messages": 
 TOOLS: list[Any] = [
     {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 ]
+RESPONSE: dict[str, Any] = {"model": "demo-1", "max_output_tokens": 20, "input": "hello there"}
+RESPONSE_TOOLS: list[Any] = [
+    {"type": "function", "name": "weather", "parameters": {"type": "object", "properties": {}}, "strict": False},
+    {"type": "web_search"},
+]
 CLAUDE_TOOLS: list[Any] = [{"name": "weather", "input_schema": {"type": "object", "properties": {}}}]
 
 
@@ -198,6 +203,48 @@ async def unusual_fields(side: Side) -> Any:
     return answer.model_dump()
 
 
+async def plain_response(side: Side) -> Any:
+    return (await side.openai().responses.create(**RESPONSE, reasoning={"effort": "low"}, store=False)).model_dump()
+
+
+async def streamed_response(side: Side) -> Any:
+    return [event.model_dump() async for event in await side.openai().responses.create(**RESPONSE, stream=True)]
+
+
+async def response_helper(side: Side) -> Any:
+    whole = {"Bursar-Demo": "output_tokens=12; reasoning=5; searches=1"}
+    async with side.openai().responses.stream(**RESPONSE, tools=RESPONSE_TOOLS, extra_headers=whole) as stream:
+        kinds = [event.type async for event in stream]
+        return kinds, (await stream.get_final_response()).model_dump(warnings=False)
+
+
+async def response_with_tool_calls(side: Side) -> Any:
+    headers = {"Bursar-Demo": "tool_calls=2; output_tokens=8"}
+    asked: dict[str, Any] = {**RESPONSE, "tools": RESPONSE_TOOLS, "extra_headers": headers}
+    async with side.openai().responses.stream(**asked) as stream:
+        return (await stream.get_final_response()).model_dump(warnings=False)
+
+
+async def forecast_response(request: web.Request) -> web.StreamResponse:
+    part = {"type": "output_text", "text": '{"city": "Oslo", "degrees": -3}', "annotations": []}
+    item = {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed", "content": [part]}
+    document = {"id": "resp_1", "object": "response", "created_at": 1, "model": "demo-1", "status": "completed"}
+    usage = {"input_tokens": 60, "output_tokens": 12, "total_tokens": 72}
+    return web.json_response({**document, "output": [item], "usage": usage})
+
+
+async def structured_response(side: Side) -> Any:
+    headers = {"Bursar-Demo": side.recorder.script(forecast_response)}
+    answer = await side.openai().responses.parse(**RESPONSE, text_format=Forecast, extra_headers=headers)
+    assert answer.output_parsed == Forecast(city="Oslo", degrees=-3)
+    return answer.model_dump(warnings=False)
+
+
+async def error_in_a_streamed_response(side: Side) -> Any:
+    asked = {"stream": True, "extra_headers": {"Bursar-Demo": "error_after=3"}}
+    return [event.model_dump() async for event in await side.openai().responses.create(**RESPONSE, **asked)]
+
+
 async def plain_message(side: Side) -> Any:
     return (await side.anthropic().messages.create(**CLAUDE)).model_dump()
 
@@ -243,6 +290,12 @@ SCENES: list[Scene] = [
     error_in_a_stream,
     synchronous_chat,
     unusual_fields,
+    plain_response,
+    streamed_response,
+    response_helper,
+    response_with_tool_calls,
+    structured_response,
+    error_in_a_streamed_response,
     plain_message,
     streamed_message,
     text_stream,

@@ -180,6 +180,17 @@ async def test_structured_outputs_are_parsed(scripted: tuple[Payer, Provider]) -
     assert (await usage_row(payer))[:4] == (40 * 100 + 12 * 400, 0, 40, 12)
 
 
+async def test_a_context_is_compacted_and_charged(payer: Payer, client: openai.AsyncOpenAI) -> None:
+    compact = await client.responses.compact(
+        model="demo-1", input="hello there", extra_headers=directed("output_tokens=30")
+    )
+    assert compact.usage is not None
+    assert (compact.object, compact.usage.output_tokens) == ("response.compaction", 30)
+    assert await usage_row(payer) == (10 * 100 + 30 * 400, 0, 10, 30, 0, 0, 0)
+    streamed = await payer.post({**CALL, "stream": True}, path=f"{PATH}/compact")
+    assert (streamed.status_code, streamed.json()["error"]["code"]) == (400, "unreadable_request")
+
+
 # -- holds and refusals
 
 

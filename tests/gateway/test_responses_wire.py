@@ -341,6 +341,7 @@ ITEMS: list[tuple[dict[str, Any], int]] = [
     ({"type": "apply_patch_call", "operation": {"type": "create_file", "diff": "four", "path": "four"}}, 2),
     ({"type": "web_search_call", "action": {"type": "search", "query": "four", "queries": ["four"]}}, 1),
     ({"type": "file_search_call", "queries": ["four"], "results": [{"text": "A" * 999}]}, 1),
+    ({**MESSAGE, "role": "user"}, 0),
     ({"type": "image_generation_call", "result": "A" * 999}, 0),
     ({"type": "web_search_call", "action": "odd", "content": "odd", "queries": {"odd": 1}}, 0),
 ]
@@ -406,6 +407,7 @@ CALLS = [
     *SEARCHES,
     call("file_search_call", "fs_1", queries=["a", "b"]),
     call("file_search_call", "fs_2", queries=["a"]),
+    {**call("file_search_call", "fs_3"), "status": "failed"},
     call("code_interpreter_call", "ci_1", container_id="cntr_1"),
     call("code_interpreter_call", "ci_2", container_id="cntr_1"),
     call("shell_call", "sh_1", environment={"type": "container_reference", "container_id": "cntr_2"}),

@@ -34,7 +34,7 @@ import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,6 +43,7 @@ from aiohttp import web
 
 from bursar.gateway import (
     anthropic_wire,
+    compact_wire,
     demo_anthropic,
     demo_media,
     demo_openai,
@@ -84,6 +85,7 @@ def _vendor(format: wire.Wire, shape: Any) -> _Vendor:
 
 _OPENAI: Final = _vendor(openai_wire, demo_openai)
 _RESPONSES: Final = _vendor(responses_wire, demo_responses)
+_COMPACT: Final = replace(_vendor(compact_wire, demo_responses), body=demo_responses.compacted)
 _ANTHROPIC: Final = _vendor(anthropic_wire, demo_anthropic)
 
 
@@ -163,6 +165,10 @@ async def _responses(request: web.Request) -> web.StreamResponse:
     return await _serve(request, _RESPONSES)
 
 
+async def _compact(request: web.Request) -> web.StreamResponse:
+    return await _serve(request, _COMPACT)
+
+
 async def _messages(request: web.Request) -> web.StreamResponse:
     return await _serve(request, _ANTHROPIC)
 
@@ -188,6 +194,7 @@ def application(folder: Path | None = None) -> web.Application:
     app.add_routes(DemoBatches(folder or Path(tempfile.gettempdir()) / "bursar-demo").routes())
     app.router.add_post("/v1/chat/completions", _chat_completions)
     app.router.add_post("/v1/responses", _responses)
+    app.router.add_post("/v1/responses/compact", _compact)
     app.router.add_post("/v1/messages", _messages)
     app.router.add_get("/v1/models", _models)
     demo_media.add_routes(app.router)

@@ -12,7 +12,7 @@ from bursar.gateway import demo_openai, sse, wire
 from bursar.gateway.demo_answers import Answer
 from bursar.gateway.demo_openai import error
 
-__all__ = ["body", "error", "error_event", "events", "tools"]
+__all__ = ["body", "compacted", "error", "error_event", "events", "tools"]
 
 _encode: Final = msgspec.json.encode
 
@@ -28,6 +28,14 @@ def body(answer: Answer) -> bytes:
     """The plain answer."""
     items = [*_tool_items(answer), *_spoken_items(answer)]
     return _encode(_response(answer, _status(answer), items))
+
+
+def compacted(answer: Answer) -> bytes:
+    """A compaction: an item that stands for what was said before."""
+    text = "".join(answer.choices[0])
+    item = {"id": f"cmp_{answer.id}", "type": "compaction", "encrypted_content": text}
+    document = {"id": f"resp_{answer.id}", "object": "response.compaction", "created_at": demo_openai.CREATED}
+    return _encode({**document, "output": [item], "usage": _usage(answer)})
 
 
 def events(answer: Answer) -> tuple[list[bytes], list[bytes], list[bytes]]:

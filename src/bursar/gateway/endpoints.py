@@ -5,6 +5,7 @@ from typing import Final
 
 from bursar.gateway import (
     anthropic_wire,
+    compact_wire,
     count_tokens_wire,
     embeddings_wire,
     images_wire,
@@ -37,6 +38,7 @@ ENDPOINTS: Final = {
     for endpoint in (
         Endpoint("/v1/chat/completions", openai_wire, "openai"),
         Endpoint("/v1/responses", responses_wire, "openai"),
+        Endpoint("/v1/responses/compact", compact_wire, "openai"),
         Endpoint("/v1/embeddings", embeddings_wire, "openai"),
         Endpoint("/v1/images/generations", images_wire, "openai"),
         Endpoint("/v1/audio/speech", speech_wire, "openai"),

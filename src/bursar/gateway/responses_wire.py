@@ -385,7 +385,12 @@ def _is_search(item: dict[str, Any]) -> bool:
 
 
 def _output_units(item: dict[str, Any]) -> int:
-    """Units of what the model put out in an item; results of the provider's own tools are its input, not output."""
+    """Units of what the model put out in an item; results of the provider's own tools are its input, not output.
+
+    So are messages of the user, which a compaction repeats.
+    """
+    if item.get("role") == "user":
+        return 0
     return sum(tokens.text_units(text) for text in _output_texts(item) if isinstance(text, str))
 
 
