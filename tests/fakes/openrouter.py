@@ -47,6 +47,10 @@ class OpenRouter:
         if not call.body.get("stream"):
             if "breaks" in text:  # the provider behind it failed after the status was sent
                 return web.json_response({"error": {"message": "Provider returned error", "code": 502}})
+            if "half" in text:
+                error = {"message": "Provider returned error", "code": 502}
+                choice = {"index": 0, "message": {"content": "Good day"}, "finish_reason": "error", "error": error}
+                return web.json_response({**head, "object": "chat.completion", "choices": [choice], "error": error})
             message = {"role": "assistant", "content": "Good day to you", "refusal": None, "reasoning": None}
             choice = {"index": 0, "message": message, "finish_reason": "stop", "native_finish_reason": "stop"}
             return web.json_response({**head, "object": "chat.completion", "choices": [choice], "usage": USAGE})

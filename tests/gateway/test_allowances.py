@@ -422,6 +422,35 @@ async def test_why_says_the_same_on_the_command_line_and_in_the_api(payer: Payer
         assert (await http.get(path, params={"model": "demo-1-mini"})).json()["allowed"] is True
 
 
+async def test_an_administrator_makes_rules_and_a_member_does_not(payer: Payer) -> None:
+    org = payer.org
+    admin, member = await org.key(org.admin), await org.key(await org.member())
+    async with org.tenant() as conn:
+        team = await create_team(
+            conn, organization_id=org.organization_id, name="Data", department_id=None, by=OPERATOR
+        )
+    path = f"/api/v1/organizations/{org.slug}/model-rules"
+    async with httpx2.AsyncClient(base_url=payer.base_url, headers={"authorization": f"Bearer {admin.text}"}) as http:
+        made = await http.post(path, json={"effect": "deny", "pattern": "demo-1-long", "team": f"team_{team.team_id}"})
+        again = await http.post(path, json={"effect": "deny", "pattern": "demo-1-long", "team": f"team_{team.team_id}"})
+        assert (made.status_code, again.json()) == (201, made.json())
+        assert (made.json()["set_by"], made.json()["scope_name"]) == ("Dana Test", "Data")
+        of_key = {"effect": "allow", "pattern": "%", "key": f"key_{payer.api_key_id.hex}"}
+        assert (await http.post(path, json=of_key)).json()["scope"] == "key"
+        both = {**of_key, "team": f"team_{team.team_id}"}
+        assert (await http.post(path, json=both)).status_code == 422
+        assert (await http.post(path, json={**of_key, "key": f"key_{uuid7().hex}"})).status_code == 404
+        assert (await http.post(path, json={"effect": "allow", "pattern": " "})).status_code == 422
+        assert [each["pattern"] for each in (await http.get(path)).json()["items"]] == ["demo-1-long", "%"]
+        removed = await http.delete(f"{path}/{made.json()['id']}")
+        assert (removed.status_code, removed.content) == (204, b"")
+        assert (await http.delete(f"{path}/{made.json()['id']}")).status_code == 404
+        http.headers["authorization"] = f"Bearer {member.text}"
+        assert (await http.post(path, json=of_key)).status_code == 403
+        assert (await http.get(path)).status_code == 403
+    assert [each.pattern for each in await rules_of(org)] == ["%"]
+
+
 async def test_many_organizations_ask_at_once_and_each_gets_its_own(make_org: MakeOrg) -> None:
     orgs = [await make_org() for _ in range(4)]
     for place, each in enumerate(orgs):

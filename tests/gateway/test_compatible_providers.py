@@ -241,9 +241,11 @@ async def test_openrouters_errors_in_mid_stream_reach_the_client_and_what_came_b
         failed = await payer.post({**call, "messages": breaks})
         assert failed.json()["error"]["message"] == "Provider returned error"
         assert failed.headers["bursar-charged"] == format_credits(0), "an error that comes with status 200"
+        half = await payer.post({**call, "messages": [{"role": "user", "content": "only half"}]})
+        assert half.headers["bursar-charged"] != format_credits(0), "but what was put out is charged"
         poor = await payer.post({**call, "messages": [{"role": "user", "content": "no credits"}]})
     assert poor.status_code >= 402
-    assert len(await charges(payer, 1)) == 1
+    assert len(await charges(payer, 2)) == 2
 
 
 # -- what the operator may fix

@@ -36,6 +36,7 @@ from bursar.gateway import adapter_process, litellm_adapter
 from bursar.gateway.adapter_process import AdapterProcess, AdapterUnavailable
 from bursar.gateway.provider_keys import add_provider_key
 from bursar.gateway.providers import Provider, put_provider
+from bursar.gateway.routes import put_model_route
 from bursar.gateway.sealing import Keyring
 from bursar.gateway.upstream import ProviderRefusesUs, Target, Upstream
 from bursar.identity.organizations import PLATFORM_ORGANIZATION_ID
@@ -424,5 +425,13 @@ async def test_without_litellm_its_providers_are_refused_and_all_others_serve(
             await client.chat.completions.create(**{**CHAT, "model": f"{provider}/{gemini.MODEL}"})
         assert (refused.value.status_code, refused.value.code) == (503, "litellm_unavailable")
         await client.chat.completions.create(**{**CHAT, "model": "demo-1"})
+        async with priced.platform() as conn:
+            name = f"alias-{uuid7().hex}"
+            await put_model_route(
+                conn, model=name, provider=provider, upstream_model=gemini.MODEL, fallbacks=["demo/demo-1"], by=OPERATOR
+            )
+        await asyncio.sleep(5.1)  # running servers follow
+        fallen = await client.chat.completions.create(**{**CHAT, "model": name})
+        assert fallen.model == "demo-1"
     async with priced.platform() as conn:
         await put_provider(conn, name=provider, enabled=False, by=OPERATOR)

@@ -46,6 +46,9 @@ NEEDS = {
     "GET /api/v1/organizations/{org}/overview": "usage:read",
     "GET /api/v1/organizations/{org}/overview.csv": "usage:read",
     "GET /api/v1/organizations/{org}/why": "a member",
+    "GET /api/v1/organizations/{org}/model-rules": "limits:read",
+    "POST /api/v1/organizations/{org}/model-rules": "limits:write",
+    "DELETE /api/v1/organizations/{org}/model-rules/{rule_id}": "a rule",
     "GET /api/v1/requests/{request_id}": "one's own",
     "POST /api/v1/credits/authorize": "charges:write",
     "POST /api/v1/credits/deduct": "charges:write",
@@ -181,8 +184,12 @@ def operations(app: FastAPI) -> set[str]:
 async def ask(http: httpx2.AsyncClient, operation: str, headers: dict[str, str], **names: str) -> httpx2.Response:
     """One call. names: of the path; what is left over goes into the query."""
     method, template = operation.split(" ")
+    names.setdefault("rule_id", f"rule_{uuid7().hex}")
     path = re.sub(r"\{(\w+)\}", lambda found: names.pop(found[1]), template)
+    names.pop("rule_id", None)
     body = {"json": CALL} if method == "POST" and path.startswith("/v1") else {}
+    if NEEDS[operation] == "limits:write":
+        body = {"json": {"effect": "allow", "pattern": "%"}}
     if NEEDS[operation] == "charges:write":
         body = {"json": {"amount": {"amount": "0.01", "unit": "credit"}}}
     if NEEDS[operation] == "a hold":
@@ -354,6 +361,8 @@ async def test_roles_and_scopes_decide_inside_of_the_organization(victim: Victim
     }
     may = {
         "usage:read": {"auditor", "administrator", "service", "reading only"},
+        "limits:read": {"auditor", "administrator", "service", "reading only"},
+        "limits:write": {"administrator", "service"},
         "charges:write": {"administrator", "service"},
         "a member": set(callers),
         "inference": {"member", "administrator", "service", "inference only"},
@@ -363,10 +372,28 @@ async def test_roles_and_scopes_decide_inside_of_the_organization(victim: Victim
             continue
         for name, headers in callers.items():
             answer = await ask(http, operation, headers, org=org.slug, model="demo-1", table="people")
-            wanted = 200 if name in may[needs] else 403
+            wanted = 403 if name not in may[needs] else 201 if needs == "limits:write" else 200
             assert answer.status_code == wanted, (operation, name, answer.text[:300])
             if wanted == 403:
                 assert_no_canary(answer, who=name)
+
+
+async def test_a_foreign_rule_answers_as_an_unknown_one(
+    victim: Victim, make_org: MakeOrg, http: httpx2.AsyncClient
+) -> None:
+    made = await ask(
+        http, "POST /api/v1/organizations/{org}/model-rules", bearer(victim.admin_key), org=victim.org.slug
+    )
+    operation = "DELETE /api/v1/organizations/{org}/model-rules/{rule_id}"
+    stranger = await make_org()
+    admin = bearer((await stranger.key(stranger.admin)).text)
+    unknown = await ask(http, operation, admin, org=stranger.slug)
+    foreign = await ask(http, operation, admin, org=stranger.slug, rule_id=made.json()["id"])
+    assert (foreign.status_code, shape(foreign)) == (404, shape(unknown))
+    member = await ask(http, operation, bearer(victim.member_key), org=victim.org.slug, rule_id=made.json()["id"])
+    assert member.status_code == 403
+    own = await ask(http, operation, bearer(victim.admin_key), org=victim.org.slug, rule_id=made.json()["id"])
+    assert own.status_code == 204
 
 
 async def test_why_tells_a_member_nothing_of_others(

@@ -303,10 +303,11 @@ async def add_model_rule(
     by: Actor,
     scope: Scope = "organization",
     scope_id: UUID | None = None,
+    created_by: UUID | None = None,
 ) -> ModelRule:
     """Allow or deny models from now on (within seconds in running processes). The same rule again changes nothing.
 
-    scope_id: of the team, or of the first key of a chain of rotations.
+    scope_id: of the team, or of the first key of a chain of rotations. created_by: the person behind a key that acts.
 
     Raises:
         InvalidModelRule
@@ -334,7 +335,7 @@ async def add_model_rule(
         scope_id=scope_id or organization_id,
         effect=effect,
         pattern=pattern,
-        created_by=by.user_id,
+        created_by=by.user_id or created_by,
     )
     await record(
         conn,

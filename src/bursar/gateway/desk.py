@@ -11,7 +11,7 @@ import structlog
 
 from bursar import db
 from bursar.clock import now
-from bursar.gateway.adapter_process import AdapterProcess
+from bursar.gateway.adapter_process import AdapterProcess, AdapterUnavailable
 from bursar.gateway.allowances import (
     AllowanceFinder,
     Allowances,
@@ -80,7 +80,15 @@ class Desk:
         route = await self._route(asked[-1], format)
         if allowances.has_rules:
             route = self._allowed(allowances, _caller(principal), asked, route)
-        first = await self._attempt(principal.organization_id, request, route)
+        while True:
+            try:
+                first = await self._attempt(principal.organization_id, request, route)
+                break
+            except AdapterUnavailable:
+                # Like a provider that is down: who comes next on the route is asked.
+                if not route.fallbacks:
+                    raise
+                route = replace(route.fallbacks[0], fallbacks=route.fallbacks[1:])
         attempts: tuple[Attempt, ...] = (first,)
         if route.retries or route.fallbacks:
             attempts = (first,) * (1 + route.retries) + await self._fallbacks(principal, request, route, first)

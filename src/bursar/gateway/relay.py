@@ -143,7 +143,7 @@ class Relay:
         """The whole answer: settle, then the client gets it; what it was charged is in the headers."""
         assert call.meter is not None
         call.meter.read_body(body)
-        if call.meter.error and call.meter.usage() is None:
+        if call.meter.error and call.meter.usage() is None and not call.meter.output_so_far:
             # A failure under status 200, as OpenRouter tells it when the provider behind it fails late.
             await self._pass_error(exchange, call, answer, body)
             return
