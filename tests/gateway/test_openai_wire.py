@@ -80,6 +80,14 @@ def test_audio_is_held_for_as_audio_in_both_directions() -> None:
     assert request.hold_for(200).audio_output_tokens == 200
 
 
+def test_searches_that_a_provider_bills_by_prices_of_its_own_have_no_price() -> None:
+    assert request_of(plugins=[], search_parameters=None).unpriced_tools == ()
+    assert request_of(plugins=[{"id": "web"}]).unpriced_tools == ("plugins",)
+    assert request_of(search_parameters={"mode": "on"}).unpriced_tools == ("search_parameters",)
+    assert request_of(model="openai/gpt-4o:online").unpriced_tools == (":online",)
+    assert request_of(tools=[{"type": "browser_search"}]).unpriced_tools == ("browser_search",)
+
+
 def test_a_search_model_is_held_for_one_search() -> None:
     assert request_of(model="gpt-4o-search-preview").estimate.web_searches == 1
     assert request_of(web_search_options={}).estimate.web_searches == 1

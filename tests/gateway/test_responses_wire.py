@@ -99,6 +99,7 @@ def test_permitted_calls_of_tools_are_held_for_and_a_container_is_sure() -> None
     assert (request.estimate.web_searches, request.estimate.code_sessions) == (0, 1)
     assert request.price_context == {"memory_limit": "4g"}
     assert request_of(tools=[{"type": "image_generation"}]).unpriced_tools == ("image_generation",)
+    assert request_of(model="x/y:online", plugins=[{"id": "web"}]).unpriced_tools == ("plugins", ":online")
 
 
 def test_tools_that_the_input_adds_are_tools() -> None:

@@ -25,6 +25,9 @@ TOKENS_PER_MESSAGE: Final = 4
 TOKENS_PER_ANSWER: Final = 3
 
 _NULL: Final = msgspec.Raw(b"null")
+# Searches by prices of their own, asked for by a field (OpenRouter, xAI) or by the model's name (OpenRouter).
+PRICED_APART: Final = ("plugins", "search_parameters")
+_SEARCHES_TOO: Final = ":online"
 _METERED: Final = frozenset(
     (
         "model",
@@ -40,14 +43,12 @@ _METERED: Final = frozenset(
         "modalities",
         "service_tier",
         "web_search_options",
-        "plugins",
-        "search_parameters",
+        *PRICED_APART,
     )
 )
 _TEXT_DELTAS: Final = ("content", "refusal")
 _REASONING_DELTAS: Final = ("reasoning_content", "reasoning")  # DeepSeek, vLLM; OpenRouter, Groq
 _SEARCH_MODELS: Final = ("-search-preview", "-search-api")
-_PRICED_APART: Final = ("plugins", "search_parameters")  # OpenRouter, xAI: searches by prices of their own
 
 
 def read_request(body: bytes, content_type: str = wire.JSON) -> WireRequest:
@@ -69,7 +70,7 @@ def read_request(body: bytes, content_type: str = wire.JSON) -> WireRequest:
         service_tier=wire.read_optional_text(fields, "service_tier"),
         fields=fields,
         output_kind="audio_output_tokens" if b'"audio"' in bytes(fields.get("modalities", b"")) else "output_tokens",
-        unpriced_tools=_unpriced_tools(fields),
+        unpriced_tools=_unpriced_tools(fields, model),
     )
 
 
@@ -102,11 +103,17 @@ def _wants_usage(fields: Fields) -> bool:
     return isinstance(options, dict) and options.get("include_usage") is True
 
 
-def _unpriced_tools(fields: Fields) -> tuple[str, ...]:
+def _unpriced_tools(fields: Fields, model: str) -> tuple[str, ...]:
     """What a provider does and bills by itself, and no chat completion reports."""
     offered = wire.read_anything(fields, "tools")
     found = tools.of_chat(offered) if isinstance(offered, list) else ()
-    return found + tuple(name for name in _PRICED_APART if wire.read_anything(fields, name))
+    return found + priced_apart(fields, model)
+
+
+def priced_apart(fields: Fields, model: str) -> tuple[str, ...]:
+    """What providers other than OpenAI do and bill beside tokens, where a request asks for it outside of its tools."""
+    found = tuple(name for name in PRICED_APART if wire.read_anything(fields, name))
+    return (*found, _SEARCHES_TOO) if model.endswith(_SEARCHES_TOO) else found
 
 
 def _estimate(fields: Fields, model: str) -> Usage:

@@ -31,6 +31,7 @@ _METERED: Final = frozenset(
     (
         *("model", "stream", "stream_options", "background", "max_output_tokens", "max_tool_calls", "service_tier"),
         *("input", "instructions", "tools", "text", "prompt", "previous_response_id", "conversation"),
+        *openai_wire.PRICED_APART,
     )
 )
 _KEPT_BY_PROVIDER: Final = ("previous_response_id", "conversation", "prompt")
@@ -77,7 +78,7 @@ def read_request(body: bytes, content_type: str = wire.JSON) -> WireRequest:
         fields=fields,
         context=permitted.context,
         permitted=permitted.most,
-        unpriced_tools=permitted.unpriced,
+        unpriced_tools=permitted.unpriced + openai_wire.priced_apart(fields, model),
     )
 
 
