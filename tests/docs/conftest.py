@@ -14,7 +14,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from tests.docs.shell import Shell
 
-from bursar import db
+from bursar import db, worker
 from bursar.app import create_app
 from bursar.clock import uuid7
 from bursar.pricing.importing import import_shipped
@@ -72,9 +72,11 @@ def _on(settings: Settings, name: str) -> Settings:
 async def _served(database: db.Database) -> AsyncIterator[str]:
     server = uvicorn.Server(uvicorn.Config(create_app(database, database.settings), port=0, log_config=None))
     task = asyncio.create_task(server.serve())
+    work = asyncio.create_task(worker.run(database))
     while not server.started:
         await asyncio.sleep(0.01)
         assert not task.done(), "the server ended"
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    work.cancel()
     server.should_exit = True
     await task

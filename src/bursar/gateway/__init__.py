@@ -7,6 +7,7 @@ caller's credentials goes to a provider, nothing of the provider's account goes 
 `tokens`, `sse`, `wire`, `openai_wire`, `anthropic_wire`   read requests and answers as far as metering needs them
 `upstream`, `providers`, `routes`                          call a provider; which provider serves which model
 `sealing`, `provider_keys`                                 provider keys, encrypted at rest
+`batches`, `batch_keeper`                                  batches: made and held; looked after until they are settled
 `demo_provider`                                            an offline provider that answers deterministically
 
 Tables: gateway.providers, gateway.model_routes, gateway.platform_provider_keys (all global);
