@@ -9,10 +9,26 @@ import anthropic
 import openai
 import pytest
 
-from bursar.gateway import anthropic_wire, demo_provider, openai_wire, tokens, wire
+from bursar.gateway import anthropic_wire, demo_provider, openai_wire, responses_wire, tokens, wire
 
 MESSAGES: Any = [{"role": "user", "content": "What does a treasurer do?"}]
 TOOL: Any = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+WIRES: dict[str, wire.Wire] = {
+    "/chat/completions": openai_wire,
+    "/responses": responses_wire,
+    "/messages": anthropic_wire,
+}
+READERS = {path: format.read_usage for path, format in WIRES.items()}  # type: ignore[attr-defined]
+
+
+def asked(path: str, **body: Any) -> dict[str, Any]:
+    """A request in the form of a path."""
+    request = {"model": "demo-1", "messages": MESSAGES, "max_tokens": 100, **body}
+    if path == "/responses":
+        request |= {"input": request.pop("messages"), "max_output_tokens": request.pop("max_tokens")}
+    return request
 
 
 def directed(directions: str) -> dict[str, str]:
@@ -39,10 +55,9 @@ async def anthropic_client(base_url: str) -> AsyncIterator[anthropic.AsyncAnthro
 
 
 async def post(url: str, path: str, directions: str = "", **body: Any) -> tuple[int, bytes]:
-    request = {"model": "demo-1", "messages": MESSAGES, "max_tokens": 100, **body}
     async with (
         aiohttp.ClientSession() as session,
-        session.post(url + path, json=request, headers=directed(directions)) as answer,
+        session.post(url + path, json=asked(path, **body), headers=directed(directions)) as answer,
     ):
         return answer.status, await answer.read()
 
@@ -153,20 +168,18 @@ async def test_anthropics_client_lists_models(anthropic_client: anthropic.AsyncA
 # -- directions
 
 
-@pytest.mark.parametrize("path", ["/chat/completions", "/messages"])
+@pytest.mark.parametrize("path", WIRES)
 async def test_the_same_request_has_the_same_answer(base_url: str, path: str) -> None:
     assert await post(base_url, path) == await post(base_url, path)
 
 
-@pytest.mark.parametrize("path", ["/chat/completions", "/messages"])
+@pytest.mark.parametrize("path", WIRES)
 async def test_the_output_is_at_most_the_limit_unless_told_otherwise(base_url: str, path: str) -> None:
-    reader = openai_wire.read_usage if path == "/chat/completions" else anthropic_wire.read_usage
-
     async def output(directions: str, limit: int) -> int:
         _, body = await post(base_url, path, directions, max_tokens=limit)
-        usage = reader(json.dumps(json.loads(body)["usage"]).encode())
+        usage = READERS[path](json.dumps(json.loads(body)["usage"]).encode())
         assert usage is not None
-        return usage.output_tokens
+        return int(usage.output_tokens)
 
     assert await output("", 5) == 5
     assert 16 <= await output("", 1_000) < 256
@@ -185,13 +198,20 @@ async def test_it_reports_what_it_is_told_to(base_url: str) -> None:
     assert usage is not None
     assert usage.as_array()[1:6] == (5, 2, 3, 30, 20)
     assert usage.web_searches == 4
+    _, body = await post(base_url, "/responses", told + "; searches=4; file_searches=3; code_sessions=2")
+    meter = responses_wire.UsageMeter(responses_wire.read_request(json.dumps(asked("/responses")).encode()))
+    meter.read_body(body)
+    found = meter.usage()
+    assert found is not None
+    assert (found.cache_read_tokens, found.reasoning_tokens, found.output_tokens) == (5, 20, 30)
+    assert (found.web_searches, found.file_searches, found.code_sessions) == (4, 3, 2)
 
 
-@pytest.mark.parametrize("path", ["/chat/completions", "/messages"])
+@pytest.mark.parametrize("path", WIRES)
 @pytest.mark.parametrize("stream", [False, True])
 async def test_usage_can_be_missing(base_url: str, path: str, stream: bool) -> None:
     _, body = await post(base_url, path, "usage=missing", stream=stream, stream_options={"include_usage": True})
-    assert b'"usage"' not in body
+    assert b'"usage":{' not in body
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 429, 500, 503, 529])
@@ -211,7 +231,7 @@ async def test_failures_have_the_vendors_shape(
     assert (anthropics.value.status_code, body["type"]) == (status, "error")
 
 
-@pytest.mark.parametrize("path", ["/chat/completions", "/messages"])
+@pytest.mark.parametrize("path", WIRES)
 @pytest.mark.parametrize(
     ("directions", "stream"), [("break_after=3", True), ("break_after=0", False), ("break_after=1", False)]
 )
@@ -233,11 +253,9 @@ async def test_a_broken_stream_has_the_pieces_before_the_break(base_url: str) ->
     assert (meter.output_so_far, meter.completed) == (3, False)
 
 
-@pytest.mark.parametrize("path", ["/chat/completions", "/messages"])
+@pytest.mark.parametrize("path", WIRES)
 async def test_an_error_can_come_in_the_middle_of_a_stream(base_url: str, path: str) -> None:
-    format: wire.Wire = openai_wire if path == "/chat/completions" else anthropic_wire
-    request = {"model": "demo-1", "messages": MESSAGES, "max_tokens": 100, "stream": True}
-    meter = format.UsageMeter(format.read_request(json.dumps(request).encode()))
+    meter = WIRES[path].UsageMeter(WIRES[path].read_request(json.dumps(asked(path, stream=True)).encode()))
     status, body = await post(base_url, path, "error_after=2", stream=True)
     meter.feed(body)
     assert (status, meter.output_so_far, meter.completed, bool(meter.error)) == (200, 2, False, True)
@@ -255,13 +273,11 @@ async def test_a_direction_that_is_not_known_is_refused(base_url: str, direction
     assert (status, "Bursar-Demo" in json.loads(body)["error"]["message"]) == (400, True)
 
 
-@pytest.mark.parametrize("path", ["/chat/completions", "/messages"])
+@pytest.mark.parametrize("path", WIRES)
 async def test_the_estimate_of_the_input_is_exact_here(base_url: str, path: str) -> None:
-    format: wire.Wire = openai_wire if path == "/chat/completions" else anthropic_wire
-    request = {"model": "demo-1", "messages": MESSAGES, "max_tokens": 10}
-    estimate = format.read_request(json.dumps(request).encode())
+    estimate = WIRES[path].read_request(json.dumps(asked(path, max_tokens=10)).encode())
     _, body = await post(base_url, path, max_tokens=10)
-    meter = format.UsageMeter(estimate)
+    meter = WIRES[path].UsageMeter(estimate)
     meter.read_body(body)
     assert meter.usage() == estimate.hold_for(10)
 
