@@ -3,7 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
@@ -118,15 +118,20 @@ async def test_a_cut_stream_and_an_answer_within_a_limit_tell_nothing(scene: Sce
     assert await held(scene, payer, CALL) == micros_of(PRIOR_OUTPUT_TOKENS)
 
 
-async def test_what_would_be_refused_for_its_prior_is_held_by_what_another_process_has_seen(
+async def test_what_would_be_refused_is_held_by_what_another_process_has_seen(
     scene: Scene, base_url: str, org: Org
 ) -> None:
-    payer = await paying(org, base_url, 4 * micros_of(50) + micros_of(PRIOR_OUTPUT_TOKENS))
+    payer = await paying(org, base_url, 10**9)
+    here = replace(payer, base_url=scene.base_url)
+    assert (await here.post(CALL, bursar_demo="output_tokens=50")).status_code == 200
     for _ in range(6):
         assert (await payer.post(CALL, bursar_demo="output_tokens=50")).status_code == 200
-    left = (await payer.pool()).available_micros
-    assert left < micros_of(PRIOR_OUTPUT_TOKENS)
-    here = Payer(**{**{name: getattr(payer, name) for name in Payer.__slots__}, "base_url": scene.base_url})
+    little, much = Recent(), Recent()
+    little.note(50)
+    for _ in range(7):
+        much.note(50)
+    await strict(payer, micros_of(150), is_strict=False)
+    assert micros_of(much.guess().tokens) <= micros_of(150) < micros_of(little.guess().tokens)
     assert (await here.post(CALL, bursar_demo="output_tokens=50")).status_code == 200
     assert await payer.rows("select count(*) from credits.unbilled_requests") == [(0,)]
 
@@ -145,7 +150,7 @@ async def test_calls_that_wait_are_sized_by_what_comes_out_meanwhile_here_or_els
 ) -> None:
     """Room for one prior; the first to end tells all others that they need little."""
     payer = await paying(org, base_url, micros_of(PRIOR_OUTPUT_TOKENS) + 40 * micros_of(10))
-    here = Payer(**{**{name: getattr(payer, name) for name in Payer.__slots__}, "base_url": scene.base_url})
+    here = replace(payer, base_url=scene.base_url)
     demo = "output_tokens=10; delay_ms=300"
     answers = await asyncio.gather(*(each.post(CALL, bursar_demo=demo) for each in [payer, here] * 20))
     assert Counter(answer.status_code for answer in answers) == {200: 40}
