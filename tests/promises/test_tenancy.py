@@ -39,7 +39,16 @@ CALL: dict[str, Any] = {
     "max_tokens": 20,
     "messages": [{"role": "user", "content": f"tell me of {CANARY}"}],
 }
-UNKNOWN = {"org": "no-such-organization", "request_id": f"req_{uuid7().hex}", "token": "bl_nothing"}
+UNKNOWN = {
+    "org": "no-such-organization",
+    "request_id": f"req_{uuid7().hex}",
+    "token": "bl_nothing",
+    "msgbatch": f"msgbatch_{uuid7().hex}",
+    "batch": f"batch_{uuid7().hex}",
+    "file": f"file-{uuid7().hex}",
+}
+BATCHED = {"custom_id": "one", "params": {**CALL, "model": "demo-claude"}}
+LINE = {"custom_id": "one", "method": "POST", "url": "/v1/chat/completions", "body": CALL}
 
 # What each operation asks for: a permission of the organization in its path; or of its own.
 NEEDS = {
@@ -71,6 +80,20 @@ NEEDS = {
     "POST /v1/messages": "inference",
     "GET /v1/models": "inference",
     "GET /v1/models/{model}": "inference",
+    "POST /v1/messages/batches": "inference",
+    "GET /v1/messages/batches": "inference",
+    "GET /v1/messages/batches/{msgbatch}": "a batch",
+    "POST /v1/messages/batches/{msgbatch}/cancel": "a batch",
+    "DELETE /v1/messages/batches/{msgbatch}": "a batch",
+    "GET /v1/messages/batches/{msgbatch}/results": "a batch",
+    "POST /v1/files": "inference",
+    "GET /v1/files/{file}": "a batch",
+    "DELETE /v1/files/{file}": "a batch",
+    "GET /v1/files/{file}/content": "a batch",
+    "POST /v1/batches": "a batch",
+    "GET /v1/batches": "inference",
+    "GET /v1/batches/{batch}": "a batch",
+    "POST /v1/batches/{batch}/cancel": "a batch",
 }
 # Pages, and what the operator asks, are not in the document for programs; the gateway's paths are the vendors'.
 UNDOCUMENTED = {
@@ -84,7 +107,9 @@ UNDOCUMENTED = {
     "GET /metrics",
 }
 IN_ORGANIZATION = [each for each in NEEDS if "{org}" in each and NEEDS[each] != "a session"]
-GATEWAY = [each for each in NEEDS if " /v1" in each]
+GATEWAY = [each for each in NEEDS if " /v1" in each and NEEDS[each] == "inference"]
+GATEWAY_FILES, MESSAGE_BATCHES = "POST /v1/files", "POST /v1/messages/batches"
+OF_BATCHES = [each for each in NEEDS if NEEDS[each] == "a batch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,9 +210,17 @@ async def ask(http: httpx2.AsyncClient, operation: str, headers: dict[str, str],
     """One call. names: of the path; what is left over goes into the query."""
     method, template = operation.split(" ")
     names.setdefault("rule_id", f"rule_{uuid7().hex}")
-    path = re.sub(r"\{(\w+)\}", lambda found: names.pop(found[1]), template)
+    batched = {name: names.pop(name, UNKNOWN[name]) for name in ("msgbatch", "batch", "file")}
+    path = re.sub(r"\{(\w+)\}", lambda found: batched.get(found[1]) or names.pop(found[1]), template)
     names.pop("rule_id", None)
-    body = {"json": CALL} if method == "POST" and path.startswith("/v1") else {}
+    body: dict[str, Any] = {"json": CALL} if method == "POST" and path.startswith("/v1") else {}
+    if operation == "POST /v1/messages/batches":
+        body = {"json": {"requests": [BATCHED]}}
+    if operation == "POST /v1/files":
+        body = {"data": {"purpose": "batch"}, "files": {"file": ("asked.jsonl", json.dumps(LINE).encode())}}
+    if operation == "POST /v1/batches":
+        endpoint = {"endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        body = {"json": {"input_file_id": batched["file"], **endpoint}}
     if NEEDS[operation] == "limits:write":
         body = {"json": {"effect": "allow", "pattern": "%"}}
     if NEEDS[operation] == "charges:write":
@@ -394,6 +427,41 @@ async def test_a_foreign_rule_answers_as_an_unknown_one(
     assert member.status_code == 403
     own = await ask(http, operation, bearer(victim.admin_key), org=victim.org.slug, rule_id=made.json()["id"])
     assert own.status_code == 204
+
+
+async def test_a_foreign_batch_and_its_files_answer_as_unknown_ones(
+    victim: Victim, make_org: MakeOrg, http: httpx2.AsyncClient
+) -> None:
+    """Of another organization, and of a colleague, who sees their own alone."""
+    own = bearer(victim.member_key)
+    ids = {}
+    for name, operation in (("file", GATEWAY_FILES), ("msgbatch", MESSAGE_BATCHES), ("batch", "POST /v1/batches")):
+        made = await ask(http, operation, own, **ids)
+        assert made.status_code == 200, made.text
+        ids[name] = made.json()["id"]
+    colleague = Caller("colleague", bearer((await victim.org.key(await victim.org.member())).text))
+    blunt = Caller(
+        "administrator, inference only",
+        bearer((await victim.org.key(victim.org.admin, scopes=[Scope.INFERENCE])).text),
+    )
+    for caller in [*(await strangers(make_org))[:3], colleague, blunt]:
+        for operation in OF_BATCHES:
+            unknown = await ask(http, operation, caller.headers)
+            answer = await ask(http, operation, caller.headers, **ids)
+            told = json.dumps(shape(answer))
+            for name, shown_id in ids.items():
+                told = told.replace(shown_id, "name")
+                assert name in UNKNOWN
+            assert (answer.status_code, told) == (404, json.dumps(shape(unknown))), (caller.name, operation)
+            assert_no_canary(answer, who=caller.name)
+        for operation in ("GET /v1/messages/batches", "GET /v1/batches"):
+            assert (await ask(http, operation, caller.headers)).json()["data"] == [], caller.name
+    for operation in OF_BATCHES:
+        if operation.startswith("GET") and not operation.endswith("results"):
+            assert (await ask(http, operation, own, **ids)).status_code == 200, operation
+    states = "select count(*) from gateway.batches where deleted_at is null and told ->> 'cancel_initiated_at' is null"
+    async with victim.org.tenant() as conn:
+        assert await db.fetch_value(conn, states) == 2
 
 
 async def test_why_tells_a_member_nothing_of_others(
