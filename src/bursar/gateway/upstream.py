@@ -147,14 +147,13 @@ class Answer:
             UpstreamBroken: it broke off, took too long, or is larger than MOST_ANSWER_BYTES.
             ProviderRefusesUs: the provider refuses the platform's key.
         """
-        pieces: list[bytes] = []
-        size = 0
+        # One buffer: the pieces of an image of tens of megabytes would stay in the memory after it is gone.
+        buffer = bytearray()
         async for piece in self.pieces():
-            pieces.append(piece)
-            size += len(piece)
-            if size > MOST_ANSWER_BYTES:
+            buffer += piece
+            if len(buffer) > MOST_ANSWER_BYTES:
                 raise UpstreamBroken(f"The answer of {self._target.provider.name} is too large.")
-        body = b"".join(pieces)
+        body = bytes(buffer)
         if self.status < 400 or self._target.is_own_key:
             return body
         if self.status in (401, 402, 403):
