@@ -1,6 +1,7 @@
 """The official clients find at Bursar what they find at the vendor: each scene is played to both and looks alike."""
 
 import asyncio
+import email
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ from aiohttp import web
 from tests.conftest import Org
 from tests.gateway.conftest import fund
 from tests.gateway.scripted import Cable, Provider, served
+from tests.gateway.sounds import wav
 
 from bursar import db
 from bursar.money import Micros
@@ -34,6 +36,15 @@ RESPONSE_TOOLS: list[Any] = [
 CLAUDE_TOOLS: list[Any] = [{"name": "weather", "input_schema": {"type": "object", "properties": {}}}]
 
 
+async def _body(request: web.Request) -> Any:
+    """A body of JSON, or the parts of a form: what is asked of each and what it holds, whatever its boundary."""
+    raw, kind = await request.read(), request.headers["Content-Type"]
+    if not kind.startswith("multipart/"):
+        return json.loads(raw)
+    form = email.message_from_bytes(f"Content-Type: {kind}\r\n\r\n".encode() + raw)
+    return {str(part["Content-Disposition"]): part.get_payload(decode=True) for part in form.walk() if part is not form}
+
+
 @dataclass
 class Recorder(Provider):
     """Keeps the bodies that reach the provider; fails as often as it is told before it answers."""
@@ -48,7 +59,7 @@ class Recorder(Provider):
     async def _middleware(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        self.bodies.append(await request.json())
+        self.bodies.append(await _body(request))
         if self.failures:
             status = self.failures.pop(0)
             error = {"message": f"told to fail with {status}", "type": "told", "param": None, "code": None}
@@ -275,6 +286,56 @@ async def synchronous_message(side: Side) -> Any:
     return await asyncio.to_thread(ask)
 
 
+async def embeddings(side: Side) -> Any:
+    client = side.openai()
+    asked: dict[str, Any] = {"model": "demo-embedding", "input": ["hello there", "é"], "dimensions": 20}
+    return [
+        (await client.embeddings.create(**asked, **form)).model_dump() for form in ({}, {"encoding_format": "float"})
+    ]
+
+
+async def images(side: Side) -> Any:
+    return (await side.openai().images.generate(model="demo-image", prompt="a cat", n=2)).model_dump()
+
+
+async def streamed_images(side: Side) -> Any:
+    stream = await side.openai().images.generate(
+        model="demo-image-tokens", prompt="a cat", stream=True, partial_images=2
+    )
+    return [event.model_dump() async for event in stream]
+
+
+async def speech(side: Side) -> Any:
+    async with side.openai().audio.speech.with_streaming_response.create(
+        model="demo-speech", input="hello there", voice="alloy"
+    ) as spoken:
+        return spoken.headers["content-type"], b"".join([piece async for piece in spoken.iter_bytes()])
+
+
+async def transcriptions(side: Side) -> Any:
+    client, texts = side.openai(), []
+    for form in ("json", "verbose_json", "text", "srt", "vtt"):
+        asked: dict[str, Any] = {"response_format": form, "timestamp_granularities": ["word", "segment"]}
+        text = await client.audio.transcriptions.create(model="demo-transcribe", file=("é.wav", wav(2.0)), **asked)
+        texts.append(text if isinstance(text, str) else text.model_dump())
+    return texts
+
+
+async def streamed_transcription(side: Side) -> Any:
+    asked: dict[str, Any] = {"model": "demo-transcribe-tokens", "file": ("a.wav", wav(2.0)), "prompt": "é"}
+    stream = await side.openai().audio.transcriptions.create(**asked, stream=True)
+    return [event.model_dump() async for event in stream]
+
+
+async def translation(side: Side) -> Any:
+    answer = await side.openai().audio.translations.create(model="demo-transcribe", file=wav(2.0))
+    return answer.model_dump()
+
+
+async def counted_tokens(side: Side) -> Any:
+    return (await side.anthropic().messages.count_tokens(model="demo-claude", messages=HELLO)).model_dump()
+
+
 SCENES: list[Scene] = [
     plain_chat,
     two_choices,
@@ -301,6 +362,14 @@ SCENES: list[Scene] = [
     text_stream,
     tool_use,
     synchronous_message,
+    embeddings,
+    images,
+    streamed_images,
+    speech,
+    transcriptions,
+    streamed_transcription,
+    translation,
+    counted_tokens,
 ]
 
 

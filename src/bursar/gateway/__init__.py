@@ -4,7 +4,8 @@ What it promises: the caller's bytes reach the provider unchanged except for the
 the provider's bytes reach the caller unchanged except for a usage chunk that the caller did not ask for. Nothing of the
 caller's credentials goes to a provider, nothing of the provider's account goes to the caller.
 
-`tokens`, `sse`, `wire`, `openai_wire`, `anthropic_wire`   read requests and answers as far as metering needs them
+`endpoints`, `…_wire`                                      the paths; read their requests and answers as far as needed
+`wire`, `tokens`, `sse`, `multipart`, `sound`              what wires share: texts, streams, forms, files of sound
 `upstream`, `providers`, `routes`                          call a provider; which provider serves which model
 `sealing`, `provider_keys`                                 provider keys, encrypted at rest
 `batches`, `batch_keeper`                                  batches: made and held; looked after until they are settled
