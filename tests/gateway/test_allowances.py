@@ -324,7 +324,11 @@ async def test_models_lists_what_is_allowed_and_an_organizations_own_names(payer
         await chat.models.retrieve("demo-claude")
     page = await chat.models.list()
     assert not page.has_next_page(), "one page is all"
-    assert [model.id for model in (await messages.models.list()).data] == listed
+    anthropics = await messages.models.list(limit=2)
+    assert ([model.id for model in anthropics.data], anthropics.has_next_page()) == (listed, False)
+    assert (anthropics.first_id, anthropics.last_id, anthropics.data[0].type) == ("demo-1", "house", "model")
+    one = await messages.models.retrieve("demo-1")
+    assert (one.id, one.display_name, one.created_at.year) == ("demo-1", "demo-1", 1970)
     assert await answered(payer, "house") == 200
     assert await answered(payer, "poet") == 403
     [(model,)] = await payer.rows("select model from ledger.attribution")

@@ -22,6 +22,7 @@ from typing import Any
 import openai
 import pytest
 import uvicorn
+from aiohttp import web
 from tests.fakes import gemini
 from tests.fakes.serving import serving
 from tests.gateway.conftest import Payer
@@ -78,7 +79,8 @@ class Scene:
     async def target(self, *, key: str | None = gemini.KEY, **columns: Any) -> Target:
         """Gemini by way of the adapter; its answers are read as those of a customer's own key, unchanged."""
         values: dict[str, Any] = {"base_url": f"{self.address}/v1beta", **columns}
-        provider = Provider(name="google", provider_id=uuid7(), kind="litellm", litellm_provider="gemini", **values)
+        values.setdefault("litellm_provider", "gemini")
+        provider = Provider(name="google", provider_id=uuid7(), kind="litellm", **values)
         return Target(await self.adapter.reached(provider), key, is_own_key=True)
 
     async def call(
@@ -156,6 +158,34 @@ async def test_embeddings_come_as_numbers_and_as_the_official_client_asks_for_th
     _, body = await scene.call({**call, "encoding_format": "base64"}, target, "/embeddings")
     packed = base64.b64decode(json.loads(body)["data"][1]["embedding"])
     assert struct.unpack("<3f", packed) == (3.0, 0.5, -1.0)
+
+
+async def test_a_key_of_several_parts_signs_the_call_as_the_cloud_wants_it() -> None:
+    """Bedrock: its address, AWS's signature with the parts of the key, its own form of question and answer."""
+    sdk, seen = sdk_of("real"), []
+
+    async def converse(request: web.Request) -> web.Response:
+        seen.append((request.raw_path, request.headers["Authorization"], await request.json()))
+        message = {"role": "assistant", "content": [{"text": "Good day to you"}]}
+        usage = {"inputTokens": 70, "outputTokens": 4, "totalTokens": 74}
+        return web.json_response({"output": {"message": message}, "stopReason": "end_turn", "usage": usage})
+
+    app = web.Application()
+    app.router.add_post("/model/{model}/converse", converse)
+    key = {"aws_access_key_id": "AKIAEXAMPLE", "aws_secret_access_key": "the secret", "aws_region_name": "eu-west-3"}
+    async with serving(app) as address, scene_of(sdk) as made:
+        target = await made.target(key=json.dumps(key), base_url=address, litellm_provider="bedrock")
+        status, body = await made.call({**CHAT, "model": "anthropic.claude-3-haiku-20240307-v1:0"}, target)
+        assert (status, json.loads(body)["choices"][0]["message"]["content"]) == (200, "Good day to you")
+        assert json.loads(body)["usage"]["prompt_tokens"] == 70
+        for bad in ('{"aws_role_name": "x"}', '{"aws'):
+            got, answer = await made.call(CHAT, await made.target(key=bad))
+            assert (got, "provider key" in json.loads(answer)["error"]["message"]) == (401, True)
+    [(path, signature, question)] = seen
+    assert path == "/model/anthropic.claude-3-haiku-20240307-v1%3A0/converse"
+    assert signature.startswith("AWS4-HMAC-SHA256 Credential=AKIAEXAMPLE/")
+    assert "/eu-west-3/bedrock/" in signature
+    assert question["messages"] == [{"role": "user", "content": [{"text": "hello there"}]}]
 
 
 # -- what goes wrong

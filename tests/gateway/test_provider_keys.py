@@ -1,4 +1,5 @@
 import hashlib
+import json
 from typing import Any
 
 import psycopg
@@ -153,6 +154,16 @@ async def test_a_revoked_key_cannot_be_revoked_again_and_stays_in_the_list(org: 
 async def test_what_cannot_be_a_key_is_refused(org: Any, provider: str, secret: str) -> None:
     with pytest.raises(InvalidProviderKey):
         await entered(org, provider, secret)
+
+
+async def test_a_key_that_is_a_json_object_is_kept_on_one_line(org: Any, provider: str) -> None:
+    document = {"vertex_credentials": {"private_key": "-----BEGIN\nabc\n-----END"}, "vertex_project": "p"}
+    await entered(org, provider, json.dumps(document, indent=2))
+    async with org.tenant() as conn:
+        key = await find_usable_key(conn, RING, organization_id=org.organization_id, provider=provider)
+    assert key is not None
+    assert "\n" not in key.secret
+    assert json.loads(key.secret) == document
 
 
 async def test_a_key_at_an_unknown_provider_is_refused(org: Any) -> None:

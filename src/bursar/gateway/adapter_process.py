@@ -77,6 +77,11 @@ class AdapterProcess:
         self._process: asyncio.subprocess.Process | None = None
 
     @property
+    def is_missing(self) -> bool:
+        """Whether it is known that it cannot be started, as where LiteLLM is not installed."""
+        return bool(self._fault)
+
+    @property
     def pid(self) -> int | None:
         """The process that runs now."""
         return None if self._process is None else self._process.pid

@@ -148,7 +148,8 @@ class Desk:
         callable_ = [
             each.name
             for each in table.providers.values()
-            if await self._can_call(principal.organization_id, each.auth, each.name)
+            if not (each.kind == "litellm" and self._adapter.is_missing)
+            and await self._can_call(principal.organization_id, each.auth, each.name)
         ]
         for provider in callable_:
             for model in await self._priced_models(provider):

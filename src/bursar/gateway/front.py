@@ -1,7 +1,7 @@
 """The request path as an ASGI application under /v1: read, hold, call the provider, pass its bytes on, settle."""
 
 import asyncio
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 import msgspec
@@ -130,8 +130,25 @@ class Front:
         listed = [model for model in models if not wanted or model["id"] == wanted]
         if wanted and not listed:
             raise ModelNotFound(f"No model {wanted[:200]!r} can be called here")
-        document = listed[0] if wanted else {"object": "list", "data": listed, "has_more": False}
+        if b"anthropic-version" in exchange.headers:
+            document = _as_anthropics(listed, whole_list=not wanted)
+        else:
+            document = listed[0] if wanted else {"object": "list", "data": listed, "has_more": False}
         await exchange.send_whole(200, [(b"content-type", b"application/json")], msgspec.json.encode(document))
+
+
+def _as_anthropics(models: list[dict[str, Any]], *, whole_list: bool) -> dict[str, Any]:
+    """Models as Anthropic lists them. No list price says when a model was made: that is the epoch, as Anthropic's own
+    reference has it for what is not known.
+    """
+    data = [
+        {"type": "model", "id": each["id"], "display_name": each["id"], "created_at": "1970-01-01T00:00:00Z"}
+        for each in models
+    ]
+    if not whole_list:
+        return data[0]
+    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+    return {"data": data, "has_more": False, "first_id": first, "last_id": last}
 
 
 def _wire_of_client(headers: dict[bytes, str]) -> Wire:

@@ -5,7 +5,9 @@ An organization's own key goes before the platform's. The platform's keys are ro
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from time import monotonic
@@ -95,13 +97,15 @@ async def add_provider_key(
 ) -> ProviderKey:
     """Enter a key; from now on (within seconds in running processes) it is the one that is used.
 
+    One that is a JSON object, as clouds hand them out, is kept on one line.
+
     is_own: whether the organization pays the provider itself; None: yes, except in the platform's organization.
 
     Raises:
         ProviderNotFound, InvalidProviderKey, InvalidName
     """
     await get_provider(conn, name=provider)
-    secret = secret.strip()
+    secret = _on_one_line(secret.strip())
     if not 1 <= len(secret) <= LONGEST_SECRET or not (secret.isascii() and secret.isprintable()):
         raise InvalidProviderKey(f"A key has 1 to {LONGEST_SECRET} printable ASCII characters.")
     provider_key_id = uuid7()
@@ -127,6 +131,13 @@ async def add_provider_key(
         conn, organization_id=organization_id, by=by, action="provider_key.added", object_id=provider_key_id, new=new
     )
     return key
+
+
+def _on_one_line(secret: str) -> str:
+    if secret.startswith("{"):
+        with suppress(ValueError):
+            return json.dumps(json.loads(secret), separators=(",", ":"))
+    return secret
 
 
 async def list_provider_keys(conn: db.Connection, *, organization_id: UUID) -> list[ProviderKey]:
