@@ -343,6 +343,7 @@ ITEMS: list[tuple[dict[str, Any], int]] = [
     ({"type": "web_search_call", "action": {"type": "search", "query": "four", "queries": ["four"]}}, 1),
     ({"type": "file_search_call", "queries": ["four"], "results": [{"text": "A" * 999}]}, 1),
     ({**MESSAGE, "role": "user"}, 0),
+    ({"type": "compaction", "encrypted_content": "A" * 90_000}, 3_000),
     ({"type": "image_generation_call", "result": "A" * 999}, 0),
     ({"type": "web_search_call", "action": "odd", "content": "odd", "queries": {"odd": 1}}, 0),
 ]

@@ -20,6 +20,7 @@ MODELS = {
     "/v1/embeddings": "demo-embedding",
     "/v1/images/generations": "demo-image",
     "/v1/audio/speech": "demo-speech",
+    "/v1/responses/compact": "demo-1",
     "/v1/messages/count_tokens": "demo-claude",
     "/v1/batches": "demo-1",
     "/v1/messages/batches": "demo-claude",
@@ -28,6 +29,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/embeddings": {"input": "hello there"},
     "/v1/images/generations": {"prompt": "a cat"},
     "/v1/audio/speech": {"input": "hello there", "voice": "alloy"},
+    "/v1/responses/compact": {"input": "hello there"},
     "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "hi"}]},
     "/v1/batches": {"input_file_id": "file-1", "endpoint": "/v1/chat/completions", "completion_window": "24h"},
     "/v1/messages/batches": {

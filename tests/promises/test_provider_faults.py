@@ -270,6 +270,7 @@ WORKS = [
         file=SOUND,
     ),
     Work("/v1/audio/translations", {"model": "demo-transcribe"}, 20_000, file=SOUND),
+    Work("/v1/responses/compact", RESPONSE, 9_000),
     Work("/v1/messages/count_tokens", {"model": "demo-claude", "messages": HELLO}, 0, reports=False),
 ]
 

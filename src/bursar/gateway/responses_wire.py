@@ -388,10 +388,12 @@ def _is_search(item: dict[str, Any]) -> bool:
 def _output_units(item: dict[str, Any]) -> int:
     """Units of what the model put out in an item; results of the provider's own tools are its input, not output.
 
-    So are messages of the user, which a compaction repeats.
+    So are messages of the user, which a compaction repeats. What it sealed counts as a file.
     """
     if item.get("role") == "user":
         return 0
+    if item.get("type") == "compaction" and isinstance(item.get("encrypted_content"), str):
+        return tokens.nested_units(item["encrypted_content"])
     return sum(tokens.text_units(text) for text in _output_texts(item) if isinstance(text, str))
 
 
