@@ -8,11 +8,12 @@ from tests.credits.test_batcher import fund, move
 
 from bursar import db
 from bursar.audit.events import OPERATOR
+from bursar.clock import uuid7
 from bursar.credits.batcher import Batcher
 from bursar.credits.limits import AllocationKind, Period, Scope, allocate, set_limit
 from bursar.credits.moves import Action, Outcome
 from bursar.credits.pools import pool_for
-from bursar.credits.why import Why, why
+from bursar.credits.why import LimitState, Why, may_stop, why
 from bursar.identity.organizations import update_organization
 from bursar.money import Micros
 
@@ -79,3 +80,19 @@ async def test_a_cap_resets_at_the_end_its_period_began_with_although_the_zone_c
     told = (await ask(org, 11)).binding
     assert told is not None
     assert told.resets_at == end > datetime.now(UTC)
+
+
+def state(name: str, leg: int, room: int, *, stops: bool = True) -> LimitState:
+    """A balance with so much room."""
+    return LimitState(
+        None, uuid7(), leg, "credits", "pool", stops, False, 100, 100 - room, 0, 0,
+        "organization", None, "none", None, None, None, "UTC", name, None,
+    )  # fmt: skip
+
+
+def test_the_last_way_to_pay_that_has_anything_can_stop_a_call_and_those_before_it_cannot() -> None:
+    own, share, shared, empty = state("own", 1, 0), state("share", 2, 50), state("shared", 2, 90), state("empty", 3, 0)
+    cap, warning = state("cap", 0, 70), state("warning", 0, 1, stops=False)
+    assert may_stop([own, share, shared, empty, cap, warning]) == (share, shared, cap)
+    assert may_stop([own, empty]) == (empty,), "where nothing is left the last one refuses"
+    assert may_stop([]) == ()

@@ -284,22 +284,14 @@ async def limits_passed(
     return tuple(each for each in states if each.balance_id is not None)
 
 
-def nearest(limits: Sequence[LimitState], *, micros: int, tokens: int) -> LimitState | None:
-    """The limit that the fewest further calls of this size fit into; among equals the one with the least room for its
-    size. Limits that only warn do not count, nor any for what such a call does not use.
-
-    Of several ways to pay, the last one that has anything counts: those before it only pass the call on.
+def may_stop(limits: Sequence[LimitState]) -> tuple[LimitState, ...]:
+    """The limits that can stop a further call. Of several ways to pay, the last one that has anything: those before it
+    only pass the call on.
     """
-    needs = {"credits": micros, "calls": 1, "tokens": tokens}
     legs = sorted({each.leg for each in limits if each.leg})
     able = [leg for leg in legs if min(each.room for each in limits if each.leg == leg) > 0]
     last = (able or legs or [0])[-1]
-    stopping = [each for each in limits if each.stops and each.leg in (0, last) and needs.get(each.metric or "", 0) > 0]
-    return min(
-        stopping,
-        key=lambda each: (each.room // needs[each.metric or ""], each.room * 1_000_000 // max(1, each.limit_amount)),
-        default=None,
-    )
+    return tuple(each for each in limits if each.stops and each.leg in (0, last))
 
 
 def decided(answer: Why, *, code: str, binding_id: UUID | None) -> Why:

@@ -94,7 +94,7 @@ class Call:
     available_micros: Micros | None = None
     meter: UsageMeter | None = None
     stopped_by: Verdict | None = None
-    nearest: why.LimitState | None = None
+    limit_headers: list[tuple[bytes, bytes]] = field(default_factory=list)
 
     @property
     def attempt(self) -> Attempt:
@@ -369,9 +369,10 @@ class Till:
             self._outputs.note(call.principal, call.quote.model, -(-tokens // call.request.choices))
 
     async def tell_nearest(self, call: Call) -> None:
-        """Note on the call which limit will stop such calls first, as of seconds ago."""
-        size = {"micros": call.held_micros, "tokens": call.held_tokens}
-        call.nearest = await self._nearest.of(call.principal, call.quote.model, **size)
+        """Note on the call which limit such calls come to first, as of seconds ago."""
+        call.limit_headers = await self._nearest.headers(
+            call.principal, call.quote.model, micros=call.held_micros, tokens=call.held_tokens
+        )
 
     async def release(self, call: Call) -> Verdict:
         """Free the hold and charge nothing: the provider did nothing."""

@@ -7,9 +7,8 @@ answer of a key and model.
 
 import asyncio
 from collections import OrderedDict
-from datetime import datetime
 from time import monotonic
-from typing import Final
+from typing import Final, NamedTuple
 from uuid import UUID
 
 import structlog
@@ -23,24 +22,29 @@ FRESH_SECONDS: Final = 5.0
 MOST_KNOWN: Final = 10_000
 
 log = structlog.get_logger(__name__)
+Headers = list[tuple[bytes, bytes]]
 Asker = tuple[UUID, UUID | None, UUID | None, str]
 """Organization, user, key and model as priced."""
 
 
-class _Known:
-    """The limits that an asker passes, as of an instant of the monotonic clock."""
+class _Choice(NamedTuple):
+    """A limit that may be the nearest: what it counts, its room in all and in millionths of it, and its headers."""
 
-    __slots__ = ("at", "limits", "reading", "until")
+    metric: str
+    room: int
+    share: int
+    headers: Headers
+
+
+class _Known:
+    """The limits that an asker passes. Instants of the monotonic clock."""
+
+    __slots__ = ("choices", "fresh_until", "reading")
 
     def __init__(self) -> None:
-        self.at = float("-inf")
-        self.until: datetime | None = None  # some period ends
-        self.limits: tuple[why.LimitState, ...] = ()
+        self.fresh_until: float | None = None  # None: nothing was ever read
+        self.choices: tuple[_Choice, ...] = ()
         self.reading: asyncio.Task[None] | None = None
-
-    @property
-    def is_fresh(self) -> bool:
-        return monotonic() < self.at + FRESH_SECONDS and (self.until is None or now() < self.until)
 
 
 class Nearest:
@@ -53,15 +57,23 @@ class Nearest:
     def look(self, principal: Principal, model: str) -> None:
         """Begin to read the limits of a call that was let through, where what is known of them is old."""
         known = self._of(principal, model)
-        if known.reading is None and not known.is_fresh:
+        if known.reading is None and (known.fresh_until is None or monotonic() >= known.fresh_until):
             known.reading = asyncio.create_task(self._read(known, principal, model), name="nearest limit")
 
-    async def of(self, principal: Principal, model: str, *, micros: int, tokens: int) -> why.LimitState | None:
-        """The limit that the fewest further calls of this size fit into; None: none stops them, or none is known."""
+    async def headers(self, principal: Principal, model: str, *, micros: int, tokens: int) -> Headers:
+        """The headers that name the limit into which the fewest further calls of this size fit; among equals the one
+        that has the least room for its size. None where no limit counts such a call.
+        """
         known = self._of(principal, model)
-        if known.at == float("-inf") and known.reading is not None:
+        if known.fresh_until is None and known.reading is not None:
             await asyncio.shield(known.reading)
-        return why.nearest(known.limits, micros=micros, tokens=tokens)
+        nearest: Headers = []
+        least: tuple[int, int] | None = None
+        for metric, room, share, headers in known.choices:
+            need = micros if metric == "credits" else tokens if metric == "tokens" else 1
+            if need > 0 and (least is None or (room // need, share) < least):
+                least, nearest = (room // need, share), headers
+        return nearest
 
     async def close(self) -> None:
         """Nobody asks any more."""
@@ -82,19 +94,28 @@ class Nearest:
         return known
 
     async def _read(self, known: _Known, principal: Principal, model: str) -> None:
+        seconds = FRESH_SECONDS
         try:
             async with self._database.tenant(principal.organization_id) as conn:
-                known.limits = await why.limits_passed(
+                limits = await why.limits_passed(
                     conn,
                     organization_id=principal.organization_id,
                     user_id=principal.user_id,
                     api_key_id=principal.api_key_id,
                     model=model,
                 )
-            known.until = min((each.resets_at for each in known.limits if each.resets_at is not None), default=None)
         except Exception as error:
             # An answer without these two headers is better than none.
             log.warning("nearest limit not read", error=str(error))
+        else:
+            known.choices = tuple(map(_choice, why.may_stop(limits)))
+            resets = [(each.resets_at - now()).total_seconds() for each in limits if each.resets_at is not None]
+            seconds = min(seconds, *resets) if resets else seconds
         finally:
-            known.at = monotonic()
+            known.fresh_until = monotonic() + seconds
             known.reading = None
+
+
+def _choice(limit: why.LimitState) -> _Choice:
+    headers = [(name.lower().encode(), text.encode()) for name, text in why.limit_headers(limit).items()]
+    return _Choice(limit.metric or "", limit.room, limit.room * 1_000_000 // max(1, limit.limit_amount), headers)

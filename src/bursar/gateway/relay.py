@@ -8,7 +8,6 @@ from typing import Final
 import structlog
 from prometheus_client import Counter
 
-from bursar.credits import why
 from bursar.credits.moves import Verdict
 from bursar.gateway import sse
 from bursar.gateway.calls import Call, Till
@@ -213,7 +212,7 @@ def _hold_headers(call: Call) -> Headers:
 
 def _common_headers(call: Call, available: Micros | None) -> Headers:
     headers = [] if available is None else [(b"bursar-available", format_credits(available).encode())]
-    headers += [(name.lower().encode(), text.encode()) for name, text in why.limit_headers(call.nearest).items()]
+    headers += call.limit_headers
     if call.tried:
         headers.append((b"bursar-attempt", str(call.tried + 1).encode()))
         headers.append((b"bursar-provider", call.target.provider.name.encode()))
