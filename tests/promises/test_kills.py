@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
@@ -41,6 +42,7 @@ from bursar.pricing.usage import Usage
 from bursar.settings import Settings
 
 ESTIMATED, STREAMED, BY_EXPIRY = 4, 8, 64
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of a server in /proc")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +130,7 @@ KINDS: dict[str, tuple[str, Strike]] = {
 }
 
 
-@pytest.mark.parametrize("what", KINDS)
+@pytest.mark.parametrize("what", [pytest.param(what, marks=on_linux) if what == "worker" else what for what in KINDS])
 async def test_what_is_killed_under_load_loses_and_doubles_nothing_and_serves_again(
     site: Site, client: Client, what: str
 ) -> None:
@@ -282,6 +284,7 @@ async def test_a_server_that_is_told_to_stop_ends_its_streams_and_settles_everyt
     await site.assert_books_agree()
 
 
+@on_linux
 async def test_server_processes_end_when_what_supervises_them_is_killed(site: Site, client: Client) -> None:
     """They would keep the port, and nobody would start or stop them any more."""
     workers = site.double.workers()
