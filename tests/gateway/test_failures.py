@@ -487,6 +487,30 @@ async def test_a_hold_whose_answer_was_lost_is_found_again_and_used(
     assert [row[0] for row in await ended(client)] == [CALL_MICROS]
 
 
+async def test_a_call_whose_hold_ended_before_its_answer_came_never_goes_out(
+    client: Payer, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the process stood still for longer than a lease: its key is free, and a twin may be answered."""
+    assert (await client.post(CALL, bursar_demo="fail=500")).status_code == 500, "the lane is connected"
+    monkeypatch.setattr(scene.till, "_lease_seconds", 1)
+    calls = scene.provider.calls
+    scene.cable.answers_after = 1.5
+    try:
+        calling = asyncio.create_task(client.post(CALL, idempotency_key="late"))
+        await asyncio.sleep(1.2)
+        dsn = client.org.database.dsn("bursar_lane")
+        async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as conn:
+            await conn.execute("select credits.expire_holds()")
+        answer = await calling
+    finally:
+        scene.cable.answers_after = 0.0
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "books_unavailable")
+    assert "retry-after" in answer.headers
+    assert scene.provider.calls == calls
+    assert await ended(client) == []
+    assert (await client.post(CALL, idempotency_key="late")).status_code == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_settle_is_booked_when_the_database_is_back_although_its_caller_was_told_that_it_is_gone(
     client: Payer, scene: Scene, monkeypatch: pytest.MonkeyPatch, stream: bool

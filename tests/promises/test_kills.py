@@ -20,6 +20,7 @@ from tests.promises.figures import SEED, figure, tell
 from tests.promises.sites import (
     CALL_MICROS,
     INPUT_MICROS,
+    LEASE_SECONDS,
     TOKEN_MICROS,
     Client,
     Process,
@@ -120,6 +121,13 @@ async def kill_while_it_stops(site: Site, tally: Tally, rng: random.Random) -> N
     await asyncio.to_thread(process.end, signal.SIGKILL)
 
 
+async def stop_for_longer_than_a_lease(site: Site, tally: Tally, rng: random.Random) -> None:
+    """It goes on as if nothing had happened, while its holds have ended and their twins may have been charged."""
+    site.single.send(signal.SIGSTOP)
+    await asyncio.sleep(LEASE_SECONDS * rng.uniform(0.5, 2))
+    site.single.send(signal.SIGCONT)
+
+
 KINDS: dict[str, tuple[str, Strike]] = {
     "server": ("kills", kill_a_server),
     "database": ("database kills", kill_the_database),
@@ -127,6 +135,7 @@ KINDS: dict[str, tuple[str, Strike]] = {
     "worker": ("other kills", kill_a_worker),
     "mid-stream": ("other kills", kill_in_mid_stream),
     "while it stops": ("other kills", kill_while_it_stops),
+    "stands still": ("other kills", stop_for_longer_than_a_lease),
 }
 
 

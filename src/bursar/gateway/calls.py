@@ -36,6 +36,7 @@ STRICT_SECONDS: Final = 60.0
 
 MOST_STRICT: Final = 10_000
 PROGRESS_SECONDS: Final = 2.0
+MOST_ASKED: Final = 3
 PROGRESS_A_LEASE: Final = 4
 """A lease is renewed at least so often before it ends."""
 
@@ -232,8 +233,11 @@ class Till:
             AlreadyAnswered, TwinInFlight, KeyReused: a call with the same idempotency key.
             Unavailable: the books cannot be reached.
         """
+        asked_at = monotonic()
         try:
             move, verdict = await self._authorized(call)
+            if verdict.accepted:
+                await self._make_sure(call, asked_at)
         except (asyncio.CancelledError, Unavailable):
             # The client has gone, or no answer came: the hold may be placed all the same, and nobody would end it.
             self._soon(self._batcher.ask(self._release(call)))
@@ -246,6 +250,23 @@ class Till:
         self._running[call.request_id] = call
         self._idle.clear()
         self._nearest.look(call.principal, call.quote.model)
+
+    async def _make_sure(self, call: Call, asked_at: float) -> None:
+        """Where the answer took so long that the lease may be over (this process may have stood still): hold it anew.
+
+        A hold that has ended was released, its key is free, and a twin may be on its way: this call must not go out.
+
+        Raises:
+            Unavailable: the hold has ended, or answers take too long to keep one.
+        """
+        for _ in range(MOST_ASKED):
+            if monotonic() - asked_at < self._lease_seconds / 2:
+                return
+            asked_at = monotonic()
+            verdict = await self._batcher.move(call.move(Action.EXTEND, lease_seconds=self._lease_seconds))
+            if verdict.outcome is Outcome.NO_HOLD:
+                break
+        raise Unavailable("The hold ended before the call went out", headers={"Retry-After": "1"})
 
     async def _authorized(self, call: Call) -> tuple[Move, Verdict]:
         """What was asked for in the end, and what was decided. A guess is made anew for as long as that may help."""
