@@ -22,7 +22,6 @@ from bursar import clock, db
 from bursar.audit.events import OPERATOR
 from bursar.cli.output import JsonOption, print_json
 from bursar.cli.progress import Bars, bars
-from bursar.cli.serve import GRACE_SECONDS
 from bursar.demo import homes
 from bursar.demo.companies import companies
 from bursar.demo.homes import Demo
@@ -32,6 +31,7 @@ from bursar.errors import BursarError
 from bursar.identity.sessions import create_sign_in_link
 from bursar.identity.users import User
 from bursar.server import ServedApp
+from bursar.serving import GRACE_SECONDS
 from bursar.settings import Settings, default_data_dir
 
 HOST: Final = "127.0.0.1"

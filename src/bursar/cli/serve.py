@@ -1,20 +1,14 @@
 """`bursar serve`: the server processes."""
 
-import contextlib
 import os
-import signal
-import tempfile
+import sys
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
-import uvicorn
 
-from bursar import db
+from bursar import serving
 from bursar.settings import Settings
-
-GRACE_SECONDS: Final = 30
-"""How long requests under way may take once the server is told to stop."""
 
 
 def serve(
@@ -30,38 +24,13 @@ def serve(
     if data_dir is not None:
         os.environ["BURSAR_DATA_DIR"] = str(data_dir.absolute())  # the server processes read the environment too
     settings = Settings.from_environment(host=host, port=port, workers=workers)
-    run_server(settings)
-
-
-def run_server(settings: Settings) -> None:
-    """Serve until a signal comes. Requests under way are finished, for at most GRACE_SECONDS.
-
-    This process holds the database meanwhile: the embedded server outlives each server process, and a fault at start
-    is told here.
-    """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises it again when it has stopped
-    with db.held(settings), contextlib.ExitStack() as kept:
-        if settings.workers > 1:
-            metrics = kept.enter_context(tempfile.TemporaryDirectory(prefix="bursar-metrics-"))
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics
-        typer.echo(f"Bursar listens on http://{settings.host}:{settings.port}", err=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            _run_uvicorn(settings)
-
-
-def _run_uvicorn(settings: Settings) -> None:
-    uvicorn.run(
-        "bursar.server:from_environment",
-        factory=True,
-        host=settings.host,
-        port=settings.port,
-        workers=settings.workers,
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        http="bursar.asgi:Protocol",
-        ws="none",  # nothing here speaks it; uvicorn would leave a POST that asks for it without an answer
-        timeout_graceful_shutdown=GRACE_SECONDS,
-        timeout_keep_alive=75,
-    )
+    if settings.workers == 1:
+        serving.run_server(settings)
+        return
+    # Who only watches over others needs nothing of the command line, and neither do those: 60 MB of memory each.
+    os.environ |= {
+        "BURSAR_HOST": settings.host,
+        "BURSAR_PORT": str(settings.port),
+        "BURSAR_WORKERS": str(settings.workers),
+    }
+    os.execv(sys.executable, [sys.executable, "-m", serving.__name__])

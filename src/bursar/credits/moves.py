@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from enum import IntEnum, IntFlag
 from itertools import chain
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from uuid import UUID
 
 from psycopg.types.numeric import Int2, Int4, Int8
@@ -29,7 +29,10 @@ class Action(IntEnum):
 
 
 class Flag(IntFlag):
-    """Bits of a move; the stored ones are explained at ledger.attribution.flags."""
+    """Bits of a move; the stored ones are explained at ledger.attribution.flags.
+
+    Several together are plain integers: to make members of them takes longer than all else that is done with them.
+    """
 
     NONE = 0
     SENT = 1
@@ -44,6 +47,11 @@ class Flag(IntFlag):
     IN_ALL = 2048  # of an extend: what shall be held in all, not in addition
     REPORTED = 4096  # by a program that calls models itself
     BATCH = 8192  # answered in a batch of the provider's
+
+    if not TYPE_CHECKING:
+        __or__ = __ror__ = int.__or__
+        __and__ = __rand__ = int.__and__
+        __invert__ = int.__invert__
 
 
 class Outcome(IntEnum):

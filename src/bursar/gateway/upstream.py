@@ -20,6 +20,7 @@ import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import TracebackType
 from typing import Final, Self
 from urllib.parse import quote
@@ -97,13 +98,8 @@ class Target:
 
     def url(self, path: str) -> URL:
         """The address of a path."""
-        base_url = self.provider.base_url
-        assert base_url is not None
-        if MODEL_PLACE in base_url:
-            # Encoded whole: a name is one segment, whatever is in it, and leads nowhere else.
-            base_url = base_url.replace(MODEL_PLACE, quote(self.model, safe=""))
-        query = f"?{self.provider.query}" if self.provider.query else ""
-        return URL(f"{base_url}{path}{query}", encoded=True)
+        assert self.provider.base_url is not None
+        return _url(self.provider.base_url, self.model, self.provider.query, path)
 
     def credentials(self, path: str) -> dict[str, str]:
         """The header that opens the provider."""
@@ -113,6 +109,14 @@ class Target:
         if auth == "vendor":
             auth = "x-api-key" if path.startswith(_MESSAGES_PATH) else "bearer"  # type: ignore[assignment]
         return {"Authorization": f"Bearer {self.secret}"} if auth == "bearer" else {auth: self.secret}
+
+
+@lru_cache(maxsize=4_096)
+def _url(base_url: str, model: str, query: str, path: str) -> URL:
+    if MODEL_PLACE in base_url:
+        # Encoded whole: a name is one segment, whatever is in it, and leads nowhere else.
+        base_url = base_url.replace(MODEL_PLACE, quote(model, safe=""))
+    return URL(f"{base_url}{path}{f'?{query}' if query else ''}", encoded=True)
 
 
 class Answer:
