@@ -2,32 +2,41 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import anthropic
+import httpx2
 import openai
 import psycopg
 import pytest
-from tests.conftest import Org
+from tests.conftest import MASTER_KEY, Org
 from tests.gateway.conftest import Payer, fund
 
 from bursar import db
 from bursar.audit.events import OPERATOR
-from bursar.clock import now
+from bursar.clock import now, uuid7
 from bursar.credits.limits import Metric, Scope, set_limit
 from bursar.credits.verify import verify
-from bursar.gateway import batch_keeper, demo_provider
+from bursar.gateway import batch_front, batch_keeper, demo_provider
 from bursar.gateway.batch_keeper import Keeper
 from bursar.gateway.batches import Places
 from bursar.gateway.provider_keys import KeyFinder, add_provider_key
-from bursar.gateway.providers import put_provider
+from bursar.gateway.providers import Provider, put_provider
 from bursar.gateway.sealing import Keyring
-from bursar.gateway.upstream import Upstream
+from bursar.gateway.upstream import Target, Upstream
 from bursar.identity.roles import Role
 from bursar.identity.roles import Scope as KeyScope
 from bursar.money import Micros
+from bursar.settings import Settings
 
 HELLO: Any = [{"role": "user", "content": "hello there"}]
 CLAUDE_MICROS = 16_050  # half of 7 tokens of input at 300 micros and 20 of output at 1,500
@@ -571,6 +580,21 @@ async def once_known(payer: Payer, content: bytes) -> Any:
     raise AssertionError("the provider is not known")
 
 
+def test_errors_in_results_tell_nothing_of_the_platforms_account_and_answers_stay_as_they_are() -> None:
+    provider = Provider(name="x", provider_id=uuid7(), kind="both", base_url="https://x.example/v1")
+    target = Target(provider, "secret-of-the-platform")
+    account = "org-abcdefghijkl1234 and secret-of-the-platform"
+    failed = {"custom_id": "user-abcdefghijkl1234", "response": None, "error": {"message": f"Limit of {account}"}}
+    line = batch_front._line_without_account(json.dumps(failed).encode(), "openai", target)
+    assert json.loads(line) == {**failed, "error": {"message": "Limit of [removed] and [removed]"}}
+    answered = {"custom_id": "one", "response": {"status_code": 200, "body": {"text": account}}, "error": None}
+    text = json.dumps(answered).encode()
+    assert batch_front._line_without_account(text, "openai", target) == text
+    errored = {"custom_id": "one", "result": {"type": "errored", "error": {"message": account}}}
+    assert b"org-" not in batch_front._line_without_account(json.dumps(errored).encode(), "anthropic", target)
+    assert b"org-" not in batch_front._line_without_account(account.encode(), "anthropic", target)
+
+
 # ---------------------------------------------------------------------------------------------- whatever breaks
 
 
@@ -768,6 +792,56 @@ async def test_a_worker_that_is_killed_at_any_step_is_followed_by_one_that_books
     assert kill_at > 30, "there are many steps"
     written = await payer.rows("select count(*) from gateway.batch_files where batch_id is not null")
     assert written == [(2 * batches if format == "openai" else 0,)]
+    await agree(payer)
+
+
+@contextmanager
+def _server(settings: Settings, admin_dsn: str) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+    """A server process with its worker."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    environment = {
+        **os.environ,
+        "DATABASE_URL": admin_dsn,
+        "BURSAR_MASTER_KEY": MASTER_KEY,
+        "BURSAR_DATA_DIR": str(settings.data_dir),
+        "BURSAR_LOG_LEVEL": "error",
+    }
+    server = subprocess.Popen([sys.executable, "-m", "bursar", "serve", "--port", str(port)], env=environment)
+    try:
+        for _ in range(600):
+            assert server.poll() is None
+            try:
+                if httpx2.get(f"http://127.0.0.1:{port}/readyz", timeout=5).status_code == 200:
+                    break
+            except httpx2.TransportError:
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}", server
+    finally:
+        server.kill()
+        server.wait(timeout=30)
+
+
+async def test_a_server_that_is_killed_leaves_its_batches_to_the_next_one(
+    payer: Payer, settings: Settings, admin_dsn: str
+) -> None:
+    with _server(settings, admin_dsn) as (address, server):
+        first = replace(payer, base_url=address)
+        made = (await claude(first).messages.batches.create(requests=messages(40))).id
+        chats = (await chat_batch(first, lines(40))).id
+        server.kill()
+    assert (await payer.pool()).held_micros == 40 * (CLAUDE_MICROS + CHAT_MICROS)
+    with _server(settings, admin_dsn) as (address, _):
+        second = replace(payer, base_url=address)
+        for _ in range(600):
+            messages_told = await claude(second).messages.batches.retrieve(made)
+            chat_told = await chat(second).batches.retrieve(chats)
+            if (messages_told.processing_status, chat_told.status) == ("ended", "completed"):
+                break
+            await asyncio.sleep(0.1)
+        assert len([each async for each in await claude(second).messages.batches.results(made)]) == 40
+    assert len(await rows(payer)) == 80
     await agree(payer)
 
 

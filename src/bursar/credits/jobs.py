@@ -15,7 +15,7 @@ MONTHS_AHEAD: Final = 3
 
 OPEN_HOLDS = Gauge("bursar_open_holds", "Holds of requests that are running")
 HELD_MICROS = Gauge("bursar_held_micros", "Micros that open holds reserve")
-OLDEST_HOLD = Gauge("bursar_oldest_hold_seconds", "Age of the oldest open hold")
+OLDEST_HOLD = Gauge("bursar_oldest_hold_seconds", "Age of the oldest open hold of a call, batches aside")
 
 
 @dataclass(frozen=True, slots=True)

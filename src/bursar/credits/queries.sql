@@ -139,8 +139,9 @@ select request_id, happened_at, outcome, user_id, api_key_id, provider, model, w
 from credits.unbilled_requests where organization_id = %(organization_id)s and request_id = %(request_id)s
 
 -- name: open_holds
+-- Batches take a day; an old hold is one of a call (without flag 8192).
 select count(*) as holds, coalesce(sum(amount_micros), 0)::bigint as held_micros,
-    extract(epoch from clock_timestamp() - min(placed_at))::bigint as oldest_seconds
+    extract(epoch from clock_timestamp() - min(placed_at) filter (where flags & 8192 = 0))::bigint as oldest_seconds
 from credits.holds
 
 -- name: expire_holds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,14 +17,15 @@ from bursar.clock import uuid7
 from bursar.gateway import anthropic_wire, multipart, openai_wire, wire
 from bursar.gateway import batch_records as records
 from bursar.gateway import batch_vendors as vendors
-from bursar.gateway.batch_reading import BATCHED, ReadBatch, read_file, read_message_batch
+from bursar.gateway.batch_reading import BATCHED, ReadBatch, lines_of, read_file, read_message_batch, read_result
 from bursar.gateway.batch_records import Batch, BatchOfAnother, File
 from bursar.gateway.batches import Batches, Places, ProviderSaid, Terms, said
 from bursar.gateway.calls import body_hash
 from bursar.gateway.endpoints import MOST_BODY_BYTES
 from bursar.gateway.exchange import Exchange, NotMetered
 from bursar.gateway.outputs import PRIOR_OUTPUT_TOKENS
-from bursar.gateway.upstream import Answer, Target, Upstream
+from bursar.gateway.routes import Format
+from bursar.gateway.upstream import Answer, Target, Upstream, without_account
 from bursar.gateway.wire import UnreadableRequest, Wire
 from bursar.identity.principals import Principal
 from bursar.identity.roles import Permission
@@ -38,6 +39,7 @@ _AREAS: Final = ("/v1/messages/batches", "/v1/batches", "/v1/files")
 _PATH: Final = re.compile(
     r"(/v1/messages/batches|/v1/batches|/v1/files)(?:/([^/]{1,200})(?:/(cancel|results|content))?)?"
 )
+_FIELDS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _JSON: Final = (b"content-type", b"application/json")
 
 
@@ -150,7 +152,8 @@ class BatchFront:
     async def _results(self, asked: _Asked) -> None:
         batch, is_own = await self._found(asked, "anthropic")
         _require_reading(asked, is_own)
-        await _pass_on(asked.exchange, await self._batches.results(batch))
+        target, answer = await self._batches.results(batch)
+        await _pass_on(asked.exchange, answer, results_of="anthropic", target=target)
 
     # -------------------------------------------------------------------------------- OpenAI's
 
@@ -283,9 +286,9 @@ class BatchFront:
         file, is_own = await self._found_file(asked)
         _require_reading(asked, is_own)
         target = await self._places.target(file)
-        await _pass_on(
-            asked.exchange, await self._upstream.get(target, f"{vendors.FILES}/{file.provider_file_id}/content")
-        )
+        answer = await self._upstream.get(target, f"{vendors.FILES}/{file.provider_file_id}/content")
+        written: Format | None = None if file.batch_id is None else "openai"
+        await _pass_on(asked.exchange, answer, results_of=written, target=target)
 
     # -------------------------------------------------------------------------------- of all
 
@@ -327,16 +330,49 @@ async def _send(asked: _Asked, document: dict[str, Any], held: Micros | None = N
     await asked.exchange.send_whole(200, headers, msgspec.json.encode(document))
 
 
-async def _pass_on(exchange: Exchange, answer: Answer) -> None:
-    """A provider's file, piece by piece."""
+async def _pass_on(exchange: Exchange, answer: Answer, *, results_of: Format | None, target: Target) -> None:
+    """A provider's file, piece by piece. results_of: whose results it has; None: it is as it was uploaded."""
     if answer.status >= 400:
         await said(answer)
     async with answer:
         exchange.is_events = False
         await exchange.start(answer.status, answer.headers)
-        async for piece in answer.pieces():
+        pieces = answer.pieces()
+        if results_of is not None and not target.is_own_key:
+            pieces = _without_account(pieces, results_of, target)
+        async for piece in pieces:
             await exchange.send_piece(piece)
     await exchange.end_stream(b"")
+
+
+async def _without_account(pieces: AsyncIterator[bytes], format: Format, target: Target) -> AsyncIterator[bytes]:
+    """Whole lines; those of requests that failed without what vendors write of the platform's account into errors."""
+    rest = b""
+    async for piece in pieces:
+        lines, rest = lines_of(rest, piece)
+        yield b"".join(_line_without_account(line, format, target) + b"\n" for line in lines)
+    if rest:
+        yield _line_without_account(rest, format, target)
+
+
+def _line_without_account(line: bytes, format: Format, target: Target) -> bytes:
+    result = read_result(format, line)
+    if result is not None and result.body is not None:
+        return line
+    fields: dict[str, msgspec.Raw] | None = wire.decoded(line, _FIELDS)
+    if fields is None:
+        return _cleaned(line, target)
+    # The client's own name of its request stays, whatever it looks like.
+    clean = {
+        name: raw if name == "custom_id" else msgspec.Raw(_cleaned(bytes(raw), target)) for name, raw in fields.items()
+    }
+    return msgspec.json.encode(clean)
+
+
+def _cleaned(text: bytes, target: Target) -> bytes:
+    if target.secret is not None:
+        text = text.replace(target.secret.encode(), b"[removed]")
+    return without_account(text)
 
 
 def _require_reading(asked: _Asked, is_own: bool) -> None:

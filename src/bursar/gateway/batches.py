@@ -300,8 +300,8 @@ class Batches:
         async with self._database.tenant(batch.organization_id) as conn:
             await records.execute(conn, "delete_batch", batch)
 
-    async def results(self, batch: Batch) -> Answer:
-        """Results of a batch of Anthropic's, as they come.
+    async def results(self, batch: Batch) -> tuple[Target, Answer]:
+        """Results of a batch of Anthropic's, as they come, and whence.
 
         Raises:
             BatchNotEnded: not everything in it is charged yet.
@@ -311,7 +311,7 @@ class Batches:
             raise BatchNotEnded("Its results are there when its processing_status is `ended`")
         target = await self._places.target(batch)
         path = f"{vendors.BATCHES[batch.format]}/{batch.provider_batch_id}/results"
-        return await self._upstream.get(target, path)
+        return target, await self._upstream.get(target, path)
 
 
 class BatchNotEnded(UnreadableRequest):
