@@ -64,9 +64,8 @@ select bench.write_floor(%b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b,
 
 -- name: fill_ledger
 -- %(rows)s rows in all, of which this writes those from first to last. One in a hundred is the hot pool's.
-with payers as (
-    select c.organization_id, c.user_id, c.api_key_id, c.chain_id, c.leg_pool_ids[1] as pool_id, row_number() over (order by c.chain_id) - 1 as nr,
-        count(*) over () as payers
+with payers as materialized (
+    select c.organization_id, c.user_id, c.api_key_id, c.chain_id, c.leg_pool_ids[1] as pool_id, row_number() over (order by c.chain_id) - 1 as nr
     from credits.chains c where c.replaced_at is null and c.refusal is null
 )
 insert into ledger.attribution (organization_id, request_id, booked_at, used_at, user_id, api_key_id, provider, model, chain_id, pool_id,
@@ -80,7 +79,7 @@ from (
     select nr, clock_timestamp() - interval '1 hour' * (1 - nr::double precision / %(rows)s) as at
     from generate_series(%(first)s::bigint, %(last)s::bigint) nr
 ) n
-join payers p on p.nr = n.nr %% p.payers
+join payers p on p.nr = n.nr %% (select count(*) from payers)
 
 -- name: backends
 select pid from pg_stat_activity where application_name = %(name)s
