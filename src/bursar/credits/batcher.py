@@ -154,6 +154,9 @@ class Lane:
                 continue
             self.flight = None
             if call is not None:
+                if landed is None and len(self.packed) == 1:
+                    await self._ask_first(call)
+                    continue
                 self._start(call)
             if landed is not None:
                 if call is not None:
@@ -241,6 +244,21 @@ class Lane:
         task.add_done_callback(lambda _: self.wake.set())
         self.flight = _Flight(self.packed, task)
         self.packed = []
+
+    async def _ask_first(self, call: Call) -> None:
+        """One alone that comes while nothing is under way: without a task of its own, whose switches a single caller
+        would wait for. It stays in `packed` meanwhile, where `give_up` finds it; what comes is packed afterwards.
+        """
+        (waiting,) = self.packed
+        try:
+            verdicts = await self._call(call, 1)
+        except Exception as error:
+            self.packed = []
+            await self._failed([waiting], error)
+            return
+        self.packed = []
+        self.retry_seconds = RETRY_SECONDS
+        self._answer_all([waiting], verdicts)
 
     async def _landed(self, flight: _Flight) -> bool:
         """Wait for the end of a flight; false: it failed, and its moves have been dealt with."""
