@@ -1144,7 +1144,8 @@ comment on function credits.has_room is 'Whether a balance may take this much mo
 -- take: the one guarded update of a batch's summed demands (authorizes, extends, deductions). What does not come back is tight.
 -- With p_chains, p_legs and p_outcomes, the demands go by those. Without them it finds the chains itself, in the same statement, and moves
 -- something only where all is plain (is_plain): nothing is known, repeated, held already or paid by the customer's own key, and every chain
--- is current, refuses nothing and has a leg for the model. p_version is the limits_version of the first organization.
+-- is current, refuses nothing and has a leg for the model. p_gates and p_versions are the organizations and their
+-- limits_version, in any order: looking them up in a list costs less than 128 look-ups of rows.
 -- A request that alone exceeds the balance that refused its chain last (tight_id) is hopeless: its demand is left out, so that whoever
 -- retries on an empty balance makes nobody else's sum too large.
 -- Returns arrays by place: chain, leg and who it is attributed to; the pool and its running total before (for deductions); the room left.
@@ -1152,8 +1153,8 @@ comment on function credits.has_room is 'Whether a balance may take this much mo
 -- since each is looked up by a nested loop.
 create or replace function credits.take(
     p_organization_ids uuid[], p_actions smallint[], p_request_ids uuid[], p_user_ids uuid[], p_api_key_ids uuid[], p_amounts bigint[],
-    p_tokens bigint[], p_flags integer[], p_models text[], p_chains uuid[], p_legs smallint[], p_outcomes smallint[], p_version bigint,
-    p_now timestamptz,
+    p_tokens bigint[], p_flags integer[], p_models text[], p_chains uuid[], p_legs smallint[], p_outcomes smallint[], p_gates uuid[],
+    p_versions bigint[], p_now timestamptz,
     out is_plain boolean, out chains uuid[], out legs smallint[], out teams uuid[], out departments uuid[], out department_names text[],
     out pools uuid[], out positions bigint[], out rooms bigint[],
     out tight_orgs uuid[], out tight_ids uuid[], out tight_starts timestamptz[], out hopeless integer[]
@@ -1175,9 +1176,7 @@ begin
             case when not c.is_plain then c.entry_filters end as entry_filters,
             case when p_chains is not null then w.action in (1, 2, 5) and w.outcome = -1 and not (w.action = 2 and w.amount = 0 and w.tokens = 0)
                  else coalesce(l.leg > 0 and credits.is_plain_way(w.flags, c.refusal, c.is_strict, c.valid_until, c.limits_version,
-                        case when w.org = p_organization_ids[1] then p_version
-                             else (select g.limits_version from credits.gates g where g.organization_id = w.org) end, p_now),
-                    false) and h.request_id is null end as is_asked,
+                        p_versions[array_position(p_gates, w.org)], p_now), false) and h.request_id is null end as is_asked,
             c.tight_id is not null and coalesce((
                 select not credits.has_room(b.stops, b.used_amount, b.held_amount, b.limit_amount, w.amount)
                 from credits.balances b where b.organization_id = w.org and b.balance_id = c.tight_id and b.period_start = c.tight_start
@@ -1734,7 +1733,8 @@ declare
     v_demands boolean;
     v_bent boolean;
     v_lingering boolean := false;
-    v_version bigint;          -- limits_version of the first organization
+    v_gates uuid[];            -- the organizations, and the limits_version of each
+    v_versions bigint[];
     v_is_plain boolean := false;
     v_pools uuid[];
     v_positions bigint[];
@@ -1766,9 +1766,8 @@ begin
         return;
     end if;
     -- (1) gates, in organization order: whoever moves credits does this first, so nothing can deadlock
-    select array_agg(g.organization_id) filter (where g.next_event_at <> 'infinity'),
-        max(g.limits_version) filter (where g.organization_id = p_organization_ids[1])
-    into v_due, v_version
+    select array_agg(g.organization_id) filter (where g.next_event_at <> 'infinity'), array_agg(g.organization_id), array_agg(g.limits_version)
+    into v_due, v_gates, v_versions
     from (select organization_id, next_event_at, limits_version from gates where organization_id = any (p_organization_ids)
           order by organization_id for no key update) g;
     -- (2) the one instant of this batch
@@ -1779,7 +1778,8 @@ begin
             perform credits.fold_due_pools(v_row.organization_id, v_now);
             v_lingering := v_lingering or (select next_event_at = '-infinity' from gates where organization_id = v_row.organization_id);
         end loop;
-        select max(limits_version) into v_version from gates where organization_id = p_organization_ids[1];
+        v_versions := array(select g.limits_version from unnest(v_gates) with ordinality o(id, nr)
+                            join gates g on g.organization_id = o.id order by o.nr);
     end if;
 
     -- (6) Most batches only hold and deduct, by chains that are current: one statement finds those and moves the demands.
@@ -1792,7 +1792,7 @@ begin
         into v_is_plain, v_chains, v_legs, v_teams, v_departments, v_department_names, v_pools, v_positions, v_rooms,
             v_tight_orgs, v_tight_ids, v_tight_starts, v_hopeless
         from credits.take(p_organization_ids, p_actions, p_request_ids, p_user_ids, p_api_key_ids, p_amounts, p_tokens, p_flags, p_models,
-            null, null, null, v_version, v_now) t;
+            null, null, null, v_gates, v_versions, v_now) t;
     end if;
 
     if v_is_plain then
@@ -2012,7 +2012,7 @@ begin
         if v_demands then
             select t.rooms, t.tight_orgs, t.tight_ids, t.tight_starts into v_rooms, v_tight_orgs, v_tight_ids, v_tight_starts
             from credits.take(p_organization_ids, p_actions, p_request_ids, p_user_ids, p_api_key_ids, p_amounts, p_tokens, p_flags, p_models,
-                v_chains, v_legs, v_outcomes, v_version, v_now) t;
+                v_chains, v_legs, v_outcomes, v_gates, v_versions, v_now) t;
             -- No leg may pay for the model: nothing was asked of any pool.
             for v_row in select place from unnest(p_actions, v_outcomes, v_legs, p_flags) with ordinality u(action, outcome, leg, flags, place)
                          where action in (1, 5) and outcome = -1 and leg = 0 and flags & 2 = 0 loop
