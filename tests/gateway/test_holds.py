@@ -258,6 +258,20 @@ async def test_a_limit_that_stops_ends_a_stream_and_one_that_warns_lets_it_go_on
     assert await payer.rows("select count(*) from credits.holds") == [(0,)]
 
 
+async def test_a_long_input_is_no_reason_to_hold_more_for_the_output(scene: Scene, org: Org) -> None:
+    payer = await paying(org, scene.base_url, 10**9)
+    body = {**CALL, "stream": True, "messages": [{"role": "user", "content": "hello there " * 5_000}]}
+    asked = asyncio.create_task(payer.post(body, bursar_demo="output_tokens=300; piece_ms=1"))
+    call = await running(scene, payer)
+    before = call.held_micros
+    async with asyncio.timeout(20):
+        while call.meter is None or call.meter.output_so_far < 100:
+            await asyncio.sleep(0.01)
+    await scene.till._report(call)
+    assert call.held_micros == before, "all but a tenth of it is used, and little of its output"
+    assert (await asked).status_code == 200
+
+
 async def test_an_extension_whose_answer_was_lost_is_asked_again_and_holds_nothing_twice(
     scene: Scene, org: Org
 ) -> None:
@@ -272,7 +286,7 @@ async def test_an_extension_whose_answer_was_lost_is_asked_again_and_holds_nothi
     await scene.till._report(call)
     assert scene.cable.lost == lost + 1
     assert await payer.rows("select amount_micros, tokens from credits.holds") == [(call.held_micros, call.held_tokens)]
-    assert (await payer.pool()).held_micros == call.held_micros == 2 * micros_of(PRIOR_OUTPUT_TOKENS)
+    assert (await payer.pool()).held_micros == call.held_micros == micros_of(2 * PRIOR_OUTPUT_TOKENS)
     assert (await asked).status_code == 200
 
 

@@ -189,9 +189,14 @@ class _Size:
         return not self.flags & Flag.MAY_RESIZE
 
 
-def _grown(held: int, used: int) -> int:
-    """What shall be held of what has been used so far: twice as much once most is used, so that it is asked seldom."""
-    return held if used * 100 <= held * EXTEND_AT_PERCENT else 2 * max(held, used)
+def _grown(held: int, used: int, floor: int) -> int:
+    """What shall be held where so much is used: once most of what is held for output is, twice that, so that it is
+    asked seldom. floor: the input, which was there from the beginning and does not grow.
+    """
+    held_for_output, output = held - floor, used - floor
+    if output * 100 <= held_for_output * EXTEND_AT_PERCENT:
+        return held
+    return floor + 2 * max(held_for_output, output)
 
 
 class NotBooked(Exception):
@@ -453,7 +458,11 @@ class Till:
         refused: Verdict | None = None
         wanted = (call.held_micros, call.held_tokens)
         if call.request.stream and call.request.has_output:
-            wanted = (Micros(_grown(call.held_micros, mark)), _grown(call.held_tokens, tokens))
+            floor = call.charge(call.price(call.request.estimate, Rounding.UP))
+            wanted = (
+                Micros(_grown(call.held_micros, mark, floor)),
+                _grown(call.held_tokens, tokens, call.request.estimate.total_tokens),
+            )
         for _ in range(3):
             verdict = await self._batcher.move(self._extend(call, so_far, *wanted))
             if verdict.outcome is Outcome.ACCEPTED:
