@@ -233,27 +233,6 @@ async def test_what_is_changed_counts_within_five_seconds(org: Org) -> None:
     assert (await finder.of(org.organization_id)).has_rules
 
 
-async def test_calls_at_one_moment_share_a_read_and_one_that_failed_is_made_again(
-    org: Org, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reads = 0
-
-    async def counted(conn: db.Connection, *, organization_id: UUID) -> Allowances:
-        nonlocal reads
-        reads += 1
-        if reads == 1:
-            raise ConnectionError("the database is away")
-        return Allowances([])
-
-    monkeypatch.setattr("bursar.gateway.allowances.load_allowances", counted)
-    finder = AllowanceFinder(org.database)
-    failed = await asyncio.gather(*(finder.of(org.organization_id) for _ in range(9)), return_exceptions=True)
-    assert {type(each) for each in failed} == {ConnectionError}
-    assert reads == 1
-    await asyncio.gather(*(finder.of(org.organization_id) for _ in range(9)))
-    assert reads == 2
-
-
 # -- aliases
 
 

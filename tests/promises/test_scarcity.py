@@ -195,6 +195,8 @@ async def test_a_shortage_is_told_as_503_and_charges_all_of_a_call_or_nothing(
                     pass
                 await asyncio.sleep(rng.random() * 0.3)
             await asyncio.gather(*work)
+        await asyncio.sleep(0.5)
+        await admin_does(payer.org.database, CUT)  # who was let in meanwhile has a short patience for ever
         for _ in range(3):
             assert (await http.post("/v1/chat/completions", json=CALL)).status_code == 200, "it serves again"
         for key in seen.unknown:

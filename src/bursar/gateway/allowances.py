@@ -10,7 +10,6 @@ A fallback is judged by itself: that the name asked for is allowed says nothing 
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -246,35 +245,25 @@ def _refusal(caller: Caller, names: Names, rules: Sequence[ModelRule]) -> ModelN
 
 
 class AllowanceFinder:
-    """Rules and aliases for calls, at most CACHE_SECONDS old. Calls that miss at one moment share a read."""
+    """Rules and aliases for calls, from memory for at most CACHE_SECONDS."""
 
     def __init__(self, database: db.Database, *, clock: Callable[[], float] = monotonic) -> None:
         self._database = database
         self._clock = clock
-        self._found: dict[UUID, tuple[float, asyncio.Task[Allowances]]] = {}
+        self._found: dict[UUID, tuple[float, Allowances]] = {}
 
     async def of(self, organization_id: UUID) -> Allowances:
-        """What an organization has, read at most CACHE_SECONDS ago."""
-        asked_at, reading = self._found.get(organization_id, (0.0, None))
-        if reading is None or self._clock() - asked_at >= CACHE_SECONDS or _has_failed(reading):
-            reading = self._read(organization_id)
-        # One caller that goes away does not take the answer from the others.
-        return reading.result() if reading.done() else await asyncio.shield(reading)
-
-    def _read(self, organization_id: UUID) -> asyncio.Task[Allowances]:
+        """What an organization has, at most CACHE_SECONDS old."""
+        until, found = self._found.get(organization_id, (0.0, None))
+        if found is not None and self._clock() < until:
+            return found
+        asked_at = self._clock()
+        async with self._database.tenant(organization_id) as conn:
+            found = await load_allowances(conn, organization_id=organization_id)
         if len(self._found) >= MOST_CACHED:
             self._found.clear()
-        reading = asyncio.create_task(self._load(organization_id))
-        self._found[organization_id] = (self._clock(), reading)
-        return reading
-
-    async def _load(self, organization_id: UUID) -> Allowances:
-        async with self._database.tenant(organization_id) as conn:
-            return await load_allowances(conn, organization_id=organization_id)
-
-
-def _has_failed(reading: asyncio.Task[Allowances]) -> bool:
-    return reading.done() and (reading.cancelled() or reading.exception() is not None)
+        self._found[organization_id] = (asked_at + CACHE_SECONDS, found)
+        return found
 
 
 async def load_allowances(conn: db.Connection, *, organization_id: UUID) -> Allowances:

@@ -45,12 +45,10 @@ class SoundRequest(WireRequest):
 
     form       as the client wrote it
     likely_ms  how long the sound is where the provider does not say
-    digest     of all parts, without the boundary, which is another each time that a client writes the same form
     """
 
     form: multipart.Form | None = None
     likely_ms: int = 0
-    digest: bytes = b""
 
     @property
     def is_by_time(self) -> bool:
@@ -58,8 +56,14 @@ class SoundRequest(WireRequest):
         return self.estimate.audio_milliseconds > 0
 
     def identity(self, body: bytes) -> bytes:
-        """What is asked, whatever the boundary."""
-        return self.digest
+        """What is asked, without the boundary, which is another each time that a client writes the same form."""
+        assert self.form is not None
+        digest = sha256()
+        for part in self.form.parts:
+            content = self.form.content(part)
+            digest.update(f"{part.name!r} {part.filename!r} {len(content)}\n".encode("utf-8", "surrogatepass"))
+            digest.update(content)
+        return digest.digest()
 
 
 def read_request(body: bytes, content_type: str = JSON) -> SoundRequest:
@@ -96,20 +100,10 @@ def read_request(body: bytes, content_type: str = JSON) -> SoundRequest:
         content_type=form.content_type,
         may_ignore_stream=True,
         form=form,
-        digest=_digest(form),
         likely_ms=sound.likely_milliseconds(form.content(file)),
     )
     by_time = replace(by_tokens, estimate=Usage(audio_milliseconds=most_ms), otherwise=by_tokens, has_output=False)
     return replace(by_time, has_output=True, otherwise=by_time)
-
-
-def _digest(form: multipart.Form) -> bytes:
-    digest = sha256()
-    for part in form.parts:
-        content = form.content(part)
-        digest.update(f"{part.name!r} {part.filename!r} {len(content)}\n".encode("utf-8", "surrogatepass"))
-        digest.update(content)
-    return digest.digest()
 
 
 def upstream_body(request: WireRequest, *, model: str, asks_for_usage: bool = True) -> bytes:

@@ -1,4 +1,4 @@
-"""R12 on the gateway's paths that are no talk: embeddings, images, sound, counts, files and batches."""
+"""R12 on the gateway's paths of batches and files."""
 
 import json
 import random
@@ -9,28 +9,11 @@ from urllib.parse import quote
 import httpx2
 import pytest
 from hypothesis import strategies as st
-from tests.gateway import sounds
 from tests.gateway.conftest import Payer
 from tests.promises.figures import figure
 from tests.promises.test_inputs import CALL, assert_well_answered, json_values, some_headers, texts, try_each
 
-from bursar.gateway.endpoints import ENDPOINTS
-
-MODELS = {
-    "/v1/embeddings": "demo-embedding",
-    "/v1/images/generations": "demo-image",
-    "/v1/audio/speech": "demo-speech",
-    "/v1/responses/compact": "demo-1",
-    "/v1/messages/count_tokens": "demo-claude",
-    "/v1/batches": "demo-1",
-    "/v1/messages/batches": "demo-claude",
-}
 BODIES: dict[str, dict[str, Any]] = {
-    "/v1/embeddings": {"input": "hello there"},
-    "/v1/images/generations": {"prompt": "a cat"},
-    "/v1/audio/speech": {"input": "hello there", "voice": "alloy"},
-    "/v1/responses/compact": {"input": "hello there"},
-    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "hi"}]},
     "/v1/batches": {"input_file_id": "file-1", "endpoint": "/v1/chat/completions", "completion_window": "24h"},
     "/v1/messages/batches": {
         "requests": [
@@ -45,7 +28,6 @@ LINES = b"".join(
     json.dumps({"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body}).encode() + b"\n"
     for name, body in (("one", CALL), ("two", CALL))
 )
-FORMS = ("/v1/audio/transcriptions", "/v1/audio/translations", "/v1/files")
 FIELDS = (
     *("model", "input", "prompt", "n", "size", "quality", "stream", "voice", "speed", "instructions", "dimensions"),
     *("encoding_format", "response_format", "stream_format", "partial_images", "background", "output_format", "user"),
@@ -53,7 +35,6 @@ FIELDS = (
     *("completion_window", "purpose", "language", "temperature", "timestamp_granularities[]", "include[]", "é", ""),
 )
 AREAS = ("/v1/files", "/v1/batches", "/v1/messages/batches", "/v1/models", "/v1/responses")
-FREE = ("/v1/messages/count_tokens", "/v1/files", "/v1/batches", "/v1/messages/batches")
 
 
 def changed(rng: random.Random, body: dict[str, Any], values: list[Any]) -> dict[str, Any]:
@@ -78,75 +59,60 @@ def changed(rng: random.Random, body: dict[str, Any], values: list[Any]) -> dict
     return whole
 
 
-async def assert_booked_as_answered(payer: Payer, answered: dict[str, Any], *, is_free: bool) -> None:
-    """What was answered is charged, and nothing else."""
-    rows = await payer.rows("select request_id, charged_micros from ledger.attribution")
-    if not is_free:
-        assert {f"req_{row[0].hex}" for row in rows} == set(answered)
-        free = {f"req_{row[0].hex}" for row in rows if row[1] == 0}
-        empty = ("[]", '""', "[[]]", '[""]')  # nothing was asked for
-        assert [answered[each] for each in free if json.dumps(answered[each]["input"]) not in empty] == []
-        assert (await payer.pool()).held_micros == 0
-    assert (await payer.pool()).used_micros == sum(row[1] for row in rows)
+async def assert_nothing_is_charged(payer: Payer) -> None:
+    """Batches are charged when they end; what they hold is held."""
+    assert await payer.rows("select * from ledger.attribution") == []
+    assert (await payer.pool()).used_micros == 0
 
 
 @pytest.mark.parametrize("path", BODIES)
-async def test_no_body_of_other_work_breaks_the_gateway(payer: Payer, path: str) -> None:
-    answered: dict[str, Any] = {}
+async def test_no_batch_breaks_the_gateway(payer: Payer, path: str) -> None:
     statuses: Counter[int] = Counter()
     examples = st.tuples(st.lists(json_values, min_size=1, max_size=3), st.integers(0, 2**32), some_headers)
-    whole = {**BODIES[path], **({"model": MODELS[path]} if "batches" not in path else {})}
     async with httpx2.AsyncClient(base_url=payer.base_url, timeout=30) as http:
 
         async def call(example: tuple[list[Any], int, dict[str, str]]) -> None:
             values, seed, headers = example
-            body = changed(random.Random(seed), whole, values)
+            body = changed(random.Random(seed), BODIES[path], values)
             raw = {name: value.strip().encode("latin-1") for name, value in headers.items() if name != "bursar-demo"}
             raw["authorization"] = b"Bearer " + payer.key.encode()
             answer = await http.post(path, content=json.dumps(body).encode(), headers=raw)
             assert_well_answered(answer, body)
             statuses[answer.status_code] += 1
-            if answer.status_code == 200:
-                answered[answer.headers["x-request-id"]] = body
 
         await try_each(examples, max(60, figure("requests") // 16), call)
-    await assert_booked_as_answered(payer, answered, is_free=path in FREE)
+    await assert_nothing_is_charged(payer)
     assert sum(count for status, count in statuses.items() if status >= 400) > 10
     print(path, statuses)
 
 
-@pytest.mark.parametrize("path", FORMS)
-async def test_no_form_breaks_the_gateway(payer: Payer, path: str) -> None:
-    answered: dict[str, Any] = {}
+async def test_no_file_breaks_the_gateway(payer: Payer) -> None:
     statuses: Counter[int] = Counter()
-    good = LINES if path == "/v1/files" else sounds.wav(1)
-    content = st.one_of(st.just(good), st.binary(max_size=200), st.integers(0, len(good)).map(lambda n: good[:n]))
+    content = st.one_of(st.just(LINES), st.binary(max_size=200), st.integers(0, len(LINES)).map(lambda n: LINES[:n]))
     fields = st.dictionaries(st.sampled_from(FIELDS), texts, max_size=3)
     examples = st.tuples(content, texts, fields, st.booleans(), st.binary(max_size=60))
     async with httpx2.AsyncClient(base_url=payer.base_url, timeout=30) as http:
 
         async def call(example: tuple[bytes, str, dict[str, str], bool, bytes]) -> None:
             file, name, others, whole, noise = example
-            form = {"model": "demo-transcribe", "purpose": "batch", **others}
+            form = {"purpose": "batch", **others}
             parts: list[tuple[str, Any]] = [
                 (key, (None, value.encode("utf-8", "replace"))) for key, value in form.items()
             ]
-            request = http.build_request("POST", path, files=[*parts, ("file", (name or "a.wav", file))])
+            request = http.build_request("POST", "/v1/files", files=[*parts, ("file", (name or "a.jsonl", file))])
             body = await request.aread()
             if not whole:  # something in its middle is not as it was
                 place = len(body) // 2
                 body = body[:place] + noise + body[place + len(noise) // 2 :]
             headers = {"authorization": f"Bearer {payer.key}", "content-type": request.headers["content-type"]}
-            answer = await http.post(path, content=body, headers=headers)
+            answer = await http.post("/v1/files", content=body, headers=headers)
             assert_well_answered(answer, (name, others, noise))
             statuses[answer.status_code] += 1
-            if answer.status_code == 200:
-                answered[answer.headers["x-request-id"]] = body
 
         await try_each(examples, max(60, figure("requests") // 16), call)
-    await assert_booked_as_answered(payer, answered, is_free=path in FREE)
-    assert statuses[200] > 5 or path in FREE
-    print(path, statuses)
+    await assert_nothing_is_charged(payer)
+    assert statuses[200] > 5
+    print(statuses)
 
 
 async def test_no_id_and_no_method_breaks_the_gateway(payer: Payer) -> None:
@@ -165,10 +131,5 @@ async def test_no_id_and_no_method_breaks_the_gateway(payer: Payer) -> None:
             statuses[answer.status_code] += 1
 
         await try_each(examples, max(200, figure("requests") // 4), call)
-    await assert_booked_as_answered(payer, {}, is_free=True)
+    await assert_nothing_is_charged(payer)
     print(statuses)
-
-
-def test_no_path_is_left_out() -> None:
-    talk = {"/v1/chat/completions", "/v1/messages", "/v1/responses"}
-    assert ENDPOINTS.keys() <= talk | BODIES.keys() | set(FORMS)
