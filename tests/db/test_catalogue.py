@@ -144,9 +144,10 @@ RULES = {
         where c.relkind = 'm'
         or (c.relkind = 'v' and not coalesce(c.reloptions @> array['security_invoker=true'], false))
     """,
-    "batch functions are the lanes' alone": f"""
+    "what lanes call is theirs alone, or acts for others only in the organization that is set": f"""
         select name from ({FUNCTIONS}) f where has_function_privilege('bursar_app', oid, 'execute')
         and (prosecdef and has_function_privilege('bursar_lane', oid, 'execute')
+             and prosrc !~ 'require_tenant\\(p_organization_id\\)'
              or nspname = 'credits' and proargtypes::oid[] @> array['uuid[]'::regtype::oid])
     """,
     "organization_id is the first argument": f"""
@@ -228,7 +229,9 @@ BREAKERS = {
     "every view answers with the rights of who asks, and none is materialized": (
         "create view identity.broken as select 1;"
     ),
-    "batch functions are the lanes' alone": FUNCTION.format("", "security definer"),
+    "what lanes call is theirs alone, or acts for others only in the organization that is set": FUNCTION.format(
+        "", "security definer"
+    ),
     "organization_id is the first argument": FUNCTION.format("p_user_id uuid, p_organization_id uuid", ""),
     "triggers only guard": GOOD
     + "create function identity.meaning() returns trigger language plpgsql as 'begin return new; end';"
