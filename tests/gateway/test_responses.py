@@ -18,6 +18,7 @@ from tests.gateway.scripted import Cable, Provider, served
 from tests.gateway.test_front import settled, streamed_charge
 
 from bursar import db
+from bursar.credits.limits import Scope, set_limit
 from bursar.gateway import responses_wire, tools
 from bursar.money import Micros, format_credits
 from bursar.settings import Settings
@@ -201,6 +202,28 @@ async def test_context_that_the_provider_keeps_is_held_for(payer: Payer, client:
     held = Micros((10 + responses_wire.PRIOR_CONTEXT_TOKENS) * 100 + 20 * 400)
     assert raw.headers["bursar-held"] == format_credits(held)
     await raw.close()
+
+
+async def test_under_a_strict_limit_neither_context_nor_calls_of_tools_are_guessed(payer: Payer) -> None:
+    async with payer.org.tenant() as conn:
+        await set_limit(
+            conn,
+            organization_id=payer.org.organization_id,
+            scope=Scope.KEY,
+            scope_id=payer.api_key_id,
+            amount=Micros(100_000_000),
+            is_strict=True,
+        )
+    body = {**CALL, "stream": True}
+    kept = await payer.post({**body, "previous_response_id": "resp_1"}, path=PATH)
+    # demo-1 takes 200,000 tokens of input.
+    assert kept.headers["bursar-held"] == format_credits(Micros(200_000 * 100 + 20 * 400))
+    searching = {**body, "tools": [{"type": "web_search"}]}
+    refused = await payer.post(searching, path=PATH)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (402, "cap_reached"), "a thousand searches"
+    limited = await payer.post({**searching, "max_tool_calls": 1}, path=PATH)
+    assert limited.status_code == 200
+    assert Decimal(limited.headers["bursar-held"]) < 2
 
 
 async def test_a_response_in_the_background_is_refused_and_none_can_be_fetched(

@@ -28,6 +28,8 @@ def test_a_tool_is_known_in_all_its_versions(version: str) -> None:
 def test_calls_are_held_for_up_to_the_limit_of_the_request() -> None:
     both = ({"type": "web_search"}, {"type": "file_search", "vector_store_ids": ["vs_1"]})
     assert of_openai(*both).most == Usage(requests=0, web_searches=5, file_searches=5)
+    assert of_openai(*both).guessed == Usage(requests=0, web_searches=995, file_searches=995)
+    assert of_openai(*both, most_calls=2).guessed == Usage(requests=0)
     assert of_openai(*both, most_calls=2).most == Usage(requests=0, web_searches=2, file_searches=2)
     assert of_openai(*both, most_calls=0).most == Usage(requests=0)
     assert of_openai(*both, most_calls=10**6).most.web_searches == tools.MOST_CALLS

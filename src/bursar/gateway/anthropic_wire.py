@@ -56,6 +56,7 @@ def read_request(body: bytes, content_type: str = wire.JSON) -> WireRequest:
         fields=fields,
         context={"speed": speed} if speed else {},
         permitted=permitted.most,
+        guessed=permitted.guessed,
         unpriced_tools=permitted.unpriced,
     )
 

@@ -178,10 +178,14 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class _Size:
-    """Output that each answer of a call is held for. flags: what kind of guess that is, if it is one."""
+    """Output that each answer of a call is held for. flags: what kind of guess that is, if it is one.
+
+    is_ceiling: no guess at all, as a strict limit wants it.
+    """
 
     tokens: int
     flags: Flag = Flag.NONE
+    is_ceiling: bool = False
 
     @property
     def is_final(self) -> bool:
@@ -300,13 +304,18 @@ class Till:
 
     def _size(self, call: Call) -> _Size:
         """By the client's limit; without one by what is known of such calls, or the ceiling under a strict limit."""
-        if not call.is_unlimited:
+        if not (call.is_unlimited or call.request.is_guessed):
             return _Size(call.request.max_output_tokens or 0)
         if self._strict.get(kind_of(call.principal, call.quote.model), 0.0) > monotonic():
-            return _Size(call.ceiling_tokens)
+            return self._ceiling(call)
+        if not call.is_unlimited:
+            return _Size(call.request.max_output_tokens or 0, Flag.UNLIMITED)
         guess = self._outputs.guess(call.principal, call.quote.model)
         flags = Flag.UNLIMITED | Flag.MAY_RESIZE if guess.may_be_better_known else Flag.UNLIMITED
         return _Size(guess.tokens, flags)
+
+    def _ceiling(self, call: Call) -> _Size:
+        return _Size(call.ceiling_tokens if call.is_unlimited else call.request.max_output_tokens or 0, is_ceiling=True)
 
     async def _better_size(self, call: Call, size: _Size, verdict: Verdict) -> _Size:
         """After RESIZE: the ceiling under a strict limit, else what is known by now; where that is no less, as before
@@ -316,13 +325,14 @@ class Till:
             if len(self._strict) >= MOST_STRICT:
                 self._strict.clear()
             self._strict[kind_of(call.principal, call.quote.model)] = monotonic() + STRICT_SECONDS
-            return _Size(call.ceiling_tokens)
+            return self._ceiling(call)
         await self._outputs.read(call.principal.organization_id)
         known = self._size(call)
         return known if known.tokens < size.tokens else _Size(size.tokens, size.flags & ~Flag.MAY_RESIZE)
 
     def _authorize(self, call: Call, size: _Size) -> Move:
-        usage = call.request.hold_for(size.tokens)
+        held = call.request
+        usage = held.at_most(size.tokens, call.ceiling_tokens) if size.is_ceiling else held.hold_for(size.tokens)
         estimate = call.price(usage, Rounding.UP)
         return call.move(
             Action.AUTHORIZE,

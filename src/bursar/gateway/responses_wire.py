@@ -78,6 +78,8 @@ def read_request(body: bytes, content_type: str = wire.JSON) -> WireRequest:
         fields=fields,
         context=permitted.context,
         permitted=permitted.most,
+        guessed=permitted.guessed,
+        guesses_context=_kept(fields, [*instructions, *items]) > 0,
         unpriced_tools=permitted.unpriced + openai_wire.priced_apart(fields, model),
     )
 
@@ -111,13 +113,11 @@ def _offered(fields: Fields, items: list[Any]) -> Iterator[Any]:
 def _estimate(fields: Fields, items: list[Any]) -> Usage:
     """Input by our own rule, and the prior for what the provider keeps."""
     units = heard = 0
-    kept = sum(wire.read_anything(fields, name) is not None for name in _KEPT_BY_PROVIDER)
+    kept = _kept(fields, items)
     if not kept and wire.read_anything(fields, "input") is None:
         raise wire.unreadable("input", "a text or a list of items is required")
     for item in items:
-        if item.get("type") == "item_reference":
-            kept += 1
-        else:
+        if item.get("type") != "item_reference":
             item_units, item_heard = _item_units(item)
             units += item_units
             heard += item_heard
@@ -126,6 +126,12 @@ def _estimate(fields: Fields, items: list[Any]) -> Usage:
         input_tokens=openai_wire.TOKENS_PER_ANSWER + tokens.whole_tokens(units) + kept * PRIOR_CONTEXT_TOKENS,
         audio_input_tokens=heard,
     )
+
+
+def _kept(fields: Fields, items: list[Any]) -> int:
+    """How many contexts the provider keeps and the client only names."""
+    named = [name for name in _KEPT_BY_PROVIDER if wire.read_anything(fields, name) is not None]
+    return len(named) + len([item for item in items if item.get("type") == "item_reference"])
 
 
 def _item_units(item: dict[str, Any]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from bursar.pricing.usage import NO_USAGE, Usage
 
@@ -55,12 +55,14 @@ class Permitted:
 
     sure       billed in any case, such as a container that is made for the request
     most       what may come beside, held for
+    guessed    calls beyond `most`, where the request names no limit
     unpriced   tools that nobody here knows to price
     context    conditions of the price: {'memory_limit': '4g'}
     """
 
     sure: Usage = NO_USAGE
     most: Usage = NO_USAGE
+    guessed: Usage = NO_USAGE
     unpriced: tuple[str, ...] = ()
     context: Mapping[str, str] = field(default_factory=dict)
 
@@ -86,6 +88,7 @@ def of_openai(offered: Iterable[Any], *, most_calls: int | None = None) -> Permi
     return Permitted(
         sure=Usage(requests=0, code_sessions=made),
         most=Usage(requests=0, **most),
+        guessed=_beyond(most) if most_calls is None else NO_USAGE,
         unpriced=tuple(unpriced),
         context={} if largest == _STANDARD_MEMORY else {"memory_limit": largest},
     )
@@ -101,17 +104,26 @@ def of_anthropic(offered: Iterable[Any]) -> Permitted:
     tools = list(offered)
     unpriced: list[str] = []
     searches = sessions = 0
+    is_guess = False
     for kind, tool in _billed(tools, _ANTHROPIC, unpriced):
         if kind == WEB_SEARCH:
             searches += _uses(tool.get("max_uses"))
+            is_guess = is_guess or not _is_count(tool.get("max_uses"))
         else:
             sessions = 1
     if any(_is_newer_web_tool(_type(tool)) for tool in tools):
         sessions = 0
+    searches = min(searches, MOST_CALLS)
     return Permitted(
-        most=Usage(requests=0, web_searches=min(searches, MOST_CALLS), code_sessions=sessions),
+        most=Usage(requests=0, web_searches=searches, code_sessions=sessions),
+        guessed=_beyond({WEB_SEARCH: searches}) if is_guess else NO_USAGE,
         unpriced=tuple(unpriced),
     )
+
+
+def _beyond(calls: Mapping[str, int]) -> Usage:
+    """What is left of the most calls that any request makes; a container is one."""
+    return Usage(requests=0, **{kind: MOST_CALLS - count for kind, count in calls.items() if kind != CODE})
 
 
 def _billed(
@@ -138,8 +150,11 @@ def _type(tool: object) -> str:
 
 
 def _uses(limit: object) -> int:
-    is_count = isinstance(limit, int) and not isinstance(limit, bool) and limit >= 0
-    return min(limit, MOST_CALLS) if is_count and isinstance(limit, int) else PRIOR_CALLS
+    return min(limit, MOST_CALLS) if _is_count(limit) else PRIOR_CALLS
+
+
+def _is_count(limit: object) -> TypeGuard[int]:
+    return isinstance(limit, int) and not isinstance(limit, bool) and limit >= 0
 
 
 def _is_newer_web_tool(name: str) -> bool:

@@ -61,6 +61,8 @@ class WireRequest:
     otherwise          the same request in other kinds, for models whose price is for those: tokens, not characters
     permitted          what the provider's own tools may use beside `estimate`
     unpriced_tools     tools of the provider that nobody here knows to price
+    guessed            calls of those tools beyond `permitted`, where the request names no limit to them
+    guesses_context    a part of the input is kept by the provider, and is in `estimate` by a prior
     """
 
     model: str
@@ -80,6 +82,8 @@ class WireRequest:
     otherwise: WireRequest | None = None
     permitted: Usage = NO_USAGE
     unpriced_tools: tuple[str, ...] = ()
+    guessed: Usage = NO_USAGE
+    guesses_context: bool = False
 
     def as_priced(self, lacks: Callable[[Usage], bool]) -> WireRequest:
         """This request in the first kinds that a model has prices for, or as it is where it has none for any.
@@ -108,6 +112,16 @@ class WireRequest:
             return self.estimate
         held = replace(self.estimate, **{self.output_kind: output_tokens * self.choices})
         return held if self.permitted is NO_USAGE else held + self.permitted
+
+    @property
+    def is_guessed(self) -> bool:
+        """What is held is a guess, also where the request limits its output."""
+        return self.guesses_context or self.guessed != NO_USAGE
+
+    def at_most(self, output_tokens: int, window: int) -> Usage:
+        """The usage to hold for without any guess of ours. window: the longest input of the model."""
+        held = self.hold_for(output_tokens) + self.guessed
+        return replace(held, input_tokens=max(held.input_tokens, window)) if self.guesses_context else held
 
     @property
     def price_context(self) -> dict[str, str]:
