@@ -289,6 +289,18 @@ async def test_a_killed_process_is_started_anew_at_the_same_address(scene: Scene
     assert (await scene.call(CHAT, target))[0] == 200
 
 
+async def test_it_runs_while_it_is_wanted_and_no_longer() -> None:
+    async with scene_of(sdk_of("stand-in")) as made:
+        await made.target()
+        pid = made.adapter.pid
+        made.adapter.want(False)
+        while made.adapter.pid is not None:
+            await asyncio.sleep(0.01)
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid or 0, 0)
+        assert (await made.call(CHAT))[0] == 200, "and is started when it is wanted again"
+
+
 async def test_it_has_nothing_of_the_servers_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OPENAI_API_KEY", "GEMINI_API_KEY", "DATABASE_URL", "BURSAR_MASTER_KEY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "canary")

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -8,6 +9,7 @@ from bursar import db
 from bursar.audit.events import OPERATOR
 from bursar.clock import uuid7
 from bursar.gateway.providers import (
+    KNOWN,
     InvalidBaseUrl,
     InvalidProvider,
     Provider,
@@ -120,6 +122,26 @@ async def test_an_organization_cannot_change_providers_or_routes(org: Any) -> No
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             async with org.tenant() as conn:
                 await conn.execute(statement)
+
+
+def test_the_page_about_providers_names_every_one_that_is_known_with_its_address() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "providers.md").read_text()
+    for name, known in KNOWN.items():
+        assert f"`{name}`" in page
+        assert known.base_url is None or f"`{known.base_url}`" in page
+
+
+@pytest.mark.parametrize("name", ["aws", "vertex", "databricks"])
+async def test_what_only_litellm_speaks_needs_only_its_name_too(database: db.Database, name: str) -> None:
+    async with database.platform() as conn:
+        made = await put_provider(conn, name=name, by=OPERATOR, enabled=False)
+        assert (made.kind, made.base_url, made.litellm_provider) == ("litellm", None, KNOWN[name].litellm_provider)
+        direct = await put_provider(
+            conn, name=name, kind="openai", base_url="https://x.example/v1", by=OPERATOR, enabled=False
+        )
+        assert (direct.kind, direct.litellm_provider) == ("openai", None)
+        back = await put_provider(conn, name=name, kind="litellm", by=OPERATOR, enabled=False)
+        assert (back.kind, back.base_url, back.litellm_provider) == ("litellm", None, made.litellm_provider)
 
 
 # -- routes

@@ -56,7 +56,7 @@ class AdapterUnavailable(Problem):
 
 
 NEXT_STEPS: Final = {
-    "not_installed": "The operator installs it (docs/providers.md, “Through LiteLLM”) and starts the server anew.",
+    "not_installed": "The operator installs it (docs/providers.md, “Through LiteLLM”); it is found within a minute.",
     "malicious": "The operator removes that release, and changes every key that it could read.",
 }
 
@@ -187,8 +187,9 @@ class AdapterProcess:
             self._ready.set()
             log.info("the LiteLLM adapter is ready", pid=self.pid)
         elif self._fault:
-            self._text = str(told.get("text", ""))[:500]
-            log.error("the LiteLLM adapter cannot start", fault=self._fault, text=self._text)
+            before, self._text = self._text, str(told.get("text", ""))[:500]
+            if self._text != before:  # it is tried again and again, in case it is installed meanwhile
+                log.error("the LiteLLM adapter cannot start", fault=self._fault, text=self._text)
         else:
             # Perhaps another program has taken its port meanwhile.
             self._port = 0

@@ -223,7 +223,8 @@ def _defaults(name: str, old: Provider | None, kind: str | None) -> dict[str, An
     """What is not given: as it was, as it is known, or as it is with most. kind: as given; it may be a change."""
     source: Provider | Known | None = old or KNOWN.get(name)
     if source is not None and kind is not None and "litellm" in (kind, source.kind) and kind != source.kind:
-        source = None  # an address of the other way leads nowhere
+        # An address of the other way leads nowhere.
+        source = KNOWN[name] if name in KNOWN and KNOWN[name].kind == kind else None
     values = {**_NEW, **{key: getattr(source, key) for key in _NEW if hasattr(source, key)}}
     if kind == "litellm" and values["litellm_provider"] is None:
         values["litellm_provider"] = name
