@@ -23,8 +23,6 @@ from bursar.gateway.front import Front
 from bursar.gateway.providers import put_provider
 from bursar.gateway.routes import put_model_route
 from bursar.money import Micros
-from bursar.pricing import files
-from bursar.pricing.importing import import_list
 from bursar.settings import Settings
 
 HELLO = "hello there"
@@ -188,26 +186,13 @@ async def test_a_provider_that_sends_events_unasked_or_none_when_asked_is_charge
 
 # ---------------------------------------------------------------------------------- others answer in their place
 
-OTHER = "other-images"
-PRICES = {
-    "list": "other-images",
-    "models": [
-        {
-            "provider": OTHER,
-            "model": "pictures",
-            "rates": [
-                {"kind": "input_tokens", "price_usd": "5"},
-                {"kind": "image_output_tokens", "price_usd": "10"},
-            ],
-        },
-        {"provider": OTHER, "model": "free-input", "rates": [{"kind": "images", "price_usd": "0.01"}]},
-    ],
-}
+# A provider that no other test uses, with list prices for tokens alone.
+OTHER, OTHER_MODEL = "avian", "Meta-Llama-3.1-8B-Instruct"
 
 
 @pytest.fixture(scope="module")
 async def failing(scene: Scene) -> AsyncIterator[str]:
-    """A provider of images by tokens, which always fails."""
+    """A provider with prices for tokens, which always fails."""
     other = Provider()
 
     async def fails(request: web.Request) -> web.StreamResponse:
@@ -216,7 +201,6 @@ async def failing(scene: Scene) -> AsyncIterator[str]:
     other.scripts[""] = fails
     async with other.running() as address:
         async with scene.database.platform() as conn:
-            await import_list(conn, files.read(json.dumps(PRICES)).prices, by=OPERATOR)
             await put_provider(conn, name=OTHER, kind="openai", base_url=address, auth="none", by=OPERATOR)
         yield OTHER
 
@@ -227,9 +211,8 @@ async def test_a_fallback_is_held_and_charged_in_the_kinds_of_its_own_price(
     name = f"route-{uuid7().hex}"
     async with scene.database.platform() as conn:
         await put_model_route(
-            conn, model=name, provider=failing, upstream_model="pictures", fallbacks=("demo/demo-image",), by=OPERATOR
+            conn, model=name, provider=failing, upstream_model=OTHER_MODEL, fallbacks=("demo/demo-image",), by=OPERATOR
         )
-    await asyncio.sleep(2.1)  # the price book asks for news every two seconds
     scene.front._desk._loaded_at = float("-inf")
     answer = await client.post({"model": name, "prompt": "a cat", "n": 2}, path=IMAGES)
     assert (answer.status_code, answer.headers["bursar-provider"]) == (200, "demo")

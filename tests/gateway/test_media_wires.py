@@ -81,6 +81,14 @@ def test_tokens_are_counted_exactly(lists: list[list[int]]) -> None:
     assert request.hold_for(1_000) == Usage(input_tokens=sum(map(len, lists)))
 
 
+@pytest.mark.parametrize("given", ["", [], [[]], [""]])
+def test_an_input_that_comes_to_nothing_counts_as_a_token(given: Any) -> None:
+    request = ask(embeddings_wire, model="m", input=given)
+    meter = embeddings_wire.UsageMeter(request)
+    meter.read_body(b'{"data": [], "usage": {"prompt_tokens": 0}}')
+    assert request.hold_for(1) == meter.measure().usage == Usage(input_tokens=1)
+
+
 @pytest.mark.parametrize(
     ("usage", "tokens"),
     [

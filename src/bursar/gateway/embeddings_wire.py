@@ -48,7 +48,10 @@ def upstream_body(request: WireRequest, *, model: str, asks_for_usage: bool = Tr
 
 
 def _input_tokens(given: object) -> int:
-    """Tokens of a text, a list of texts, a list of tokens or a list of such lists; tokens are counted exactly."""
+    """Tokens of a text, a list of texts, a list of tokens or a list of such lists; tokens are counted exactly.
+
+    At least one: what a provider takes for an input at all is never free by accident.
+    """
     if not isinstance(given, str | list):
         raise wire.unreadable("input", "a text, a list of texts or lists of tokens are required")
     units = 0
@@ -61,7 +64,7 @@ def _input_tokens(given: object) -> int:
             units += len(each) * tokens.UNITS_PER_TOKEN
         else:
             units += _other_units(each)
-    return tokens.whole_tokens(units)
+    return max(1, tokens.whole_tokens(units))
 
 
 def _other_units(value: object) -> int:
