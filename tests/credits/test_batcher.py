@@ -9,7 +9,7 @@ from tests.conftest import MakeOrg, Org
 
 from bursar import db
 from bursar.clock import uuid7
-from bursar.credits.batcher import WAITING, Batcher, Lane, _Waiting
+from bursar.credits.batcher import WAITING, Batcher, Lane, _Flight, _Waiting
 from bursar.credits.grants import GrantSource, add_grant
 from bursar.credits.moves import Action, Flag, Move, Outcome, Verdict
 from bursar.credits.pools import Pool, list_pools, pool_for
@@ -322,3 +322,19 @@ async def test_a_mark_that_the_end_of_its_request_overtakes_goes_out_no_more() -
     lane._take()
     assert [each.move.action for each in lane.packed] == [Action.SETTLE, Action.RELEASE]
     assert not lane.marks
+
+
+async def test_what_waits_is_halved_so_that_halves_overlap_unless_another_lane_is_at_work(org: Org) -> None:
+    alone, beside, busy = Lane(""), Lane(""), Lane("")
+    beside.others = [busy]
+    busy.flight = _Flight([], asyncio.get_running_loop().create_task(_nothing()))
+    for lane in (alone, beside):
+        for _ in range(100):
+            answer = asyncio.get_running_loop().create_future()
+            lane.put(_Waiting(move(org, Action.DEDUCT, 1), answer, 0, 0))
+        lane._take()
+    assert (len(alone.packed), len(beside.packed)) == (50, 100)
+
+
+async def _nothing() -> list[Verdict]:
+    return []

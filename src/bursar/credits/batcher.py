@@ -3,7 +3,7 @@
 While one batch is in flight the next collects; there is no timer. Under load a batch is half of what waits: the other
 half is packed meanwhile and goes out before the first one's answers are given, so that database and process work at the
 same time. A lane is one connection and takes a hash class of organizations, so that two lanes never wait for one
-organization's gate.
+organization's gate. Lanes that are at work together overlap each other, and each takes all that waits for it.
 
 Calls that only open holds of others stand in the way of are parked, and tried again in the order of their arrival: in
 the very batch of each settle or release of their organization here, which is decided before them, and every 50 ms,
@@ -119,6 +119,7 @@ class Lane:
     closing: bool = False
     retry_seconds: float = RETRY_SECONDS
     tried_at: float = 0.0  # when all parked calls were last tried, by the monotonic clock
+    others: "list[Lane]" = field(default_factory=list)
 
     def put(self, waiting: _Waiting) -> None:
         """Queue a move; it goes out with the next batch.
@@ -147,6 +148,12 @@ class Lane:
             if self.parked and time.monotonic() >= self.tried_at + RETRY_SECONDS:
                 self._unpark(None)
             landed = self.flight
+            if landed is not None and landed.call.done() and not self.packed and self._has_company():
+                if await self._landed(landed):
+                    self.flight = None
+                    self._answer_all(landed.batch, landed.call.result())
+                    await asyncio.sleep(0)  # whoever asks again at once is in the next batch
+                continue
             if landed is None or not landed.tries_again:
                 self._take()
             call = self._pack()
@@ -165,6 +172,12 @@ class Lane:
         if self.connection is not None:
             await self.connection.close()
 
+    def _has_company(self) -> bool:
+        """Whether another lane keeps the database at work meanwhile: then nothing is halved, since half a batch costs
+        more than half, and the lanes overlap each other.
+        """
+        return any(other.flight is not None for other in self.others)
+
     async def _wait_for_work(self) -> None:
         """Until there is a batch to take: anything at all, or a ripe one beside a flight; or the flight has landed."""
         if self.flight is None:
@@ -172,7 +185,8 @@ class Lane:
         elif self.parked or self.flight.tries_again:
             self.ripe = sys.maxsize  # what this flight frees belongs to parked calls first
         else:
-            self.ripe = min(MOST_A_BATCH, max(LEAST_HALF, len(self.flight.batch)))
+            least = MOST_A_BATCH if self._has_company() else LEAST_HALF
+            self.ripe = min(MOST_A_BATCH, max(least, len(self.flight.batch)))
         if len(self.queue) + len(self.again) >= self.ripe or (self.flight is not None and self.flight.call.done()):
             return
         self.wake.clear()
@@ -192,7 +206,7 @@ class Lane:
                 self._unpark(ends)
         requests: set[int] = set()
         known = len(self.queue) + len(self.again) + (len(self.flight.batch) if self.flight is not None else 0)
-        most = min(MOST_A_BATCH, max(LEAST_HALF, (known + 1) // 2))
+        most = MOST_A_BATCH if self._has_company() else min(MOST_A_BATCH, max(LEAST_HALF, (known + 1) // 2))
         if self.again:
             self._take_from(self.again, most - min(len(self.queue), most // 2), requests)
         self._take_from(self.queue, most, requests)
@@ -422,6 +436,8 @@ class Batcher:
     ) -> None:
         self._space = space
         self._lanes = [Lane(dsn, wait_seconds) for _ in range(lanes)]
+        for lane in self._lanes:
+            lane.others = [other for other in self._lanes if other is not lane]
         self._tasks: list[asyncio.Task[None]] = []
         self._watch: asyncio.Task[None] | None = None
 
