@@ -61,6 +61,25 @@ class TimestamptzArray(BinaryArray):
     """timestamptz[]"""
 
 
+class Uuid(BinaryArray):
+    """uuid. These are no arrays, but may be null too: of a None of Python the driver knows no type, and would prepare a
+    statement anew for each place in which one stands.
+    """
+
+
+class Text(BinaryArray):
+    """text"""
+
+
+class Bytea(BinaryArray):
+    """bytea"""
+
+
+class Timestamptz(BinaryArray):
+    """timestamptz"""
+
+
+_SCALARS: Final = {Uuid: "uuid", Text: "text", Bytea: "bytea", Timestamptz: "timestamptz"}
 _ELEMENTS: Final = {
     UuidArray: "uuid",
     Int2Array: "int2",
@@ -91,6 +110,26 @@ def uuids(values: Sequence[UUID | None], *, or_null: bool = False) -> UuidArray:
         return UuidArray(None)
     parts = [_NULL if value is None else _SIXTEEN + value.int.to_bytes(16, "big") for value in values]
     return UuidArray(_head(UuidArray, len(values)) + b"".join(parts))
+
+
+def uuid(value: UUID | None) -> Uuid:
+    """uuid or null"""
+    return Uuid(None if value is None else value.bytes)
+
+
+def text(value: str | None) -> Text:
+    """text or null"""
+    return Text(None if value is None else value.encode())
+
+
+def bytea(value: bytes | None) -> Bytea:
+    """bytea or null"""
+    return Bytea(value)
+
+
+def timestamp(value: datetime | None) -> Timestamptz:
+    """timestamptz or null; aware."""
+    return Timestamptz(None if value is None else _since_epoch(value))
 
 
 def int2s(values: Sequence[int]) -> Int2Array:
@@ -128,10 +167,12 @@ def timestamps(values: Sequence[datetime | None], *, or_null: bool = False) -> T
     """timestamptz[]; values are aware."""
     if or_null and _is_empty(values):
         return TimestamptzArray(None)
-    microseconds = [
-        None if value is None else struct.pack(">q", (value - _EPOCH) // timedelta(microseconds=1)) for value in values
-    ]
+    microseconds = [None if value is None else _since_epoch(value) for value in values]
     return TimestamptzArray(_head(TimestamptzArray, len(values)) + _sized(microseconds))
+
+
+def _since_epoch(value: datetime) -> bytes:
+    return struct.pack(">q", (value - _EPOCH) // timedelta(microseconds=1))
 
 
 def _is_empty(values: Sequence[object]) -> bool:
@@ -160,4 +201,7 @@ def register(connection: psycopg.AsyncConnection[object] | psycopg.Connection[ob
     """Let this connection bind the arrays of this module."""
     for cls, name in _ELEMENTS.items():
         dumper = type(f"{cls.__name__}Dumper", (_ArrayDumper,), {"oid": postgres.types[name].array_oid})
+        connection.adapters.register_dumper(cls, dumper)
+    for cls, name in _SCALARS.items():
+        dumper = type(f"{cls.__name__}Dumper", (_ArrayDumper,), {"oid": postgres.types[name].oid})
         connection.adapters.register_dumper(cls, dumper)
