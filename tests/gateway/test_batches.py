@@ -407,6 +407,8 @@ async def test_a_cap_on_calls_counts_each_request_of_a_batch(payer: Payer, worke
     # It was noted already when it was refused; it has failed, and nobody sees it.
     assert await payer.rows("select state from gateway.batches") == [("failed",)]
     assert [each async for each in chat(payer).batches.list()] == []
+    # Five of the six would have fitted. They were not held and released again: they never were.
+    assert await payer.rows("select count(*) from credits.unbilled_requests where outcome = 'released'") == [(0,)]
     await agree(payer)
     await chat_batch(payer, lines(5), batch_ms=0)
     with pytest.raises(openai.APIStatusError):

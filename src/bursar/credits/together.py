@@ -88,4 +88,5 @@ async def _decide(conn: db.Connection, moves: Sequence[Move]) -> list[Verdict]:
     arguments = await asyncio.to_thread(as_arguments, moves) if many else as_arguments(moves)
     async with conn.cursor(binary=True) as cursor:
         await cursor.execute(MOVE_BATCH, arguments)
-        return as_verdicts(await cursor.fetchall())
+        rows = await cursor.fetchall()
+    return await asyncio.to_thread(as_verdicts, rows) if many else as_verdicts(rows)

@@ -26,6 +26,9 @@ from bursar.problems import Problem
 
 QUERIES: Final = db.load_queries("bursar.gateway", "batches.sql")
 
+ROWS_AT_ONCE: Final = 1_000
+"""In one statement; writing its parameters holds up every other call of the process."""
+
 
 class BatchNotFound(Problem):
     """No such batch, or one of another organization or user."""
@@ -304,19 +307,21 @@ async def add_batch(conn: db.Connection, *, requests: Sequence[HeldRequest], **c
     columns["prices"] = Jsonb(columns["prices"])
     if await db.fetch_value(conn, QUERIES.add_batch, request_count=len(requests), **columns) is None:
         return False
-    await db.execute(
-        conn,
-        QUERIES.add_batch_requests,
-        organization_id=columns["organization_id"],
-        batch_id=columns["batch_id"],
-        custom_ids=[each.custom_id for each in requests],
-        request_ids=[each.request_id for each in requests],
-        models=[each.model for each in requests],
-        estimates=[_array(each.estimate) for each in requests],
-        permitted=[_array(each.permitted) for each in requests],
-        contexts=[json.dumps(dict(each.context)) for each in requests],
-        holds=[each.hold_micros for each in requests],
-    )
+    for start in range(0, len(requests), ROWS_AT_ONCE):
+        some = requests[start : start + ROWS_AT_ONCE]
+        await db.execute(
+            conn,
+            QUERIES.add_batch_requests,
+            organization_id=columns["organization_id"],
+            batch_id=columns["batch_id"],
+            custom_ids=[each.custom_id for each in some],
+            request_ids=[each.request_id for each in some],
+            models=[each.model for each in some],
+            estimates=[_array(each.estimate) for each in some],
+            permitted=[_array(each.permitted) for each in some],
+            contexts=[json.dumps(dict(each.context)) for each in some],
+            holds=[each.hold_micros for each in some],
+        )
     return True
 
 

@@ -132,7 +132,8 @@ class Batches:
             if each.model not in attempts:
                 call = await self._desk.open(principal, _as_request(each), format, b"")
                 attempts[each.model] = call.attempts[0]
-            attempts[each.model].quote.require_priced(each.most, context=each.context, tools=each.unpriced_tools)
+        # Tens of thousands take long to look at, here and below; the calls of others go on meanwhile.
+        await asyncio.to_thread(_require_priced, asked, attempts)
         terms = Terms(attempts)
         places = {(each.target.provider.name, each.provider_key_id) for each in attempts.values()}
         if len(places) > 1:
@@ -167,10 +168,9 @@ class Batches:
             at,
         )
         batch = _new_batch(principal, terms, prices, format=format, endpoint=endpoint, file=file, count=len(asked))
-        # Tens of thousands take long to price; the calls of others go on meanwhile.
         held, moves = await asyncio.to_thread(_priced, batch, prices, asked, terms)
         async with together.lane(self._database) as conn:
-            sums = _sums(moves)
+            sums = await asyncio.to_thread(_sums, moves)
             refused = await together.refusal_of(conn, sums)
             if refused is not None:
                 raise await self._refusal(principal, sums, refused)
@@ -318,6 +318,11 @@ class BatchNotEnded(UnreadableRequest):
     """The batch is still processed, or its results are being charged."""
 
     status, code, title = 400, "batch_not_ended", "The batch has not ended"
+
+
+def _require_priced(asked: Sequence[Asked], attempts: Mapping[str, Attempt]) -> None:
+    for each in asked:
+        attempts[each.model].quote.require_priced(each.most, context=each.context, tools=each.unpriced_tools)
 
 
 def _as_request(asked: Asked) -> WireRequest:
