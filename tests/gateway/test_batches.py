@@ -27,6 +27,7 @@ from bursar.clock import now, uuid7
 from bursar.credits.limits import Metric, Scope, set_limit
 from bursar.credits.verify import verify
 from bursar.gateway import batch_front, batch_keeper, demo_provider
+from bursar.gateway.allowances import add_model_rule
 from bursar.gateway.batch_keeper import Keeper
 from bursar.gateway.batches import Places
 from bursar.gateway.provider_keys import KeyFinder, add_provider_key
@@ -462,6 +463,27 @@ async def test_only_files_for_batches_are_taken_and_only_for_their_path(payer: P
     file = await chat(payer).files.create(file=("x.jsonl", lines(1)), purpose="batch")
     with pytest.raises(openai.BadRequestError, match="are for /v1/chat/completions"):
         await chat(payer).batches.create(input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h")
+
+
+async def test_a_model_that_is_not_allowed_is_not_allowed_in_batches(payer: Payer) -> None:
+    async with payer.org.tenant() as conn:
+        await add_model_rule(
+            conn,
+            organization_id=payer.org.organization_id,
+            effect="deny",
+            pattern="demo-1-mini",
+            by=OPERATOR,
+        )
+    mixed = lines(1) + lines(1, model="demo-1-mini").replace(b"r-0", b"r-1")
+    for _ in range(100):  # running servers follow within seconds
+        try:
+            await chat(payer).files.create(file=("asked.jsonl", mixed), purpose="batch")
+        except openai.PermissionDeniedError:
+            break
+        await asyncio.sleep(0.1)
+    else:
+        raise AssertionError("the rule is not followed")
+    assert await chat(payer).files.create(file=("asked.jsonl", lines(1)), purpose="batch")
 
 
 async def test_a_batch_that_the_provider_refuses_is_freed_at_once(payer: Payer) -> None:

@@ -13,4 +13,5 @@ caller's credentials goes to a provider, nothing of the provider's account goes 
 
 Tables: gateway.providers, gateway.model_routes, gateway.platform_provider_keys (all global);
 gateway.provider_keys (tenant).
+gateway.batches, gateway.batch_requests, gateway.batch_files (tenant): what is held and settled for batches.
 """
