@@ -48,7 +48,8 @@ class Scene:
 
 
 @pytest.fixture(scope="module")
-async def scene(priced: db.Database, settings: Settings) -> AsyncIterator[Scene]:
+async def scene(base_url: str, priced: db.Database, settings: Settings) -> AsyncIterator[Scene]:
+    """Opened after the run's application, which would otherwise be opened on this one's cable."""
     cable = Cable(priced.dsn("bursar_lane"))
     async with served(priced, settings, Provider(), cable) as (base_url, app):
         yield Scene(cable, base_url, app)
