@@ -145,8 +145,10 @@ async def test_another_provider_answers_when_the_first_fails(
 
 async def test_a_provider_that_cannot_be_reached_is_passed_over(client: Payer, scene: Scene) -> None:
     async with scene.database.platform() as conn:
-        await put_provider(conn, name="groq", base_url="http://127.0.0.1:9/v1", auth="none", by=OPERATOR)
-    name = await scene.route(fallbacks=["groq/llama-3.3-70b-versatile", "demo/demo-1"])
+        await put_provider(
+            conn, name="baseten", kind="openai", base_url="http://127.0.0.1:9/v1", auth="none", by=OPERATOR
+        )
+    name = await scene.route(fallbacks=["baseten/deepseek-ai/DeepSeek-V4-Pro", "demo/demo-1"])
     scene.first.plan = ["500"]
     answer = await client.post({**BODY, "model": name})
     assert (answer.status_code, answer.headers["bursar-attempt"]) == (200, "3")
@@ -217,13 +219,15 @@ async def test_a_cap_on_the_other_providers_model_holds_for_fallbacks_too(client
 
 async def test_what_the_customers_own_key_pays_never_becomes_a_charge(client: Payer, scene: Scene) -> None:
     async with scene.database.platform() as conn:
-        await put_provider(conn, name="groq", base_url="http://127.0.0.1:9/v1", auth="bearer", by=OPERATOR)
+        await put_provider(
+            conn, name="baseten", kind="openai", base_url="http://127.0.0.1:9/v1", auth="bearer", by=OPERATOR
+        )
     async with client.org.tenant() as conn:
         await add_provider_key(
             conn,
             Keyring(scene.database.settings.master_key),
             organization_id=client.org.organization_id,
-            provider="groq",
+            provider="baseten",
             secret="sk-the-customers-own-key",
             by=OPERATOR,
         )
@@ -232,8 +236,8 @@ async def test_what_the_customers_own_key_pays_never_becomes_a_charge(client: Pa
         await put_model_route(
             conn,
             model=name,
-            provider="groq",
-            upstream_model="llama-3.3-70b-versatile",
+            provider="baseten",
+            upstream_model="deepseek-ai/DeepSeek-V4-Pro",
             fallbacks=["demo/demo-1"],
             by=OPERATOR,
         )

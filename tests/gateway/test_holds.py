@@ -19,7 +19,7 @@ from bursar.credits import why
 from bursar.credits.limits import LimitAction, Metric, NotStrict, Scope, end_limit, set_limit
 from bursar.gateway.calls import Call, Till
 from bursar.gateway.front import Front
-from bursar.gateway.outputs import PRIOR_OUTPUT_TOKENS, Recent
+from bursar.gateway.outputs import FIRST_OUTPUT_TOKENS, MARGIN_PERCENT, PRIOR_OUTPUT_TOKENS, Recent
 from bursar.money import Micros, format_credits
 from bursar.settings import Settings
 
@@ -103,7 +103,7 @@ async def test_a_call_is_held_by_its_limit_else_by_the_prior_else_by_what_such_c
 ) -> None:
     payer = await paying(org, scene.base_url, 10**9)
     assert await held(scene, payer, {**CALL, "max_tokens": 20}) == micros_of(20)
-    assert await held(scene, payer, CALL) == micros_of(PRIOR_OUTPUT_TOKENS)
+    assert await held(scene, payer, CALL) == micros_of(FIRST_OUTPUT_TOKENS)
     recent = Recent()
     recent.note(5)
     assert await held(scene, payer, CALL) == micros_of(recent.guess().tokens) < micros_of(PRIOR_OUTPUT_TOKENS)
@@ -116,7 +116,32 @@ async def test_a_cut_stream_and_an_answer_within_a_limit_tell_nothing(scene: Sce
     payer = await paying(org, scene.base_url, 10**9)
     await payer.post({**CALL, "stream": True}, bursar_demo="break_after=3")
     await payer.post({**CALL, "max_tokens": 20})
-    assert await held(scene, payer, CALL) == micros_of(PRIOR_OUTPUT_TOKENS)
+    assert await held(scene, payer, CALL) == micros_of(FIRST_OUTPUT_TOKENS)
+
+
+@pytest.mark.parametrize(("room", "tokens"), [(15_999, 8_000), (3_999, 2_000), (1_999, 1_000), (1_000, 1_000)])
+async def test_where_nothing_is_known_a_call_takes_the_largest_half_that_there_is_room_for(
+    scene: Scene, org: Org, room: int, tokens: int
+) -> None:
+    payer = await paying(org, scene.base_url, micros_of(room))
+    assert await held(scene, payer, CALL) == micros_of(tokens)
+    assert await payer.rows("select count(*) from credits.unbilled_requests") == [(0,)]
+
+
+async def test_a_burst_of_first_calls_whose_answers_are_long_does_not_outspend_its_budget(
+    scene: Scene, base_url: str, org: Org
+) -> None:
+    """Sixty calls of 3,000 tokens at once, of which nothing was known, into room for thirty: through two processes."""
+    payer = await paying(org, scene.base_url, 30 * micros_of(3_000))
+    there = replace(payer, base_url=base_url)
+    demo = "output_tokens=3000; delay_ms=200"
+    answers = await asyncio.gather(*(each.post(CALL, bursar_demo=demo) for each in [payer, there] * 30))
+    served = Counter(answer.status_code for answer in answers)
+    pool = await payer.pool()
+    assert served[200] <= 30
+    assert served[200] + served[402] == 60
+    assert (pool.held_micros, pool.used_micros) == (0, served[200] * micros_of(3_000))
+    assert served[200] >= 28, "and little is left unused"
 
 
 async def test_what_would_be_refused_is_held_by_what_another_process_has_seen(
@@ -165,7 +190,7 @@ async def test_under_a_strict_limit_a_call_without_a_limit_is_held_by_the_ceilin
     scene: Scene, org: Org
 ) -> None:
     payer = await paying(org, scene.base_url, 10**12)
-    assert await held(scene, payer, CALL) == micros_of(PRIOR_OUTPUT_TOKENS)
+    assert await held(scene, payer, CALL) == micros_of(FIRST_OUTPUT_TOKENS)
     limit = await strict(payer, micros_of(CEILING))
     assert await held(scene, payer, CALL) == micros_of(CEILING), "whatever this process thought of its limits"
     # 5 tokens are used of it: the ceiling does not fit any more, though a guess would.
@@ -273,10 +298,19 @@ async def test_a_long_input_is_no_reason_to_hold_more_for_the_output(scene: Scen
     assert (await asked).status_code == 200
 
 
+def known_for_the_prior(scene: Scene, payer: Payer) -> None:
+    """The next call without a limit is held for the prior, by what is known of such calls."""
+    recent = Recent()
+    recent.note(PRIOR_OUTPUT_TOKENS * 100 // MARGIN_PERCENT)
+    assert recent.guess().tokens == PRIOR_OUTPUT_TOKENS
+    scene.till._outputs._recent[payer.org.organization_id, payer.api_key_id, str(CALL["model"])] = recent
+
+
 async def test_an_extension_whose_answer_was_lost_is_asked_again_and_holds_nothing_twice(
     scene: Scene, org: Org
 ) -> None:
     payer = await paying(org, scene.base_url, 10**9)
+    known_for_the_prior(scene, payer)
     asked = asyncio.create_task(payer.post({**CALL, "stream": True}, bursar_demo="output_tokens=2500; piece_ms=1"))
     call = await running(scene, payer)
     async with asyncio.timeout(20):
@@ -294,6 +328,7 @@ async def test_an_extension_whose_answer_was_lost_is_asked_again_and_holds_nothi
 async def test_many_streams_at_a_limit_use_what_there_is_and_end_one_after_another(scene: Scene, org: Org) -> None:
     """Four streams of 1,500 tokens into room for about 5,200: whoever cannot go on is stopped and charged."""
     payer = await paying(org, scene.base_url, micros_of(5_200))
+    known_for_the_prior(scene, payer)
     asked = [
         asyncio.create_task(payer.post({**CALL, "stream": True}, bursar_demo="output_tokens=1500; piece_ms=1"))
         for _ in range(4)

@@ -111,7 +111,7 @@ async def test_no_file_breaks_the_gateway(payer: Payer) -> None:
 
         await try_each(examples, max(60, figure("requests") // 16), call)
     await assert_nothing_is_charged(payer)
-    assert statuses[200] > 5
+    assert statuses[200] > 0
     print(statuses)
 
 

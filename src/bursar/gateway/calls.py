@@ -2,7 +2,7 @@
 
 import asyncio
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from hashlib import sha256
 from time import monotonic
@@ -18,7 +18,7 @@ from bursar.credits.batcher import Batcher, Unavailable
 from bursar.credits.grants import KeyReused
 from bursar.credits.moves import Action, Flag, Move, Outcome, Verdict
 from bursar.gateway.nearest import Nearest
-from bursar.gateway.outputs import Kind, Outputs, kind_of
+from bursar.gateway.outputs import PRIOR_OUTPUT_TOKENS, Kind, Outputs, kind_of
 from bursar.gateway.upstream import Target
 from bursar.gateway.wire import UsageMeter, WireRequest
 from bursar.identity.principals import Principal
@@ -312,23 +312,26 @@ class Till:
             return _Size(call.request.max_output_tokens or 0, Flag.UNLIMITED)
         guess = self._outputs.guess(call.principal, call.quote.model)
         flags = Flag.UNLIMITED | Flag.MAY_RESIZE if guess.may_be_better_known else Flag.UNLIMITED
-        return _Size(guess.tokens, flags)
+        return _Size(guess.tokens if guess.seen else min(guess.tokens, call.ceiling_tokens), flags)
 
     def _ceiling(self, call: Call) -> _Size:
         return _Size(call.ceiling_tokens if call.is_unlimited else call.request.max_output_tokens or 0, is_ceiling=True)
 
     async def _better_size(self, call: Call, size: _Size, verdict: Verdict) -> _Size:
-        """After RESIZE: the ceiling under a strict limit, else what is known by now; where that is no less, as before
-        and for good.
+        """After RESIZE: the ceiling under a strict limit; half, where nothing is known; else what is known by now, and
+        where that is no less, as before and for good.
         """
         if verdict.detail == "strict":
             if len(self._strict) >= MOST_STRICT:
                 self._strict.clear()
             self._strict[kind_of(call.principal, call.quote.model)] = monotonic() + STRICT_SECONDS
             return self._ceiling(call)
+        guess = self._outputs.guess(call.principal, call.quote.model)
+        if not guess.seen and size.tokens > PRIOR_OUTPUT_TOKENS:
+            return replace(size, tokens=max(PRIOR_OUTPUT_TOKENS, size.tokens // 2))
         await self._outputs.read(call.principal.organization_id)
         known = self._size(call)
-        return known if known.tokens < size.tokens else _Size(size.tokens, size.flags & ~Flag.MAY_RESIZE)
+        return known if known.tokens < size.tokens else replace(size, flags=size.flags & ~Flag.MAY_RESIZE)
 
     def _authorize(self, call: Call, size: _Size) -> Move:
         held = call.request

@@ -1,9 +1,11 @@
 """How much output a call is held for that names no limit of it.
 
-By what the calls without a limit of the same key and model have put out lately: their 95th percentile and a margin. Who
-has no history is held for a fixed prior; it counts for less with each output that is seen. What is remembered is fed as
-calls settle here, and read from the ledger when an organization is first seen, and again where the little that is known
-here decides about a refusal, since other processes may know better.
+By what the calls without a limit of the same key and model have put out lately: their 95th percentile and a margin. As
+long as nothing at all is known, a call is held for a long answer where there is room for one, so that a burst of first
+calls cannot outspend a budget that none of them knows; else for half of that, and so on down to the prior. The prior
+counts for less with each output that is seen. What is remembered is fed as calls settle here, and read from the ledger
+when an organization is first seen, and again where the little that is known here decides about a refusal, since other
+processes may know better.
 """
 
 import asyncio
@@ -21,8 +23,11 @@ from bursar.identity.principals import Principal
 
 QUERIES: Final = db.load_queries("bursar.gateway")
 
+FIRST_OUTPUT_TOKENS: Final = 16_000
+"""What a call is held for of which nothing is known, where there is room: longer than nearly all answers."""
+
 PRIOR_OUTPUT_TOKENS: Final = 1_000
-"""What a call is held for of which nothing is known; streams extend their hold."""
+"""The least that such a call is held for; streams extend their hold."""
 
 PERCENTILE: Final = 95
 MARGIN_PERCENT: Final = 125
@@ -87,7 +92,7 @@ class Recent:
         """
         seen = len(self._sorted)
         if seen == 0:
-            return Guess(PRIOR_OUTPUT_TOKENS, 0)
+            return Guess(FIRST_OUTPUT_TOKENS, 0)
         percentile = self._sorted[-(-seen * PERCENTILE // 100) - 1]
         known = -(-percentile * MARGIN_PERCENT // 100)
         return Guess(known - max(0, PRIOR_OUTPUT_TOKENS - known) // -((seen + 1) ** 2), seen)
