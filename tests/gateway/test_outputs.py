@@ -15,7 +15,14 @@ from tests.gateway.conftest import Payer
 from bursar import db
 from bursar.clock import uuid7
 from bursar.gateway import outputs
-from bursar.gateway.outputs import KNOWN_ENOUGH, PRIOR_OUTPUT_TOKENS, RECENT, Guess, Outputs, Recent
+from bursar.gateway.outputs import (
+    FIRST_OUTPUT_TOKENS,
+    KNOWN_ENOUGH,
+    RECENT,
+    Guess,
+    Outputs,
+    Recent,
+)
 from bursar.identity.principals import Principal
 
 HELLO = [{"role": "user", "content": "hello there"}]
@@ -32,8 +39,8 @@ def principal(organization_id: UUID, user_id: UUID | None = None, api_key_id: UU
     return cast(Principal, SimpleNamespace(organization_id=organization_id, user_id=user_id, api_key_id=api_key_id))
 
 
-def test_of_nothing_known_the_prior_is_held() -> None:
-    assert guess_of() == Guess(PRIOR_OUTPUT_TOKENS, 0)
+def test_of_what_nothing_is_known_of_a_long_answer_is_held() -> None:
+    assert guess_of() == Guess(FIRST_OUTPUT_TOKENS, 0)
 
 
 def test_the_prior_fades_with_the_square_of_what_is_known() -> None:
@@ -72,7 +79,7 @@ async def test_keys_and_models_are_known_apart_and_who_was_not_seen_for_longest_
     dana, theirs = (principal(org.organization_id, api_key_id=uuid7()) for _ in range(2))
     known.note(dana, "m1", 50)
     assert known.guess(dana, "m1").seen == 1
-    assert known.guess(dana, "m2") == known.guess(theirs, "m1") == Guess(PRIOR_OUTPUT_TOKENS, 0)
+    assert known.guess(dana, "m2") == known.guess(theirs, "m1") == Guess(FIRST_OUTPUT_TOKENS, 0)
     for number in range(2):
         known.note(theirs, f"m{number}", 50)
     known.note(dana, "m1", 50)
@@ -124,7 +131,7 @@ async def test_history_that_cannot_be_read_is_none_and_no_call_fails_for_it(
     known = Outputs(org.database)
     monkeypatch.setattr(outputs, "QUERIES", replace_query("select no_such_column"))
     await known.read(org.organization_id)
-    assert known.guess(principal(org.organization_id, uuid7()), "m") == Guess(PRIOR_OUTPUT_TOKENS, 0)
+    assert known.guess(principal(org.organization_id, uuid7()), "m") == Guess(FIRST_OUTPUT_TOKENS, 0)
 
 
 def replace_query(text: str) -> Any:
