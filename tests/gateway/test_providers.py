@@ -88,13 +88,17 @@ async def test_the_demo_provider_is_there_from_the_start(database: db.Database) 
 
 async def test_a_public_provider_needs_only_its_name_and_changes_keep_the_rest(database: db.Database) -> None:
     async with database.platform() as conn:
-        mistral = await put_provider(conn, name="mistral", by=OPERATOR)
-        assert (mistral.base_url, mistral.asks_for_usage) == ("https://api.mistral.ai/v1", False)
-        moved = await put_provider(conn, name="mistral", base_url="https://eu.mistral.example/v1", by=OPERATOR)
-        assert moved == replace(mistral, base_url="https://eu.mistral.example/v1")
-        off = await put_provider(conn, name="mistral", enabled=False, by=OPERATOR)
+        moonshot = await put_provider(conn, name="moonshotai", by=OPERATOR)
+        assert (moonshot.base_url, moonshot.asks_for_usage) == ("https://api.moonshot.ai/v1", True)
+        moved = await put_provider(conn, name="moonshotai", base_url="https://eu.moonshot.example/v1", by=OPERATOR)
+        assert moved == replace(moonshot, base_url="https://eu.moonshot.example/v1")
+        off = await put_provider(conn, name="moonshotai", enabled=False, by=OPERATOR)
         assert off == replace(moved, enabled=False)
         assert off in await list_providers(conn)
+
+
+def test_mistral_refuses_to_be_asked_for_usage() -> None:
+    assert not KNOWN["mistral"].asks_for_usage
 
 
 @pytest.mark.parametrize(
