@@ -285,9 +285,8 @@ async def test_wrong_input_gets_a_named_code_and_changes_nothing(
 async def test_a_missing_a_wrong_and_a_revoked_key_are_401(payer: Payer) -> None:
     async with httpx2.AsyncClient(base_url=payer.base_url, timeout=30) as client:
         assert (await client.post("/v1/chat/completions", json=CALL)).json()["error"]["code"] == "missing_api_key"
-        wrong = await client.post(
-            "/v1/chat/completions", json=CALL, headers={"authorization": f"Bearer {payer.key[:-1]}x"}
-        )
+        other = payer.key[:-1] + ("y" if payer.key.endswith("x") else "x")
+        wrong = await client.post("/v1/chat/completions", json=CALL, headers={"authorization": f"Bearer {other}"})
         assert (wrong.status_code, wrong.json()["error"]["code"]) == (401, "invalid_api_key")
     assert (await payer.post(CALL)).status_code == 200
     async with payer.org.tenant() as conn:
