@@ -23,9 +23,10 @@ import openai
 import pytest
 import uvicorn
 from aiohttp import web
+from tests.conftest import MakeOrg
 from tests.fakes import gemini
 from tests.fakes.serving import serving
-from tests.gateway.conftest import Payer
+from tests.gateway.conftest import Payer, fund
 from tests.gateway.test_compatible_providers import HEAD, HELLO, charges
 
 from bursar import db
@@ -41,6 +42,7 @@ from bursar.gateway.routes import put_model_route
 from bursar.gateway.sealing import Keyring
 from bursar.gateway.upstream import ProviderRefusesUs, Target, Upstream
 from bursar.identity.organizations import PLATFORM_ORGANIZATION_ID
+from bursar.money import Micros
 from bursar.pricing.files import read
 from bursar.pricing.importing import accepted, import_list
 from bursar.settings import Settings
@@ -457,9 +459,10 @@ async def test_gemini_is_charged_by_our_prices_like_any_other_provider(
 
 
 @pytest.mark.skipif(IS_INSTALLED, reason="LiteLLM is installed here")
-async def test_without_litellm_its_providers_are_refused_and_all_others_serve(
-    payer: Payer, priced: db.Database, settings: Settings
+async def test_without_litellm_its_providers_are_refused_all_others_serve_and_own_keys_never_become_a_charge(
+    payer: Payer, make_org: MakeOrg, priced: db.Database, settings: Settings
 ) -> None:
+    own = await make_org()
     provider = await add_gemini(priced, "http://127.0.0.1:9/v1beta")
     async with gateway(priced, settings, Sdk(None, {})) as url:
         client = openai.AsyncOpenAI(api_key=payer.key, base_url=f"{url}/v1", max_retries=0)
@@ -475,5 +478,20 @@ async def test_without_litellm_its_providers_are_refused_and_all_others_serve(
         await asyncio.sleep(5.1)  # running servers follow
         fallen = await client.chat.completions.create(**{**CHAT, "model": name})
         assert fallen.model == "demo-1"
+        await fund(own, Micros(10**9))
+        async with own.tenant() as conn:
+            await add_provider_key(
+                conn,
+                Keyring(settings.master_key),
+                organization_id=own.organization_id,
+                provider=provider,
+                secret="the-customers-own",
+                by=OPERATOR,
+            )
+        owner = openai.AsyncOpenAI(
+            api_key=(await own.key(await own.member())).text, base_url=f"{url}/v1", max_retries=0
+        )
+        with pytest.raises(openai.InternalServerError, match="LiteLLM is not installed"):
+            await owner.chat.completions.create(**{**CHAT, "model": name})
     async with priced.platform() as conn:
         await put_provider(conn, name=provider, enabled=False, by=OPERATOR)

@@ -80,15 +80,7 @@ class Desk:
         route = await self._route(asked[-1], format)
         if allowances.has_rules:
             route = self._allowed(allowances, _caller(principal), asked, route)
-        while True:
-            try:
-                first = await self._attempt(principal.organization_id, request, route)
-                break
-            except AdapterUnavailable:
-                # Like a provider that is down: who comes next on the route is asked.
-                if not route.fallbacks:
-                    raise
-                route = replace(route.fallbacks[0], fallbacks=route.fallbacks[1:])
+        route, first = await self._first(principal.organization_id, request, route)
         attempts: tuple[Attempt, ...] = (first,)
         if route.retries or route.fallbacks:
             attempts = (first,) * (1 + route.retries) + await self._fallbacks(principal, request, route, first)
@@ -98,6 +90,26 @@ class Desk:
             body_hash=body_hash,
             context=request.price_context,
         )
+
+    async def _first(self, organization_id: UUID, request: WireRequest, route: Route) -> tuple[Route, Attempt]:
+        """Who is asked first, and the route from there on. An adapter that is not there is passed over like a provider
+        that is down; but what the customer's own key pays never becomes a charge.
+        """
+        candidates = (route, *route.fallbacks)
+        missing: AdapterUnavailable | None = None
+        own_only = False
+        for place, candidate in enumerate(candidates, 1):
+            try:
+                attempt = await self._attempt(organization_id, request, candidate)
+            except AdapterUnavailable as unavailable:
+                missing = missing or unavailable
+                key = await self._key(organization_id, candidate)
+                own_only = own_only or (key is not None and key.is_own)
+                continue
+            if attempt.target.is_own_key or not own_only:
+                return replace(candidate, fallbacks=candidates[place:]), attempt
+        assert missing is not None
+        raise missing
 
     def _allowed(self, allowances: Allowances, caller: Caller, asked: tuple[str, ...], route: Route) -> Route:
         """The route without the fallbacks that a rule keeps from the caller.
