@@ -1,8 +1,9 @@
 """Which limit a call is nearest to: for the headers of answers that no limit refused.
 
 The limits of a user and key are read beside the provider's call and kept for seconds; what an answer's headers say of
-its charge and of what is available is exact, the nearest limit is named as of then. Nothing waits for it but the first
-answer of a key and model.
+its charge and of what is available is exact, the nearest limit is named as of then. Nothing waits for it but answers
+that come before it is done. A reading costs the database more than the call itself does in a batch, so there are only
+so many a second: where thousands of keys call at once, some answers go without.
 """
 
 import asyncio
@@ -20,6 +21,8 @@ from bursar.identity.principals import Principal
 
 FRESH_SECONDS: Final = 5.0
 MOST_KNOWN: Final = 10_000
+MOST_READINGS_A_SECOND: Final = 50
+"""At a millisecond or two each, a tenth of a core at most. As many may come at once."""
 
 log = structlog.get_logger(__name__)
 Headers = list[tuple[bytes, bytes]]
@@ -42,7 +45,7 @@ class _Known:
     __slots__ = ("choices", "fresh_until", "reading")
 
     def __init__(self) -> None:
-        self.fresh_until: float | None = None  # None: nothing was ever read
+        self.fresh_until = 0.0
         self.choices: tuple[_Choice, ...] = ()
         self.reading: asyncio.Task[None] | None = None
 
@@ -53,19 +56,34 @@ class Nearest:
     def __init__(self, database: db.Database) -> None:
         self._database = database
         self._known: OrderedDict[Asker, _Known] = OrderedDict()
+        self._may_read = float(MOST_READINGS_A_SECOND)
+        self._counted_at = monotonic()
 
     def look(self, principal: Principal, model: str) -> None:
         """Begin to read the limits of a call that was let through, where what is known of them is old."""
         known = self._of(principal, model)
-        if known.reading is None and (known.fresh_until is None or monotonic() >= known.fresh_until):
+        at = monotonic()
+        if known.reading is not None or at < known.fresh_until:
+            return
+        known.choices = ()  # what is old is not told
+        if self._has_turn(at):
             known.reading = asyncio.create_task(self._read(known, principal, model), name="nearest limit")
+
+    def _has_turn(self, at: float) -> bool:
+        """Whether one more reading may begin now: a bucket that fills with time."""
+        filled = self._may_read + (at - self._counted_at) * MOST_READINGS_A_SECOND
+        self._may_read, self._counted_at = min(filled, float(MOST_READINGS_A_SECOND)), at
+        if self._may_read < 1:
+            return False
+        self._may_read -= 1
+        return True
 
     async def headers(self, principal: Principal, model: str, *, micros: int, tokens: int) -> Headers:
         """The headers that name the limit into which the fewest further calls of this size fit; among equals the one
-        that has the least room for its size. None where no limit counts such a call.
+        that has the least room for its size. None where no limit counts such a call, or none was read yet.
         """
         known = self._of(principal, model)
-        if known.fresh_until is None and known.reading is not None:
+        if known.reading is not None:
             await asyncio.shield(known.reading)
         nearest: Headers = []
         least: tuple[int, int] | None = None
