@@ -1,12 +1,11 @@
 """Each guard of the money functions matters: with it taken out, the test that shows its rule fails.
 
-A mutation is a piece of functions.sql and what stands there instead. The function it is in is replaced in a
+A mutation is a piece of the money functions and what stands there instead. The function it is in is replaced in a
 transaction, the rule's test is played in that same transaction, must fail, and all is undone.
 """
 
 import re
 from collections.abc import Callable, Iterator
-from importlib.resources import files
 from typing import Any
 
 import psycopg
@@ -21,9 +20,10 @@ from tests.promises import test_races as races
 
 from bursar import clock, db
 from bursar.clock import uuid7
+from bursar.db import migrate
 from bursar.settings import Settings
 
-FUNCTIONS = files("bursar.credits").joinpath("functions.sql").read_text(encoding="utf-8")
+FUNCTIONS = next(each.text for each in migrate.load_schema().files if each.path == "credits/functions")
 BLOCKS = {
     match[1]: match[0]
     for match in re.finditer(

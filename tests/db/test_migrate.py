@@ -158,6 +158,13 @@ async def test_functions_of_all_layers_change_together_or_not_at_all(empty: str,
         assert await db.fetch_value(conn, "select to_regproc('try.answer')") is None
 
 
+async def test_a_fault_in_a_folder_of_functions_is_told_by_its_part_and_line(empty: str, key: bytes) -> None:
+    text = f"{migrate.PART}10_first.sql\nselect 1;\n{migrate.PART}20_second.sql\nselect 1;\nselect from from;\n"
+    with pytest.raises(migrate.MigrationFailed) as failed:
+        await migrate.migrate(empty, key, schema=schema(FIRST, files={"credits/functions": text}))
+    assert "20_second.sql line 2" in str(failed.value.why)
+
+
 async def test_another_master_key_is_refused(empty: str, key: bytes) -> None:
     await migrate.migrate(empty, key, schema=schema(FIRST))
     async with await psycopg.AsyncConnection.connect(empty, autocommit=True) as conn:
@@ -179,7 +186,11 @@ def test_shipped_migrations_are_numbered_without_gaps_and_set_a_lock_timeout() -
 
 def test_every_sql_file_of_a_capability_is_known_to_the_runner() -> None:
     package = Path(migrate.__file__).parent.parent
-    found = {str(path.relative_to(package)) for name in migrate.REPEATABLE for path in package.glob(f"*/{name}")}
+    found = {
+        str(path.relative_to(package))
+        for name in migrate.REPEATABLE
+        for path in [*package.glob(f"*/{name}.sql"), *package.glob(f"*/{name}/")]
+    }
     assert found == {each.path for each in migrate.load_schema().files}
 
 

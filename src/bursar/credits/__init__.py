@@ -7,5 +7,5 @@ Promises:
 - A refusal names the limit that refused, who set it, when it resets and what to do next: one `Why` everywhere.
 
 Tables: schema `credits`; settle and deduct also write `ledger.attribution`, and grants `ledger.entries` (the named
-composers, see functions.sql). Credits move in SQL functions only; Python never updates a balance.
+composers, see the folder functions). Credits move in SQL functions only; Python never updates a balance.
 """

@@ -1,8 +1,8 @@
 """Schema changes: numbered files once each, function and view files whenever they change.
 
 Order: roles, then the numbered migrations, each in a transaction of its own together with its record, then every
-capability's functions.sql and views.sql, lowest layer first, in one transaction. A run that was interrupted at any
-place is simply run again. The advisory lock only keeps two runners from doing the same work twice at once.
+capability's functions and views, lowest layer first, in one transaction. A run that was interrupted at any place is
+simply run again. The advisory lock only keeps two runners from doing the same work twice at once.
 """
 
 import hashlib
@@ -34,7 +34,11 @@ LAYERS: Final = (
     "billing",
     "warehouse",
 )
-REPEATABLE: Final = ("functions.sql", "views.sql")
+REPEATABLE: Final = (
+    "functions",
+    "views",
+)  # a file (functions.sql), or a folder of parts, run in the order of their names
+PART: Final = "-- part: "
 RUNNERS_LOCK: Final = 0x6275_7273_6172  # "bursar"
 _FILE_NAME = re.compile(r"(?P<number>\d{4})_(?P<title>[a-z0-9_]+)\.sql")
 
@@ -76,7 +80,7 @@ class Migration:
 
 @dataclass(frozen=True, slots=True)
 class SqlFile:
-    """A functions.sql or views.sql; path such as 'credits/functions.sql'."""
+    """Functions or views of a capability; path such as 'identity/functions.sql', of a folder 'credits/functions'."""
 
     path: str
     text: str
@@ -167,9 +171,12 @@ def _repeatable_files() -> Iterable[SqlFile]:
     root = files("bursar")
     for layer in LAYERS:
         for name in REPEATABLE:
-            file = root.joinpath(layer, name)
+            file, folder = root.joinpath(layer, f"{name}.sql"), root.joinpath(layer, name)
             if file.is_file():
-                yield SqlFile(f"{layer}/{name}", file.read_text(encoding="utf-8"))
+                yield SqlFile(f"{layer}/{file.name}", file.read_text(encoding="utf-8"))
+            if folder.is_dir():
+                parts = sorted((each.name, each.read_text(encoding="utf-8")) for each in folder.iterdir())
+                yield SqlFile(f"{layer}/{name}", "".join(f"{PART}{part}\n{text}\n" for part, text in parts))
 
 
 async def migrate(
@@ -336,8 +343,11 @@ async def _run(conn: Connection, name: str, text: str) -> None:
 
 
 def _explain(error: psycopg.Error, text: str) -> str:
-    """The message with its line number in the file."""
+    """The message with its line number in the file, or in the part of it."""
     place = error.diag.statement_position
-    line = f" (line {text.count(chr(10), 0, int(place) - 1) + 1})" if place else ""
+    lines = text[: int(place) - 1].split("\n") if place else []
+    starts = [number for number, line in enumerate(lines) if line.startswith(PART)]
+    part = f"{lines[starts[-1]].removeprefix(PART)} " if starts else ""
+    line = f" ({part}line {len(lines) - (starts[-1] + 1 if starts else 0)})" if place else ""
     parts = [f"{error}".strip().splitlines()[0] + line, error.diag.message_detail, error.diag.context]
     return "; ".join(part for part in parts if part)

@@ -1,0 +1,341 @@
+-- Grants: burn order, expiry, start, and the pools that hold them.
+
+-- set_pool_limit: move a pool's limit by a delta; its open part follows: pool less everything reserved.
+create or replace function credits.set_pool_limit(p_organization_id uuid, p_pool_id uuid, p_delta bigint) returns void
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_limit bigint;
+    v_open uuid;
+    v_reserved bigint;
+begin
+    update balances set
+        limit_amount = limit_amount + p_delta,
+        excess_amount = greatest(0, used_amount + held_amount - limit_amount - p_delta)
+    where organization_id = p_organization_id and balance_id = p_pool_id and period_start = '-infinity'
+    returning limit_amount into strict v_limit;
+    select open_part_id into v_open from pools where organization_id = p_organization_id and pool_id = p_pool_id;
+    if v_open is null then
+        return;
+    end if;
+    -- What a share has used stays claimed even beyond its limit (of an ended one: 0), because the pool counts it as used too.
+    select coalesce(sum(greatest(b.limit_amount, b.used_amount + b.held_amount)), 0) into v_reserved
+    from allocations a
+    join balances b on b.organization_id = a.organization_id and b.balance_id = a.allocation_id
+    where a.organization_id = p_organization_id and a.pool_id = p_pool_id and a.kind = 'reserved';
+    update balances set
+        limit_amount = greatest(0, v_limit - v_reserved),
+        excess_amount = greatest(0, used_amount + held_amount - greatest(0, v_limit - v_reserved))
+    where organization_id = p_organization_id and balance_id = v_open and period_start = '-infinity';
+end $$;
+comment on function credits.set_pool_limit is 'Moves a pool''s limit and sets its open part to what no allocation reserves';
+
+-- reopen_parts: after shares were, or are, beyond their limit: what they claim has changed, so the open parts of their pools follow.
+create or replace function credits.reopen_parts(p_organization_ids uuid[], p_allocation_ids uuid[]) returns void
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_row record;
+begin
+    for v_row in
+        select distinct a.organization_id, a.pool_id
+        from unnest(p_organization_ids, p_allocation_ids) o(organization_id, allocation_id)
+        join allocations a on a.organization_id = o.organization_id and a.allocation_id = o.allocation_id and a.kind = 'reserved'
+        order by 1, 2
+    loop
+        perform credits.set_pool_limit(v_row.organization_id, v_row.pool_id, 0);
+    end loop;
+end $$;
+comment on function credits.reopen_parts is 'Sets the open parts of the pools of some reserved shares anew';
+
+-- pour: attribute a pool's use since the last pour to its active grants, in burn order; what no grant covers waits for the next one.
+create or replace function credits.pour(p_organization_id uuid, p_pool_id uuid, p_at timestamptz) returns void
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_used bigint;
+    v_poured bigint;
+    v_take bigint;
+    v_row record;
+begin
+    select b.used_amount, p.poured_micros into strict v_used, v_poured
+    from pools p join balances b on b.organization_id = p.organization_id and b.balance_id = p.pool_id
+    where p.organization_id = p_organization_id and p.pool_id = p_pool_id;
+
+    -- A correction may have taken use back: the last credits burnt return first, to the grants that paid them.
+    while v_poured > v_used loop
+        select * into strict v_row from burns
+        where organization_id = p_organization_id and pool_id = p_pool_id and end_micros = v_poured;
+        v_take := least(v_poured - v_used, v_row.end_micros - v_row.start_micros);
+        if v_take = v_row.end_micros - v_row.start_micros then
+            delete from burns where organization_id = p_organization_id and pool_id = p_pool_id and start_micros = v_row.start_micros;
+        else
+            update burns set end_micros = end_micros - v_take
+            where organization_id = p_organization_id and pool_id = p_pool_id and start_micros = v_row.start_micros;
+        end if;
+        -- A grant that had ended is active again; where it has expired, the fold that follows books what came back as expired.
+        update grant_states set left_micros = left_micros + v_take, ended_at = null,
+            state = case when state = 'ended' then 'active' else state end
+        where organization_id = p_organization_id and grant_id = v_row.grant_id;
+        v_poured := v_poured - v_take;
+    end loop;
+
+    for v_row in
+        select s.grant_id, s.left_micros
+        from grant_states s join grants g on g.organization_id = s.organization_id and g.grant_id = s.grant_id
+        where s.organization_id = p_organization_id and s.pool_id = p_pool_id and s.state in ('active', 'lingering') and s.left_micros > 0
+        order by g.priority, g.expires_at, g.is_free desc, g.effective_at, g.created_at, g.grant_id
+    loop
+        exit when v_poured >= v_used;
+        v_take := least(v_row.left_micros, v_used - v_poured);
+        insert into burns (organization_id, pool_id, start_micros, end_micros, grant_id, poured_at)
+        values (p_organization_id, p_pool_id, v_poured, v_poured + v_take, v_row.grant_id, p_at);
+        update grant_states set left_micros = left_micros - v_take,
+            state = case when left_micros = v_take then 'ended' else state end,
+            ended_at = case when left_micros = v_take then p_at end
+        where organization_id = p_organization_id and grant_id = v_row.grant_id;
+        v_poured := v_poured + v_take;
+    end loop;
+    update pools set poured_micros = v_poured where organization_id = p_organization_id and pool_id = p_pool_id;
+end $$;
+comment on function credits.pour is 'Pours a pool''s use since the last pour over its active grants in burn order';
+
+-- expire_grants: at p_at, book as expired what grants past their end have left, less what open holds placed before still need.
+create or replace function credits.expire_grants(p_organization_id uuid, p_pool_id uuid, p_at timestamptz, p_now timestamptz) returns void
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_row record;
+    v_held bigint;
+    v_before bigint := 0;   -- left of the grants that burn before this one
+    v_keep bigint;
+    v_lost bigint := 0;
+begin
+    for v_row in
+        select s.grant_id, s.left_micros, g.expires_at
+        from grant_states s join grants g on g.organization_id = s.organization_id and g.grant_id = s.grant_id
+        where s.organization_id = p_organization_id and s.pool_id = p_pool_id and s.state in ('active', 'lingering')
+        order by g.priority, g.expires_at, g.is_free desc, g.effective_at, g.created_at, g.grant_id
+    loop
+        if v_row.expires_at > p_at then
+            v_before := v_before + v_row.left_micros;
+            continue;
+        end if;
+        -- Holds pour after what is used; what falls into this grant stays payable until those holds end.
+        select coalesce(sum(case when h.leg_micros is null then h.amount_micros else h.leg_micros[l.leg] end), 0) into v_held
+        from holds h
+        join chains c on c.organization_id = h.organization_id and c.chain_id = h.chain_id
+        cross join lateral unnest(c.leg_pool_ids) with ordinality l(pool_id, leg)
+        where h.organization_id = p_organization_id and h.placed_at < v_row.expires_at and l.pool_id = p_pool_id
+          and (h.leg_micros is not null or h.leg = l.leg);
+        v_keep := least(v_row.left_micros, greatest(0, v_held - v_before));
+        if v_keep < v_row.left_micros then
+            insert into ledger.entries (organization_id, entry_id, booked_at, happened_at, kind, from_kind, from_id, to_kind, amount, grant_id, reason)
+            values (p_organization_id, gen_random_uuid(), p_now, v_row.expires_at, 'expiry', 'pool', p_pool_id, 'expired',
+                    v_row.left_micros - v_keep, v_row.grant_id, 'grant expired');
+        end if;
+        v_lost := v_lost + v_row.left_micros - v_keep;
+        v_before := v_before + v_keep;
+        update grant_states set left_micros = v_keep,
+            state = case when v_keep > 0 then 'lingering' else 'ended' end,
+            ended_at = case when v_keep > 0 then null else p_at end
+        where organization_id = p_organization_id and grant_id = v_row.grant_id;
+    end loop;
+    if v_lost > 0 then
+        perform credits.set_pool_limit(p_organization_id, p_pool_id, -v_lost);
+    end if;
+end $$;
+comment on function credits.expire_grants is 'Books what is left of expired grants, keeping what holds placed before the expiry still need';
+
+-- activate_grants: at p_at, scheduled grants whose time has come become spendable; each is one ledger entry.
+create or replace function credits.activate_grants(p_organization_id uuid, p_pool_id uuid, p_at timestamptz, p_now timestamptz) returns void
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_row record;
+begin
+    for v_row in
+        select g.* from grant_states s join grants g on g.organization_id = s.organization_id and g.grant_id = s.grant_id
+        where s.organization_id = p_organization_id and s.pool_id = p_pool_id and s.state = 'scheduled' and g.effective_at <= p_at
+        order by g.effective_at, g.created_at, g.grant_id
+    loop
+        insert into ledger.entries (organization_id, entry_id, booked_at, happened_at, kind, from_kind, from_id, to_kind, to_id, amount, grant_id, actor_id, reason)
+        values (p_organization_id, gen_random_uuid(), p_now, greatest(v_row.effective_at, v_row.created_at), 'grant', 'issuance', null, 'pool', p_pool_id,
+                v_row.amount_micros, v_row.grant_id, v_row.created_by, v_row.reason);
+        update grant_states set state = 'active' where organization_id = p_organization_id and grant_id = v_row.grant_id;
+        perform credits.set_pool_limit(p_organization_id, p_pool_id, v_row.amount_micros);
+        perform credits.limits_changed(p_organization_id);  -- chains had left the pool out while it was empty
+    end loop;
+end $$;
+comment on function credits.activate_grants is 'Makes scheduled grants spendable at their instant and books them';
+
+-- fold_pool: apply every time event of one pool up to p_now, each at its very instant, in order. Nothing was used between an
+-- event and now, because whoever moves credits folds first.
+create or replace function credits.fold_pool(p_organization_id uuid, p_pool_id uuid, p_now timestamptz) returns void
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_at timestamptz;
+begin
+    loop
+        select min(case s.state when 'scheduled' then g.effective_at when 'active' then g.expires_at end) into v_at
+        from grant_states s join grants g on g.organization_id = s.organization_id and g.grant_id = s.grant_id
+        where s.organization_id = p_organization_id and s.pool_id = p_pool_id and s.state in ('scheduled', 'active');
+        v_at := coalesce(v_at, 'infinity');
+        exit when v_at > p_now;
+        perform credits.pour(p_organization_id, p_pool_id, v_at);  -- use until then is paid by the grants there were until then
+        perform credits.expire_grants(p_organization_id, p_pool_id, v_at, p_now);
+        perform credits.activate_grants(p_organization_id, p_pool_id, v_at, p_now);
+    end loop;
+    if exists (select 1 from grant_states where organization_id = p_organization_id and pool_id = p_pool_id and state = 'lingering') then
+        perform credits.pour(p_organization_id, p_pool_id, p_now);
+        perform credits.expire_grants(p_organization_id, p_pool_id, p_now, p_now);
+        if exists (select 1 from grant_states where organization_id = p_organization_id and pool_id = p_pool_id and state = 'lingering') then
+            v_at := '-infinity';  -- due again in every batch until the holds that need it have ended
+        end if;
+    end if;
+    update pools set next_event_at = v_at where organization_id = p_organization_id and pool_id = p_pool_id;
+    update gates set next_event_at = (select coalesce(min(next_event_at), 'infinity') from pools where organization_id = p_organization_id)
+    where organization_id = p_organization_id;
+end $$;
+comment on function credits.fold_pool is 'Applies a pool''s time events up to now: pours use, books expiries, starts grants';
+
+create or replace function credits.fold_due_pools(p_organization_id uuid, p_now timestamptz) returns void
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_pool uuid;
+begin
+    for v_pool in
+        select pool_id from pools where organization_id = p_organization_id and next_event_at <= p_now order by pool_id
+    loop
+        perform credits.fold_pool(p_organization_id, v_pool, p_now);
+    end loop;
+end $$;
+comment on function credits.fold_due_pools is 'Folds every pool of an organization that is due; the gate is locked';
+
+create or replace function credits.limits_changed(p_organization_id uuid) returns void
+language plpgsql volatile security definer set search_path = credits, pg_temp as $$
+begin
+    -- A personal key acts wherever its owner belongs, so a change to it in its owner's home reaches those organizations too.
+    if not coalesce(route.acts_in(nullif(current_setting('app.organization_id', true), '')::uuid, p_organization_id), false) then
+        perform credits.require_tenant(p_organization_id);
+    end if;
+    update gates set limits_version = limits_version + 1 where organization_id = p_organization_id;
+end $$;
+comment on function credits.limits_changed is 'Makes every chain of an organization stale: after a change of its keys, members, teams or zone';
+
+-- open_organization: the organization's gate. Idempotent.
+create or replace function credits.open_organization(p_organization_id uuid) returns void
+language plpgsql volatile security definer set search_path = credits, pg_temp as $$
+begin
+    perform credits.require_tenant(p_organization_id);
+    insert into gates (organization_id) values (p_organization_id) on conflict do nothing;
+end $$;
+comment on function credits.open_organization is 'Gives an organization its gate row; calling again changes nothing';
+
+-- open_pool: the pool of a kind (and owner, and filter); the open one if there is one already.
+create or replace function credits.open_pool(
+    p_organization_id uuid, p_pool_id uuid, p_kind text, p_owner_user_id uuid, p_name text, p_model_filter text default null,
+    p_at timestamptz default null
+) returns uuid
+language plpgsql volatile security definer set search_path = credits, pg_temp as $$
+declare
+    v_now timestamptz := credits.lock_gate(p_organization_id, p_at);
+    v_pool uuid;
+    v_open uuid;
+begin
+    select pool_id into v_pool from pools
+    where organization_id = p_organization_id and kind = p_kind and owner_user_id is not distinct from p_owner_user_id
+      and model_filter is not distinct from p_model_filter and closed_at is null;
+    if found then
+        return v_pool;
+    end if;
+    if p_kind = 'shared' then
+        v_open := gen_random_uuid();  -- only shared pools can be reserved from
+        insert into balances (organization_id, balance_id, kind, limit_amount) values (p_organization_id, v_open, 'open', 0);
+    end if;
+    insert into pools (organization_id, pool_id, kind, owner_user_id, name, model_filter, open_part_id, created_at)
+    values (p_organization_id, p_pool_id, p_kind, p_owner_user_id, p_name, p_model_filter, v_open, v_now);
+    insert into balances (organization_id, balance_id, kind, limit_amount) values (p_organization_id, p_pool_id, 'pool', 0);
+    perform credits.limits_changed(p_organization_id);
+    return p_pool_id;
+end $$;
+comment on function credits.open_pool is 'Opens a pool of a kind, or returns the open one';
+
+-- add_grant: credits into a pool, spendable on [effective, expires). One ledger entry when it takes effect.
+create or replace function credits.add_grant(
+    p_organization_id uuid, p_grant_id uuid, p_pool_id uuid, p_source text, p_amount_micros bigint, p_priority smallint,
+    p_is_free boolean, p_cost_basis_nano_usd bigint, p_effective_at timestamptz, p_expires_at timestamptz, p_reason text,
+    p_created_by uuid, p_idempotency_key text, p_at timestamptz default null
+) returns uuid
+language plpgsql volatile security definer set search_path = credits, pg_temp as $$
+declare
+    v_now timestamptz := credits.lock_gate(p_organization_id, p_at);
+    v_hash bytea := credits.hash_of('add_grant', p_pool_id::text, p_source, p_amount_micros::text, p_priority::text, p_is_free::text,
+        p_cost_basis_nano_usd::text, extract(epoch from p_effective_at)::text, extract(epoch from p_expires_at)::text, p_reason);
+    v_stored jsonb := credits.stored_outcome(p_organization_id, p_idempotency_key, v_hash, v_now);
+begin
+    if v_stored is not null then
+        return (v_stored ->> 'grant_id')::uuid;
+    end if;
+    perform credits.require_amount(p_amount_micros, 1);
+    if not exists (select 1 from pools where organization_id = p_organization_id and pool_id = p_pool_id and closed_at is null) then
+        raise exception 'no such open pool' using errcode = 'BR404';
+    end if;
+    if coalesce(p_expires_at, 'infinity') <= greatest(v_now, p_effective_at) then
+        raise exception 'the grant would have expired before it can be spent' using errcode = 'BR400';
+    end if;
+    insert into grants (organization_id, grant_id, pool_id, source, amount_micros, priority, is_free, cost_basis_nano_usd,
+                        effective_at, expires_at, reason, created_at, created_by)
+    values (p_organization_id, p_grant_id, p_pool_id, p_source, p_amount_micros, p_priority, p_is_free, p_cost_basis_nano_usd,
+            coalesce(p_effective_at, v_now), coalesce(p_expires_at, 'infinity'), p_reason, v_now, p_created_by);
+    insert into grant_states (organization_id, grant_id, pool_id, state, left_micros)
+    values (p_organization_id, p_grant_id, p_pool_id, 'scheduled', p_amount_micros);
+    perform credits.fold_pool(p_organization_id, p_pool_id, v_now);
+    perform credits.store_outcome(p_organization_id, p_idempotency_key, v_hash, jsonb_build_object('grant_id', p_grant_id), v_now);
+    return p_grant_id;
+end $$;
+comment on function credits.add_grant is 'Adds credits to a pool; the same idempotency key adds nothing more';
+
+-- void_grant: take back what a grant has left beyond what is held. Returns the micros taken back.
+create or replace function credits.void_grant(
+    p_organization_id uuid, p_grant_id uuid, p_reason text, p_created_by uuid, p_idempotency_key text, p_at timestamptz default null
+) returns bigint
+language plpgsql volatile security definer set search_path = credits, pg_temp as $$
+declare
+    v_now timestamptz := credits.lock_gate(p_organization_id, p_at);
+    v_hash bytea := credits.hash_of('void_grant', p_grant_id::text, p_reason);
+    v_stored jsonb := credits.stored_outcome(p_organization_id, p_idempotency_key, v_hash, v_now);
+    v_state grant_states;
+    v_room bigint;
+    v_taken bigint;
+begin
+    if v_stored is not null then
+        return (v_stored ->> 'voided_micros')::bigint;
+    end if;
+    select * into v_state from grant_states where organization_id = p_organization_id and grant_id = p_grant_id;
+    if not found then
+        raise exception 'no such grant' using errcode = 'BR404';
+    end if;
+    perform credits.pour(p_organization_id, v_state.pool_id, v_now);
+    select * into v_state from grant_states where organization_id = p_organization_id and grant_id = p_grant_id;
+    if v_state.state = 'scheduled' then
+        v_taken := v_state.left_micros;  -- it never reached the pool: nothing to book
+    else
+        select greatest(0, limit_amount - used_amount - held_amount) into strict v_room
+        from balances where organization_id = p_organization_id and balance_id = v_state.pool_id;
+        v_taken := case when v_state.state = 'ended' then 0 else least(v_state.left_micros, v_room) end;
+        if v_taken > 0 then
+            insert into ledger.entries (organization_id, entry_id, booked_at, happened_at, kind, from_kind, from_id, to_kind, amount,
+                                        grant_id, actor_id, reason, idempotency_key)
+            values (p_organization_id, gen_random_uuid(), v_now, v_now, 'void', 'pool', v_state.pool_id, 'voided', v_taken,
+                    p_grant_id, p_created_by, p_reason, p_idempotency_key);
+            perform credits.set_pool_limit(p_organization_id, v_state.pool_id, -v_taken);
+        end if;
+    end if;
+    if v_taken > 0 then
+        update grant_states set left_micros = left_micros - v_taken,
+            state = case when left_micros = v_taken then 'ended' else state end,
+            ended_at = case when left_micros = v_taken then v_now end
+        where organization_id = p_organization_id and grant_id = p_grant_id;
+    end if;
+    perform credits.fold_pool(p_organization_id, v_state.pool_id, v_now);  -- its next event may be another one now
+    perform credits.limits_changed(p_organization_id);
+    perform credits.store_outcome(p_organization_id, p_idempotency_key, v_hash, jsonb_build_object('voided_micros', v_taken), v_now);
+    return v_taken;
+end $$;
+comment on function credits.void_grant is 'Takes back what a grant has left and no hold needs; returns the micros taken back';
