@@ -64,7 +64,7 @@ class ServedApp:
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with db.opened(self._settings, migrate=True) as database:
             await _import_prices(database)
-            self._app = create_app(database, self._settings, parts=(*PARTS, _worker))
+            self._app = create_app(database, self._settings, parts=(*PARTS, _worker, _spared_collector))
             self._app.state.is_demo = self._is_demo
             await self._app(scope, receive, send)
 
@@ -93,14 +93,21 @@ def _ends_with_supervisor() -> Iterator[None]:
         loop.remove_reader(supervisor.sentinel)
 
 
-def _spare_the_collector() -> None:
+@asynccontextmanager
+async def _spared_collector(_: FastAPI) -> AsyncIterator[None]:
     """What is there at start stays; and a request leaves few cycles, so that looking for them now and then is enough.
 
     Left alone, the garbage collector takes a seventh of a busy server's time (benchmarks/gateway).
     """
+    usual = gc.get_threshold()
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
+        gc.unfreeze()
 
 
 async def _import_prices(database: db.Database) -> None:
