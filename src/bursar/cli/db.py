@@ -3,17 +3,26 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from decimal import Decimal
 from typing import Annotated, Any
 
+import psycopg
 import typer
 
+from bursar import db
 from bursar.cli.exits import Exit
-from bursar.cli.output import Answer, JsonOption, print_fields, print_json
+from bursar.cli.output import Answer, Column, JsonOption, print_fields, print_json, print_rows, with_database
+from bursar.cli.scope import org_of
 from bursar.db import migrate as migrations
 from bursar.db.embedded import EmbeddedServer
+from bursar.errors import BursarError
 from bursar.settings import Settings
 
-app = typer.Typer(help="The database: status, migrations, verification.", no_args_is_help=True)
+app = typer.Typer(help="The database: status, migrations, verification, queries.", no_args_is_help=True)
+
+
+class QueryFailed(BursarError):
+    """The database could not run a query."""
 
 
 @asynccontextmanager
@@ -109,3 +118,39 @@ def verify(as_json: JsonOption = False) -> None:
             typer.echo(f"All {len(found.applied)} migrations and their functions are as in this version.")
     if not found.is_current:
         raise typer.Exit(Exit.FAILED)
+
+
+@app.command()
+def query(
+    statement: Annotated[str, typer.Argument(help="One SQL query; docs/reporting.md has examples.")],
+    org: Annotated[str | None, typer.Option("--org", help="As this organization: nothing of another is seen.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run one query that only reads: over every organization, or with --org within one.
+
+    Examples: `bursar db query "select * from reporting.org_billing_summary"`,
+    `bursar db query "select source, quantity from reporting.purchased_consumables" --org acme --json`
+    """
+
+    async def work(database: db.Database) -> tuple[list[str], list[dict[str, Any]]]:
+        organization_id = await org_of(database, org) if org else None
+        async with database.tenant(organization_id) if organization_id else database.platform() as conn:
+            return await _rows(conn, statement)
+
+    names, rows = with_database(work)
+    numbers = {name for name in names for row in rows if isinstance(row[name], int | Decimal)}
+    if as_json:
+        rows = [{name: str(cell) if isinstance(cell, Decimal) else cell for name, cell in row.items()} for row in rows]
+    print_rows(rows, [Column(name, name, right=name in numbers) for name in names], as_json=as_json, empty="No rows.")
+
+
+async def _rows(conn: db.Connection, statement: str) -> tuple[list[str], list[dict[str, Any]]]:
+    await conn.execute("set transaction read only")
+    try:
+        # Asked for in binary, it must be one statement: none can end the transaction and begin another.
+        cursor = await conn.execute(statement, binary=True)
+        names = [column.name for column in cursor.description or ()]
+        return names, [dict(zip(names, row, strict=True)) for row in (await cursor.fetchall() if names else [])]
+    except psycopg.Error as error:
+        await conn.rollback()
+        raise QueryFailed("The query failed", why=f"{error}".strip(), next_step="Change the query") from error
