@@ -32,11 +32,11 @@ from bursar.gateway.batch_keeper import Keeper
 from bursar.gateway.batches import Places
 from bursar.gateway.provider_keys import KeyFinder, add_provider_key
 from bursar.gateway.providers import Provider, put_provider
-from bursar.gateway.sealing import Keyring
 from bursar.gateway.upstream import Target, Upstream
 from bursar.identity.roles import Role
 from bursar.identity.roles import Scope as KeyScope
 from bursar.money import Micros
+from bursar.sealing import Keyring
 from bursar.settings import Settings
 
 HELLO: Any = [{"role": "user", "content": "hello there"}]

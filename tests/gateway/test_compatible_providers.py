@@ -15,11 +15,11 @@ from bursar.audit.events import OPERATOR
 from bursar.clock import uuid7
 from bursar.gateway.provider_keys import add_provider_key
 from bursar.gateway.providers import InvalidBaseUrl, InvalidProvider, InvalidProviderHeader, put_provider
-from bursar.gateway.sealing import Keyring
 from bursar.identity.organizations import PLATFORM_ORGANIZATION_ID
 from bursar.money import format_credits
 from bursar.pricing.files import read
 from bursar.pricing.importing import accepted, import_list
+from bursar.sealing import Keyring
 
 HELLO = [{"role": "user", "content": "hello there"}]
 HEAD = "provider,model,kind,price_usd,unit,above_input_tokens,when,free,match,effective_from,source,withdrawn\n"

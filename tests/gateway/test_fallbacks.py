@@ -23,8 +23,8 @@ from bursar.gateway.front import Front
 from bursar.gateway.provider_keys import add_provider_key
 from bursar.gateway.providers import put_provider
 from bursar.gateway.routes import put_model_route
-from bursar.gateway.sealing import Keyring
 from bursar.money import Micros
+from bursar.sealing import Keyring
 from bursar.settings import Settings
 
 FIRST, FIRST_MODEL = "cerebras", "gemma-4-31b"

@@ -20,13 +20,13 @@ from bursar.credits.limits import Scope, set_limit
 from bursar.gateway import demo_provider
 from bursar.gateway.provider_keys import add_provider_key
 from bursar.gateway.providers import put_provider
-from bursar.gateway.sealing import Keyring
 from bursar.identity.addresses import Address
 from bursar.identity.api_keys import create_api_key, revoke_api_key
 from bursar.identity.memberships import add_membership, end_membership
 from bursar.identity.roles import Role
 from bursar.identity.roles import Scope as KeyScope
 from bursar.money import Micros, format_credits
+from bursar.sealing import Keyring
 
 HELLO = [{"role": "user", "content": "hello there"}]
 CALL: dict[str, Any] = {"model": "demo-1", "max_tokens": 20, "messages": HELLO}

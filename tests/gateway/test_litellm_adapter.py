@@ -39,12 +39,12 @@ from bursar.gateway.adapter_process import AdapterProcess, AdapterUnavailable
 from bursar.gateway.provider_keys import add_provider_key
 from bursar.gateway.providers import Provider, put_provider
 from bursar.gateway.routes import put_model_route
-from bursar.gateway.sealing import Keyring
 from bursar.gateway.upstream import ProviderRefusesUs, Target, Upstream
 from bursar.identity.organizations import PLATFORM_ORGANIZATION_ID
 from bursar.money import Micros
 from bursar.pricing.files import read
 from bursar.pricing.importing import accepted, import_list
+from bursar.sealing import Keyring
 from bursar.settings import Settings
 
 STANDIN = Path(__file__).parents[1] / "fakes" / "litellm_standin"

@@ -21,8 +21,8 @@ from bursar.gateway.provider_keys import (
     revoke_provider_key,
 )
 from bursar.gateway.providers import ProviderNotFound, put_provider
-from bursar.gateway.sealing import Keyring, SealBroken
 from bursar.identity.organizations import PLATFORM_ORGANIZATION_ID
+from bursar.sealing import Keyring, SealBroken
 
 RING = Keyring(hashlib.sha256(b"the tests' master key").digest())
 SECRET = "sk-a-key-of-the-tests-1234"

@@ -26,12 +26,12 @@ from bursar.clock import uuid7
 from bursar.gateway.provider_keys import add_provider_key
 from bursar.gateway.providers import put_provider
 from bursar.gateway.routes import put_model_route
-from bursar.gateway.sealing import Keyring
 from bursar.identity.api_keys import revoke_api_key
 from bursar.identity.organizations import PLATFORM_ORGANIZATION_ID
 from bursar.identity.sessions import create_sign_in_link, sign_in
 from bursar.identity.users import get_user
 from bursar.money import Micros
+from bursar.sealing import Keyring
 
 MARK = uuid7().hex[-12:]
 DEMO = ("fail=500", "fail=401", "fail=999", "break_after=1", "usage=missing", "error_after=1", "nonsense=1")

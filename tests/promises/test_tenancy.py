@@ -23,7 +23,6 @@ from bursar.credits.limits import set_limit
 from bursar.credits.pools import PoolKind, open_pool
 from bursar.gateway.provider_keys import add_provider_key
 from bursar.gateway.providers import put_provider
-from bursar.gateway.sealing import Keyring
 from bursar.identity.api_keys import revoke_api_key
 from bursar.identity.departments import create_department
 from bursar.identity.roles import Role, Scope
@@ -31,6 +30,7 @@ from bursar.identity.sessions import create_sign_in_link, sign_in
 from bursar.identity.teams import create_team
 from bursar.identity.users import get_user
 from bursar.money import Micros
+from bursar.sealing import Keyring
 from bursar.settings import Settings
 
 CANARY = "Zanzibar7Canary"

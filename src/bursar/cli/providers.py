@@ -23,8 +23,8 @@ from bursar.gateway.provider_keys import (
 )
 from bursar.gateway.providers import InvalidProviderHeader, Provider, list_providers, put_provider
 from bursar.gateway.routes import MOST_RETRIES, ModelRoute, list_model_routes, put_model_route, remove_model_route
-from bursar.gateway.sealing import Keyring
 from bursar.identity.organizations import PLATFORM_ORGANIZATION_ID, ensure_platform
+from bursar.sealing import Keyring
 from bursar.settings import Settings
 
 app = typer.Typer(help="Model providers: add, list, keys, routes.", no_args_is_help=True)

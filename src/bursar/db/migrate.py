@@ -27,6 +27,7 @@ LAYERS: Final = (
     "identity",
     "pricing",
     "ledger",
+    "outbox",
     "credits",
     "licenses",
     "usage",

@@ -24,7 +24,6 @@ from bursar.gateway.allowances import (
 from bursar.gateway.calls import Attempt, Call
 from bursar.gateway.provider_keys import KeyFinder, UsableKey
 from bursar.gateway.routes import Format, ModelNotFound, Route, RouteTable, load_routes, not_found
-from bursar.gateway.sealing import SealBroken
 from bursar.gateway.upstream import Target
 from bursar.gateway.wire import WireRequest
 from bursar.identity.organizations import Organization
@@ -32,6 +31,7 @@ from bursar.identity.principals import Principal
 from bursar.pricing.book import LONGEST_NAME, ModelNotPriced, PriceBook
 from bursar.pricing.versions import prices_in_force
 from bursar.problems import Problem
+from bursar.sealing import SealBroken
 
 log = structlog.get_logger(__name__)
 REFRESH_SECONDS: Final = 5.0

@@ -16,8 +16,8 @@ from bursar.gateway.batch_records import QUERIES
 from bursar.gateway.batches import Places
 from bursar.gateway.provider_keys import KeyFinder
 from bursar.gateway.providers import DEMO
-from bursar.gateway.sealing import Keyring
 from bursar.gateway.upstream import Upstream
+from bursar.sealing import Keyring
 
 MOST_A_RUN: Final = 100
 AT_ONCE: Final = 4

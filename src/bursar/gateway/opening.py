@@ -18,10 +18,10 @@ from bursar.gateway.desk import Desk
 from bursar.gateway.front import Front
 from bursar.gateway.provider_keys import KeyFinder
 from bursar.gateway.relay import Relay
-from bursar.gateway.sealing import Keyring
 from bursar.gateway.upstream import Upstream
 from bursar.identity.principals import KeyCache
 from bursar.pricing.book import PriceBook
+from bursar.sealing import Keyring
 
 LAST_USE_SECONDS: Final = 30.0
 

@@ -18,10 +18,10 @@ from bursar import db
 from bursar.audit.events import Actor, record
 from bursar.clock import uuid7
 from bursar.gateway.providers import QUERIES, get_provider
-from bursar.gateway.sealing import Keyring, Sealed
 from bursar.identity.names import clean_name
 from bursar.identity.organizations import PLATFORM_ORGANIZATION_ID
 from bursar.problems import Problem
+from bursar.sealing import Keyring, Sealed
 
 PURPOSE: Final = "gateway.provider_keys"
 LONGEST_SECRET: Final = 4_096

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from bursar.clock import uuid7
-from bursar.gateway.sealing import Keyring, SealBroken
+from bursar.sealing import Keyring, SealBroken
 
 MASTER, NEXT_MASTER = b"a" * 32, b"b" * 32
 PLACE: dict[str, Any] = {"purpose": "test", "organization_id": uuid7(), "row_id": uuid7()}
