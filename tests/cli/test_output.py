@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from uuid import UUID
 
 import psycopg
@@ -10,7 +11,7 @@ import pytest
 
 from bursar import cli, db
 from bursar.cli.exits import Exit, exit_code_of
-from bursar.cli.output import Column, middle, print_fields, print_rows
+from bursar.cli.output import Column, middle, print_fields, print_rows, this_program
 from bursar.db.embedded import ServerFailed
 from bursar.errors import BursarError
 from bursar.problems import NotFound, Problem
@@ -105,3 +106,25 @@ def test_without_arguments_the_help_is_shown(capsys: pytest.CaptureFixture[str])
     captured = capsys.readouterr()
     assert "Usage" in captured.out
     assert "Error" not in captured.err
+
+
+def test_a_hint_names_the_program_as_its_reader_can_start_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(started: str, *, path: Path = tmp_path / "elsewhere") -> str:
+        monkeypatch.setenv("PATH", str(path))
+        monkeypatch.setattr("sys.argv", [started, "demo"])
+        return this_program()
+
+    folder = tmp_path / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    for name in ("bursar", "python"):
+        (folder / name).touch(0o755)
+    monkeypatch.setattr("sys.executable", str(folder / "python"))
+    monkeypatch.chdir(tmp_path)
+    assert told(".venv/bin/bursar") == told(str(folder / "bursar")) == ".venv/bin/bursar"
+    assert told(str(folder / "bursar"), path=folder) == "bursar"
+    assert told("/somewhere/bursar/__main__.py") == ".venv/bin/python -m bursar"
+    monkeypatch.chdir(folder)
+    assert told("./bursar") == "./bursar"
+    (tmp_path / "a b").mkdir()
+    monkeypatch.chdir(tmp_path / "a b")
+    assert told(str(folder / "bursar")) == str(folder / "bursar")

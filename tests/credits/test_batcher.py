@@ -6,6 +6,7 @@ from uuid import UUID
 
 import psycopg
 from tests.conftest import MakeOrg, Org
+from tests.gateway.scripted import Cable
 
 from bursar import db
 from bursar.clock import uuid7
@@ -102,6 +103,18 @@ async def test_no_charge_is_lost_or_doubled_when_connections_are_cut_under_load(
     async with org.tenant() as conn:
         rows = await db.fetch_value(conn, "select count(*) from ledger.attribution")
     assert rows == 16 * 40 * 2
+
+
+async def test_a_deduction_whose_answer_was_lost_is_asked_again_and_charged_once(org: Org) -> None:
+    await fund(org, 100)
+    cable = Cable(org.database.dsn("bursar_lane"))
+    async with cable.laid() as dsn, Batcher(dsn) as batcher:
+        await batcher.move(move(org, Action.DEDUCT, 1))
+        cable.loses_next = True
+        verdict = await batcher.move(move(org, Action.DEDUCT, 7))
+    assert cable.lost == 1
+    assert (verdict.accepted, verdict.charged_micros) == (True, 7)
+    assert (await pool_of(org)).used_micros == 8
 
 
 async def test_a_call_that_only_open_holds_block_waits_and_is_served_when_they_end(org: Org) -> None:

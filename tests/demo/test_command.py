@@ -11,15 +11,18 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from http.cookiejar import CookieJar
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from bursar import cli
+from bursar.cli import demo as command
 from bursar.cli.demo import demo_settings, parse_as_of
 from bursar.cli.exits import Exit
 from bursar.demo import homes
@@ -73,6 +76,19 @@ def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path, option: str) -> 
     (tmp_path / "precious").write_text("mine")
     assert cli.run(["demo", "--port", "0", option, "--data-dir", str(tmp_path)]) == Exit.FAILED
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_every_command_on_the_page_can_be_typed_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make demo` puts nothing on the PATH."""
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/bursar", "demo"])
+    person: Any = SimpleNamespace(email="somebody@acme.example", api_key="bk_x")
+    company: Any = SimpleNamespace(name="Acme", story="A story", admin=person, member=person)
+    door = command._Door(company=company, role="admin", access=person, url="http://127.0.0.1:8321/sign-in/x")
+    doors: Mapping[Any, Any] = defaultdict(lambda: door)
+    lines = list(command._page(company, doors, "http://127.0.0.1:8321", demo_settings({}, Path("/tmp/a demo"))))
+    commands = [line for line in lines if " users link " in line or " demo --" in line]
+    assert len(commands) == 3
+    assert all("/somewhere/bin/bursar " in line and "'/tmp/a demo'" in line for line in commands)
 
 
 # ------------------------------------------------------------------------------------------------ as a user runs it

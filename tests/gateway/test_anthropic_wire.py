@@ -342,6 +342,17 @@ def test_an_error_inside_a_stream_is_seen_and_passed_on() -> None:
     assert (meter.error, meter.completed) == ("overloaded_error", False)
 
 
+@pytest.mark.parametrize("fallbacks", [[{"model": "claude-y", "max_tokens": 9_000}], "default"])
+def test_no_provider_falls_back_to_another_model_by_itself(fallbacks: Any) -> None:
+    with pytest.raises(wire.OtherModelsNotMetered):
+        request_of(fallbacks=fallbacks)
+    assert request_of(fallbacks=[]).model == "claude-x"
+
+
+def test_the_place_of_the_work_is_a_condition_of_its_price() -> None:
+    assert request_of(inference_geo="us", speed="fast").price_context == {"speed": "fast", "inference_geo": "us"}
+
+
 def test_a_fast_answer_says_so() -> None:
     start = event("message_start", message={"usage": {"input_tokens": 1, "output_tokens": 1, "speed": "fast"}})
     assert meter_of(start).told == {"speed": "fast"}

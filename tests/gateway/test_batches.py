@@ -418,6 +418,25 @@ async def test_a_cap_on_calls_counts_each_request_of_a_batch(payer: Payer, worke
     await agree(payer)
 
 
+async def test_of_a_batch_whose_second_model_has_no_room_nothing_is_held_for_the_first(payer: Payer) -> None:
+    async with payer.org.tenant() as conn:
+        await set_limit(
+            conn,
+            organization_id=payer.org.organization_id,
+            scope=Scope.ORGANIZATION,
+            scope_id=None,
+            model_filter="demo-1-mini",
+            amount=1,
+        )
+    mini = lines(1, model="demo-1-mini").replace(b"r-0", b"mini")
+    with pytest.raises(openai.APIStatusError) as refused:
+        await chat_batch(payer, lines(2) + mini)
+    body: Any = refused.value.body
+    assert body["code"] == "cap_reached"
+    assert (await payer.pool()).held_micros == 0
+    await agree(payer)
+
+
 @pytest.mark.parametrize(
     ("asked", "says"),
     [

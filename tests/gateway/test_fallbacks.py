@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -19,9 +20,11 @@ from bursar.audit.events import OPERATOR
 from bursar.clock import uuid7
 from bursar.credits.limits import Scope, set_limit
 from bursar.credits.verify import verify
+from bursar.gateway.exchange import ClientGone
 from bursar.gateway.front import Front
 from bursar.gateway.provider_keys import add_provider_key
 from bursar.gateway.providers import put_provider
+from bursar.gateway.relay import Relay
 from bursar.gateway.routes import put_model_route
 from bursar.money import Micros
 from bursar.sealing import Keyring
@@ -168,6 +171,28 @@ async def test_a_provider_that_wants_to_be_left_alone_for_long_is_not_asked_agai
     scene.first.plan = ["later"]
     answer = await client.post({**BODY, "model": name})
     assert (answer.status_code, answer.headers["bursar-provider"], scene.first.calls) == (200, "demo", 1)
+
+
+async def test_for_a_client_that_has_hung_up_nobody_else_is_asked(client: Payer, scene: Scene) -> None:
+    name = await scene.route()
+    scene.first.plan = ["silence"]
+    key = {"authorization": f"Bearer {client.key}"}
+    async with httpx2.AsyncClient(base_url=scene.base_url, headers=key, timeout=0.5) as http:
+        with pytest.raises(httpx2.ReadTimeout):
+            await http.post(PATH, json={**BODY, "model": name})
+    assert scene.first.calls == 1
+    async with asyncio.timeout(20):
+        while await client.rows("select request_id from credits.holds"):
+            await asyncio.sleep(0.05)
+    assert await booked(client) == []
+
+
+async def test_for_a_client_that_has_hung_up_before_the_call_goes_out_nobody_is_asked() -> None:
+    """It went in the moment in which the hold was placed; whoever placed it frees it."""
+    nobody: Any = None
+    gone: Any = SimpleNamespace(is_gone=True)
+    with pytest.raises(ClientGone):
+        await Relay(nobody, nobody).answer(gone, nobody)
 
 
 @pytest.mark.parametrize("status", [400, 404, 413, 422])

@@ -232,6 +232,17 @@ async def test_a_model_whose_window_no_list_tells_has_a_ceiling_all_the_same(sce
     assert (await asked).status_code == 200
 
 
+async def test_a_first_call_is_held_for_no_more_than_its_model_can_put_out(
+    scene: Scene, org: Org, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bursar.gateway.calls.UNKNOWN_CEILING_TOKENS", 5_000)
+    payer = await paying(org, scene.base_url, 10**9)
+    asked = asyncio.create_task(payer.post({**CALL, "model": "demo-fixed"}, bursar_demo="delay_ms=300"))
+    call = await running(scene, payer)
+    assert call.held_tokens == call.request.input_tokens + 5_000 < FIRST_OUTPUT_TOKENS
+    assert (await asked).status_code == 200
+
+
 async def test_only_a_limit_that_stops_what_output_counts_for_can_be_strict(scene: Scene, org: Org) -> None:
     payer = await paying(org, scene.base_url, 10**9)
     for columns in ({"action": LimitAction.WARNS}, {"metric": Metric.CALLS}):

@@ -3,6 +3,7 @@ import itertools
 import json
 from typing import Any
 
+import msgspec
 import openai.types
 import openai.types.chat
 import pytest
@@ -78,14 +79,32 @@ def test_audio_is_held_for_as_audio_in_both_directions() -> None:
     request = request_of(messages=messages([sound]), modalities=["text", "audio"])
     assert request.estimate.audio_input_tokens == 51
     assert request.hold_for(200).audio_output_tokens == 200
+    escaped = request.fields | {"modalities": msgspec.Raw(b'["text", "\\u0061udio"]')}
+    assert openai_wire.read_request(msgspec.json.encode(escaped)).output_kind == "audio_output_tokens"
 
 
 def test_searches_that_a_provider_bills_by_prices_of_its_own_have_no_price() -> None:
     assert request_of(plugins=[], search_parameters=None).unpriced_tools == ()
     assert request_of(plugins=[{"id": "web"}]).unpriced_tools == ("plugins",)
     assert request_of(search_parameters={"mode": "on"}).unpriced_tools == ("search_parameters",)
+    assert request_of(enable_search=True).unpriced_tools == ("enable_search",)
     assert request_of(model="openai/gpt-4o:online").unpriced_tools == (":online",)
     assert request_of(tools=[{"type": "browser_search"}]).unpriced_tools == ("browser_search",)
+
+
+@pytest.mark.parametrize("fields", [{"models": ["a", "b"]}, {"route": "fallback"}, {"preset": "@mine"}])
+def test_no_provider_chooses_another_model_by_itself(fields: dict[str, Any]) -> None:
+    with pytest.raises(wire.OtherModelsNotMetered) as refusal:
+        request_of(**fields)
+    assert refusal.value.errors[0].pointer == f"#/{next(iter(fields))}"
+    assert request_of(**dict.fromkeys(fields)).model
+    with pytest.raises(wire.UnreadableRequest):
+        request_of(**{name.title(): value for name, value in fields.items()})
+
+
+def test_a_tier_that_price_lists_have_for_batches_is_none_of_a_single_call() -> None:
+    assert request_of(service_tier="batch").price_context == {}
+    assert request_of(service_tier="flex").price_context == {"service_tier": "flex"}
 
 
 def test_a_search_model_is_held_for_one_search() -> None:

@@ -27,6 +27,11 @@ def request_of(**fields: Any) -> wire.WireRequest:
 # -- requests
 
 
+def test_no_provider_chooses_another_model_by_itself() -> None:
+    with pytest.raises(wire.OtherModelsNotMetered):
+        request_of(models=["gpt-5", "gpt-5-pro"])
+
+
 def test_a_request_is_read_as_far_as_metering_needs() -> None:
     request = request_of(stream=True, max_output_tokens=100, service_tier="flex", store=False, background=False)
     assert (request.model, request.stream, request.max_output_tokens, request.choices) == ("gpt-5", True, 100, 1)

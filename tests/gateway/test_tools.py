@@ -80,8 +80,17 @@ def test_in_chat_completions_only_functions_are_known() -> None:
     assert tools.of_chat([{"type": "browser_search"}, {"type": "web_search"}]) == ("browser_search", "web_search")
 
 
+def test_an_advisor_has_a_price_only_where_it_is_the_model_that_is_asked_for() -> None:
+    def unpriced(advisor: object, model: str) -> tuple[str, ...]:
+        return tools.of_anthropic([{"type": "advisor_20260301", "name": "advisor", "model": advisor}], model).unpriced
+
+    assert unpriced("claude-x", "claude-x") == unpriced("claude-x", "anthropic/claude-x") == ()
+    for other in ("claude-y", None, ["claude-x"]):
+        assert unpriced(other, "claude-x") == ("advisor of another model",)
+
+
 @given(st.lists(anything, max_size=5), st.none() | st.integers(0, 10**9))
 def test_nothing_that_a_client_writes_raises(offered: list[Any], most_calls: int | None) -> None:
-    for permitted in (tools.of_openai(offered, most_calls=most_calls), tools.of_anthropic(offered)):
+    for permitted in (tools.of_openai(offered, most_calls=most_calls), tools.of_anthropic(offered, "m")):
         assert max((permitted.sure + permitted.most).as_array()) <= tools.MOST_CALLS
     tools.of_chat(offered)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -16,7 +17,7 @@ from bursar.pricing.book import ModelNotPriced, PriceBook, Quote
 from bursar.pricing.files import ReadList
 from bursar.pricing.importing import accepted, import_list
 from bursar.pricing.lists import Prices
-from bursar.pricing.prices import Priced, Rate, Rounding
+from bursar.pricing.prices import Priced, Rate, Rounding, Variant
 from bursar.pricing.terms import (
     InvalidMarkup,
     InvalidScope,
@@ -138,6 +139,32 @@ async def test_a_known_model_is_refused_what_it_has_no_price_for(book: PriceBook
     assert quote.price(Usage(images=1)).unpriced_kinds == ("images",)
     await policy(org, UnknownModelPolicy.PASS)
     (await book.quote(**asked)).require_priced(Usage(images=1))
+
+
+@pytest.mark.parametrize(
+    ("key", "usual", "dearer"),
+    [
+        ("service_tier", "auto", "priority"),
+        ("speed", "standard", "fast"),
+        ("inference_geo", "global", "us"),
+        ("memory_limit", "1g", "64g"),
+    ],
+)
+async def test_what_may_be_dearer_than_the_standard_price_is_refused_until_it_has_its_own(
+    book: PriceBook, org: Any, key: str, usual: str, dearer: str
+) -> None:
+    asked = {"organization_id": org.organization_id, "provider": "demo", "model": "demo-1-mini"}
+    usage = Usage(input_tokens=1)
+    quote = await book.quote(**asked)
+    quote.require_priced(usage, context={key: usual})
+    with pytest.raises(ModelNotPriced, match=f"{key}={dearer}"):
+        quote.require_priced(usage, context={key: dearer})
+    assert quote.charge is not None
+    variant = Variant(((key, dearer),), (Rate("input_tokens", 7),))
+    dear = replace(quote, charge=replace(quote.charge, variants=(variant,)))
+    dear.require_priced(usage, context={key: dearer})
+    with pytest.raises(ModelNotPriced):  # a price that was borrowed from another provider knows nothing of this one's
+        replace(dear, has_context=False).require_priced(usage, context={key: dearer})
 
 
 async def test_the_most_exact_mark_up_counts(book: PriceBook, org: Any) -> None:

@@ -142,7 +142,7 @@ def a_call(rng: random.Random, vendor: str) -> tuple[dict[str, Any], str]:
         directions |= {"cache_write_1h": rng.randrange(50)} if rng.random() < 0.5 else {}
         directions |= {"searches": rng.randrange(5)} if rng.random() < 0.5 else {}
     elif rng.random() < 0.6:
-        body["service_tier"] = rng.choice(["flex", "default", "auto", "priority"])
+        body["service_tier"] = rng.choice(["flex", "default", "auto", "batch"])
     if rng.random() < 0.3:
         directions["tool_calls"] = rng.choice([1, 3])
         body["tools"] = TOOLS[vendor]

@@ -20,7 +20,7 @@ import uvicorn
 
 from bursar import clock, db
 from bursar.audit.events import OPERATOR
-from bursar.cli.output import JsonOption, print_json
+from bursar.cli.output import JsonOption, print_json, this_program
 from bursar.cli.progress import Bars, bars
 from bursar.demo import homes
 from bursar.demo.companies import companies
@@ -126,7 +126,7 @@ def _listening(port: int) -> Iterator[socket.socket]:
             raise PortInUse(
                 f"Port {port} of {HOST} cannot be used",
                 why=str(error),
-                next_step="bursar demo --port 0 takes a free one",
+                next_step=f"{this_program()} demo --port 0 takes a free one",
             ) from error
         yield listener
 
@@ -345,8 +345,8 @@ def _page(made: Demo, doors: Mapping[tuple[str, str], _Door], base_url: str, set
         yield from _lines_of(doors[slug, role], doors[slug, role].company.story)
     alice = doors["acme-corp", "member"]
     yield from _lines_of(alice, "The same company as one of its members sees it")
-    here = f"BURSAR_DATA_DIR={shlex.quote(str(settings.data_dir))}"
-    yield f"Another link:     {here} bursar users link {alice.access.email} --base-url {base_url}\n"
+    here, program = f"BURSAR_DATA_DIR={shlex.quote(str(settings.data_dir))}", this_program()
+    yield f"Another link:     {here} {program} users link {alice.access.email} --base-url {base_url}\n"
     tried = doors[TRIED_AT, "member"]
     yield f"Keys of {tried.company.name}:"
     yield f"  administrator   {tried.company.admin.api_key}"
@@ -356,8 +356,8 @@ def _page(made: Demo, doors: Mapping[tuple[str, str], _Door], base_url: str, set
     yield "    -H 'Content-Type: application/json' \\"
     yield """    -d '{"model": "demo-1", "messages": [{"role": "user", "content": "Hello"}]}'\n"""
     option = f" --data-dir {shlex.quote(str(settings.data_dir))}"
-    yield f"Make it anew:     bursar demo --reset{option}"
-    yield f"Remove it:        bursar demo --remove{option}"
+    yield f"Make it anew:     {program} demo --reset{option}"
+    yield f"Remove it:        {program} demo --remove{option}"
 
 
 def _lines_of(door: _Door, sentence: str) -> Iterator[str]:

@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
@@ -47,6 +50,27 @@ def with_database(work: Callable[[db.Database], Coroutine[Any, Any, Answer]]) ->
             return await work(database)
 
     return asyncio.run(run())
+
+
+def this_program() -> str:
+    """How whoever reads this starts the program again, in the folder where it was started: as `bursar` where the PATH
+    leads to it, else by its path.
+    """
+    started = Path(sys.argv[0])
+    if started.name == "__main__.py":
+        return f"{_from_here(sys.executable)} -m bursar"
+    found = shutil.which(started.name)
+    return started.name if found is not None and Path(found).samefile(started) else _from_here(started)
+
+
+def _from_here(program: str | Path) -> str:
+    """A path as the shell takes it, short where it lies below this folder. Links stay: an interpreter needs its own."""
+    path, here = Path(os.path.abspath(program)), Path.cwd()
+    return shlex.quote(os.path.join(".", path.name) if path.parent == here else _below(path, here))
+
+
+def _below(path: Path, here: Path) -> str:
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def print_json(document: Any) -> None:

@@ -390,11 +390,7 @@ class Lane:
         if not waiting.parked:
             waiting.parked = True
             WAITING.inc()
-        # In order of arrival, also where a later one was parked while this one was tried again.
-        place = len(self.parked)
-        while place > 0 and self.parked[place - 1].arrived_at > waiting.arrived_at:
-            place -= 1
-        self.parked.insert(place, waiting)
+        self.parked.append(waiting)
 
     def _leave_park(self, waiting: _Waiting) -> None:
         if waiting.parked:
@@ -414,7 +410,7 @@ class Lane:
                 still.append(each)
         self.parked = still
         if again:
-            # Those that were tried a moment ago come before later ones that were not yet.
+            # By arrival: they were parked as their answers came, and some are on their way already.
             self.again = deque(sorted(again, key=lambda waiting: waiting.arrived_at))
             self.wake.set()
 

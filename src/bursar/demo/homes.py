@@ -50,7 +50,7 @@ def read(data_dir: Path) -> Demo | None:
             raise NotADemo(
                 f"{data_dir} holds something that is no demo",
                 why=f"It has no {MARK}",
-                next_step="Give the demo a folder of its own: bursar demo --data-dir …",
+                next_step="Give the demo a folder of its own: --data-dir …",
             )
         return None
     try:

@@ -25,8 +25,12 @@ TOOL_PROMPT_TOKENS: Final = 350
 TOKENS_PER_MESSAGE: Final = 4
 
 _NULL: Final = msgspec.Raw(b"null")
+_OTHER_MODELS: Final = ("fallbacks",)
 _METERED: Final = frozenset(
-    ("model", "stream", "max_tokens", "messages", "system", "tools", "service_tier", "speed", "cache_control")
+    (
+        *("model", "stream", "max_tokens", "messages", "system", "tools", "service_tier", "speed", "inference_geo"),
+        *("cache_control", *_OTHER_MODELS),
+    )
 )
 
 
@@ -42,9 +46,9 @@ def read_request(body: bytes, content_type: str = wire.JSON) -> WireRequest:
     limit = wire.read_count(fields, "max_tokens", least=0, most=wire.MAX_OUTPUT_TOKENS)
     if limit is None:
         raise wire.unreadable("max_tokens", "an integer is required")
-    speed = wire.read_optional_text(fields, "speed")
+    wire.refuse_other_models(fields, _OTHER_MODELS)
     offered = wire.read_anything(fields, "tools")
-    permitted = tools.of_anthropic(offered if isinstance(offered, list) else ())
+    permitted = tools.of_anthropic(offered if isinstance(offered, list) else (), model)
     return WireRequest(
         model=model,
         stream=stream,
@@ -54,7 +58,9 @@ def read_request(body: bytes, content_type: str = wire.JSON) -> WireRequest:
         wants_usage=True,
         service_tier=wire.read_optional_text(fields, "service_tier"),
         fields=fields,
-        context={"speed": speed} if speed else {},
+        context={
+            name: value for name in ("speed", "inference_geo") if (value := wire.read_optional_text(fields, name))
+        },
         permitted=permitted.most,
         guessed=permitted.guessed,
         unpriced_tools=permitted.unpriced,

@@ -35,6 +35,9 @@ STRICT_SECONDS: Final = 60.0
 """How long a strict limit is remembered, so that most calls under it are held by the ceiling at once."""
 
 MOST_STRICT: Final = 10_000
+MOST_SIZES: Final = 100
+"""A call is sized anew some ten times at most; more often than this only by a fault, which must not go on for ever."""
+
 PROGRESS_SECONDS: Final = 2.0
 MOST_ASKED: Final = 3
 PROGRESS_A_LEASE: Final = 4
@@ -292,7 +295,7 @@ class Till:
                 size, move = known, self._authorize(call, known)
             return move
 
-        while True:
+        for _ in range(MOST_SIZES):
             verdict = await self._batcher.move(
                 move, resized=resized if call.is_unlimited else None, arrived_at=arrived_at
             )
@@ -301,6 +304,7 @@ class Till:
                 return move, verdict
             size = await self._better_size(call, size, verdict)
             move = self._authorize(call, size)
+        raise AssertionError(f"{call.request_id}: no size is the last")
 
     def _size(self, call: Call) -> _Size:
         """By the client's limit; without one by what is known of such calls, or the ceiling under a strict limit."""

@@ -25,8 +25,10 @@ TOKENS_PER_MESSAGE: Final = 4
 TOKENS_PER_ANSWER: Final = 3
 
 _NULL: Final = msgspec.Raw(b"null")
-# Searches by prices of their own, asked for by a field (OpenRouter, xAI) or by the model's name (OpenRouter).
-PRICED_APART: Final = ("plugins", "search_parameters")
+# Searches by prices of their own, asked for by a field (OpenRouter, xAI, Alibaba) or by the model's name (OpenRouter).
+PRICED_APART: Final = ("plugins", "search_parameters", "enable_search")
+OTHER_MODELS: Final = ("models", "route", "preset")
+"""By which a request names further models that may answer it. Source: OpenRouter, "Model Fallbacks" and "Presets"."""
 _SEARCHES_TOO: Final = ":online"
 _METERED: Final = frozenset(
     (
@@ -44,6 +46,7 @@ _METERED: Final = frozenset(
         "service_tier",
         "web_search_options",
         *PRICED_APART,
+        *OTHER_MODELS,
     )
 )
 _TEXT_DELTAS: Final = ("content", "refusal")
@@ -56,9 +59,11 @@ def read_request(body: bytes, content_type: str = wire.JSON) -> WireRequest:
 
     Raises:
         UnreadableRequest: the body is no JSON object, or a field that metering needs is of the wrong kind.
+        OtherModelsNotMetered
     """
     fields = wire.read_fields(body, _METERED)
     model = wire.read_text(fields, "model")
+    wire.refuse_other_models(fields, OTHER_MODELS)
     stream = wire.read_switch(fields, "stream")
     return WireRequest(
         model=model,
@@ -69,7 +74,7 @@ def read_request(body: bytes, content_type: str = wire.JSON) -> WireRequest:
         wants_usage=not stream or _wants_usage(fields),
         service_tier=wire.read_optional_text(fields, "service_tier"),
         fields=fields,
-        output_kind="audio_output_tokens" if b'"audio"' in bytes(fields.get("modalities", b"")) else "output_tokens",
+        output_kind="audio_output_tokens" if _speaks(fields) else "output_tokens",
         unpriced_tools=_unpriced_tools(fields, model),
     )
 
@@ -96,6 +101,11 @@ def _max_output_tokens(fields: Fields) -> int | None:
         for name in ("max_completion_tokens", "max_tokens")
     ]
     return max((limit for limit in limits if limit is not None), default=None)
+
+
+def _speaks(fields: Fields) -> bool:
+    asked = wire.read_anything(fields, "modalities")
+    return isinstance(asked, list) and "audio" in asked
 
 
 def _wants_usage(fields: Fields) -> bool:
@@ -172,14 +182,18 @@ def _part_units(part: object) -> tuple[int, int]:
     return tokens.nested_units(part), 0
 
 
-class _InputDetails(msgspec.Struct):
+class InputDetails(msgspec.Struct):
+    """Parts of the input that are priced apart."""
+
     cached_tokens: int | None = None
     cache_write_tokens: int | None = None
     audio_tokens: int | None = None
     image_tokens: int | None = None
 
 
-class _OutputDetails(msgspec.Struct):
+class OutputDetails(msgspec.Struct):
+    """Parts of the output that are priced or shown apart."""
+
     reasoning_tokens: int | None = None
     audio_tokens: int | None = None
 
@@ -188,8 +202,8 @@ class _Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int = 0
     total_tokens: int | None = None
-    prompt_tokens_details: _InputDetails | None = None
-    completion_tokens_details: _OutputDetails | None = None
+    prompt_tokens_details: InputDetails | None = None
+    completion_tokens_details: OutputDetails | None = None
     cached_tokens: int | None = None  # Moonshot
     prompt_cache_hit_tokens: int | None = None  # DeepSeek
 
@@ -219,7 +233,7 @@ def read_usage(data: bytes) -> Usage | None:
     if reported is None or reported.prompt_tokens + reported.completion_tokens <= 0:
         return None
     completion, reasoning, spoken = _output_kinds(reported)
-    details = reported.prompt_tokens_details or _InputDetails()
+    details = reported.prompt_tokens_details or InputDetails()
     cached = details.cached_tokens or reported.cached_tokens or reported.prompt_cache_hit_tokens
     return disjoint(
         reported.prompt_tokens,
@@ -259,7 +273,7 @@ def disjoint(
 
 def _output_kinds(reported: _Usage) -> tuple[int, int, int]:
     """Output tokens in all; how many of them are reasoning; how many are audio."""
-    details = reported.completion_tokens_details or _OutputDetails()
+    details = reported.completion_tokens_details or OutputDetails()
     completion = max(0, reported.completion_tokens)
     outside = max(0, (reported.total_tokens or 0) - reported.prompt_tokens - completion)
     reasoning = max(0, details.reasoning_tokens or 0, outside)

@@ -13,7 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from bursar.gateway import openai_wire, sse, tokens, tools, wire
-from bursar.gateway.openai_wire import refusal
+from bursar.gateway.openai_wire import InputDetails, OutputDetails, refusal
 from bursar.gateway.wire import Fields, WireRequest
 from bursar.pricing.usage import NO_USAGE, Usage
 from bursar.problems import FieldError, Problem
@@ -32,6 +32,7 @@ _METERED: Final = frozenset(
         *("model", "stream", "stream_options", "background", "max_output_tokens", "max_tool_calls", "service_tier"),
         *("input", "instructions", "tools", "text", "prompt", "previous_response_id", "conversation"),
         *openai_wire.PRICED_APART,
+        *openai_wire.OTHER_MODELS,
     )
 )
 _KEPT_BY_PROVIDER: Final = ("previous_response_id", "conversation", "prompt")
@@ -51,10 +52,11 @@ def read_request(body: bytes, content_type: str = wire.JSON) -> WireRequest:
 
     Raises:
         UnreadableRequest: the body is no JSON object, or a field that metering needs is of the wrong kind.
-        BackgroundNotMetered
+        BackgroundNotMetered, OtherModelsNotMetered
     """
     fields = wire.read_fields(body, _METERED)
     model = wire.read_text(fields, "model")
+    wire.refuse_other_models(fields, openai_wire.OTHER_MODELS)
     if wire.read_switch(fields, "background"):
         pointer = FieldError("#/background", "leave it out, and stream where an answer takes long")
         raise BackgroundNotMetered("background: an answer that comes later cannot be metered", errors=[pointer])
@@ -171,23 +173,11 @@ def _part_units(part: object) -> tuple[int, int]:
     return tokens.nested_units(part), 0
 
 
-class _InputDetails(msgspec.Struct):
-    cached_tokens: int | None = None
-    cache_write_tokens: int | None = None
-    audio_tokens: int | None = None
-    image_tokens: int | None = None
-
-
-class _OutputDetails(msgspec.Struct):
-    reasoning_tokens: int | None = None
-    audio_tokens: int | None = None
-
-
 class _Usage(msgspec.Struct):
     input_tokens: int
     output_tokens: int = 0
-    input_tokens_details: _InputDetails | None = None
-    output_tokens_details: _OutputDetails | None = None
+    input_tokens_details: InputDetails | None = None
+    output_tokens_details: OutputDetails | None = None
 
 
 class _Response(msgspec.Struct):
@@ -228,7 +218,7 @@ def read_usage(data: bytes) -> Usage | None:
     reported = wire.decoded(data, _USAGE)
     if reported is None or reported.input_tokens + reported.output_tokens <= 0:
         return None
-    into, out = reported.input_tokens_details or _InputDetails(), reported.output_tokens_details or _OutputDetails()
+    into, out = reported.input_tokens_details or InputDetails(), reported.output_tokens_details or OutputDetails()
     output = max(0, reported.output_tokens)
     return openai_wire.disjoint(
         reported.input_tokens,

@@ -99,10 +99,17 @@ def of_chat(offered: Iterable[Any]) -> tuple[str, ...]:
     return tuple(name[:60] for name in map(_type, offered) if name not in ("", "function", "custom"))
 
 
-def of_anthropic(offered: Iterable[Any]) -> Permitted:
-    """What tools in Anthropic's form permit: `max_uses` of each, and one container for code."""
+def of_anthropic(offered: Iterable[Any], model: str) -> Permitted:
+    """What tools in Anthropic's form permit: `max_uses` of each, and one container for code.
+
+    model: that is asked for. An advisor that is another one is billed at another price, which is not looked up.
+    """
     tools = list(offered)
-    unpriced: list[str] = []
+    unpriced = [
+        "advisor of another model"
+        for tool in tools
+        if _type(tool).startswith("advisor") and tool.get("model") not in (model, model.rpartition("/")[2])
+    ]
     searches = sessions = 0
     is_guess = False
     for kind, tool in _billed(tools, _ANTHROPIC, unpriced):

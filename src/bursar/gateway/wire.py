@@ -12,7 +12,7 @@ Every `…_wire` module has the same functions (`Wire`), so that the caller pick
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Protocol
 
@@ -31,8 +31,17 @@ MAX_OUTPUT_TOKENS: Final = 10_000_000
 MAX_CHOICES: Final = 128
 MAX_COUNT: Final = MAX_OUTPUT_TOKENS * MAX_CHOICES
 """The most of anything that one request can use, and well within what the books hold."""
+_BATCH_TIER: Final = "batch"
+"""How price lists name the price of batches. A single call has no such tier, whatever its client writes."""
+
 _FIELDS: Final = msgspec.json.Decoder(Fields)
 _ANYTHING: Final = msgspec.json.Decoder()
+
+
+class OtherModelsNotMetered(Problem):
+    """Another model than the one asked for could answer, at a price and under rules that nobody here would look at."""
+
+    status, code, title = 400, "other_models_not_metered", "A request names one model here"
 
 
 class UnreadableRequest(Problem):
@@ -126,7 +135,7 @@ class WireRequest:
     @property
     def price_context(self) -> dict[str, str]:
         """What of the request its price depends on."""
-        tier = {"service_tier": self.service_tier} if self.service_tier else {}
+        tier = {} if self.service_tier in ("", _BATCH_TIER) else {"service_tier": self.service_tier}
         return {**self.context, **tier}
 
 
@@ -312,6 +321,20 @@ def field_units(fields: Fields, name: str) -> int:
         return tokens.nested_units(read_anything(fields, name))
     except tokens.TooDeep:
         raise too_deep(name) from None
+
+
+def refuse_other_models(fields: Fields, names: Iterable[str]) -> None:
+    """A provider may not choose another model by itself, which has another price and may not be allowed.
+
+    names: the fields that would let it.
+
+    Raises:
+        OtherModelsNotMetered
+    """
+    for name in names:
+        if read_anything(fields, name):
+            pointer = FieldError(f"#/{name}", "leave it out; the route of a model says who else may answer")
+            raise OtherModelsNotMetered(f"{name}: another model could answer, at another price", errors=[pointer])
 
 
 def too_deep(field: str) -> UnreadableRequest:

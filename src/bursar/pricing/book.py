@@ -9,7 +9,7 @@ its very instant. A request keeps the quote that it was authorized with.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from time import monotonic
@@ -31,6 +31,15 @@ MOST_ANSWERS: Final = 50_000
 """A cache that is full is emptied; names that nobody prices cannot fill the memory."""
 
 _BEGINNING: Final = datetime.min.replace(tzinfo=UTC)
+
+_USUAL: Final[Mapping[str, frozenset[str]]] = {
+    "service_tier": frozenset(("auto", "default", "standard", "standard_only", "on_demand", "flex", "batch")),
+    "speed": frozenset(("standard",)),
+    "inference_geo": frozenset(("global",)),
+    "memory_limit": frozenset(("1g",)),
+}
+"""What costs no more than the standard price, by the condition. Sources: the service tiers of OpenAI, Anthropic and
+Groq; Anthropic's price page, "Fast mode pricing" and "Data residency pricing"; OpenAI's prices of containers."""
 
 Basis = Literal["list", "override", "fallback", "unpriced"]
 
@@ -133,9 +142,10 @@ class Quote:
     def require_priced(
         self, usage: Usage, *, context: Context | None = None, at: datetime | None = None, tools: Sequence[str] = ()
     ) -> None:
-        """Refuse what would come to zero because some kind that it uses has no price.
+        """Refuse what would come to zero, or to too little, because something that it uses has no price.
 
         tools: those of the provider whose use is none of our kinds, so that nothing can have a price for them.
+        context: what may be dearer than the standard price needs one of its own.
 
         Raises:
             ModelNotPriced
@@ -143,6 +153,9 @@ class Quote:
         if self.charge is None or self.passes_unpriced:
             return
         unpriced = [*self.unpriced_kinds(usage, context=context, at=at), *tools]
+        for key, value in (context or {}).items():
+            if value not in _USUAL.get(key, (value,)) and not (self.has_context and self.charge.tells(key, value)):
+                unpriced.append(f"{key}={value[:60]}")
         if unpriced:
             raise _not_priced(self.provider, self.model, f"has no price for {', '.join(unpriced)}")
 

@@ -192,6 +192,10 @@ class PriceVersion:
         times = any(key == UTC_TIME for variant in self.variants for key, _ in variant.when)
         object.__setattr__(self, "_has_times", times)
 
+    def tells(self, key: str, value: str) -> bool:
+        """Whether some price of this version is for that condition."""
+        return any((key, value) in variant.when for variant in self.variants)
+
     def unpriced_kinds(self, usage: Usage, *, context: Context | None = None, at: datetime | None = None) -> list[str]:
         """Kinds that were used and for which this price says nothing, so that they would come to zero by accident."""
         return self._table(context, at).unpriced(usage.as_array())
