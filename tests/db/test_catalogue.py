@@ -10,6 +10,11 @@ from bursar import db
 
 # Tables that belong to no organization, with the reason. Everything else needs organization_id and row-level security.
 GLOBAL_TABLES = {
+    "audit.anchors": "an anchor is over the seals of all organizations",
+    "audit.epochs": "the clusters that the database has lived in",
+    "audit.forms": "which columns a table has is the same for all",
+    "audit.sealed_tables": "which tables are sealed is the same for all",
+    "audit.sealing": "a round of sealing is over all organizations",
     "gateway.providers": "who sells models is the same for all",
     "gateway.model_routes": "which provider serves a model is the platform's decision",
     "gateway.route_fallbacks": "as the routes",

@@ -40,6 +40,7 @@ REPEATABLE: Final = (
     "views",
 )  # a file (functions.sql), or a folder of parts, run in the order of their names
 PART: Final = "-- part: "
+NEW_CLUSTER: Final = "a new epoch of write numbers, because this database came from another cluster"
 RUNNERS_LOCK: Final = 0x6275_7273_6172  # "bursar"
 _FILE_NAME = re.compile(r"(?P<number>\d{4})_(?P<title>[a-z0-9_]+)\.sql")
 
@@ -202,6 +203,9 @@ async def migrate(
             if migration.name in status.pending:
                 await _apply_migration(conn, migration)
         await _apply_files(conn, [each for each in schema.files if each.path in status.changed_files])
+        if await _is_elsewhere(conn):
+            async with _as_owner(conn, NEW_CLUSTER):
+                await conn.execute("select audit.begin_epoch()")
     return Report(status.pending, status.changed_files)
 
 
@@ -276,13 +280,25 @@ async def _status(conn: Connection, schema: Schema) -> Status:
         await conn.execute("set local role bursar_owner")
         applied = {each.migration_number: each for each in await fetch_all(conn, AppliedMigration, QUERIES.migrations)}
         checksums = {each.path: each.checksum for each in await fetch_all(conn, AppliedFile, QUERIES.files)}
+        changed = [each.path for each in schema.files if checksums.get(each.path) != each.checksum]
+    if await _is_elsewhere(conn):
+        changed.append(NEW_CLUSTER)
     known = {each.number: each for each in schema.migrations}
     return Status(
         applied=tuple(f"{each.migration_number:04d}_{each.title}" for each in applied.values()),
         pending=tuple(each.name for each in schema.migrations if each.number not in applied),
-        changed_files=tuple(each.path for each in schema.files if checksums.get(each.path) != each.checksum),
+        changed_files=tuple(changed),
         faults=tuple(_faults(known, applied)),
     )
+
+
+async def _is_elsewhere(conn: Connection) -> bool:
+    """The database was restored into another cluster, which counts transactions of its own: see docs/proof.md."""
+    if not await fetch_value(conn, QUERIES.has_epochs):
+        return False
+    async with conn.transaction():
+        await conn.execute("set local role bursar_owner")
+        return bool(await fetch_value(conn, "select audit.is_elsewhere()"))
 
 
 def _faults(known: dict[int, Migration], applied: dict[int, AppliedMigration]) -> Iterable[str]:

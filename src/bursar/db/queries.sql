@@ -3,6 +3,9 @@
 -- name: has_records
 select to_regclass('db.installation') is not null;
 
+-- name: has_epochs
+select to_regprocedure('audit.begin_epoch()') is not null;
+
 -- name: migrations
 select migration_number, title, checksum from db.applied_migrations order by migration_number;
 

@@ -159,6 +159,7 @@ begin
     p_row.team_id := v_chain.team_id; p_row.department_id := v_chain.department_id; p_row.department_name := v_chain.department_name;
     p_row.charged_micros := p_amount; p_row.hold_micros := held_micros; p_row.flags := p_flags & ~49;
     p_row := credits.draw(p_row, v_chain.leg_pool_ids, v_paid);
+    p_row.write_number := audit.write_number();
     insert into ledger.attribution select p_row.*;
     if p_flags & 64 = 64 then
         insert into estimates (organization_id, request_id, chain_id, leg_micros, tokens, cost_nano_usd, flags, booked_at)
@@ -234,6 +235,7 @@ begin
     p_row.customer_cost_nano_usd := case when p_estimate.flags & 2 = 2 then v_cost else 0 end;
     p_row.requests := p_row.requests - v_first.requests;
     p_row := credits.draw(p_row, v_chain.leg_pool_ids, v_moved);
+    p_row.write_number := audit.write_number();
     insert into ledger.attribution select p_row.*;
 
     if v_delta < 0 then
