@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from bursar import __version__, db, operation
-from bursar.asgi import Around, BodyLimits, Receive, Scope, Send, is_gateway
+from bursar.asgi import Around, BodyLimits, Receive, Scope, Send, around, is_gateway
 from bursar.credits import api as credits_api
 from bursar.credits.front import OPERATIONS
 from bursar.gateway import api as gateway_api
@@ -108,26 +108,20 @@ def create_app(
 class App(FastAPI):
     """The application. Paths under /v1 and the hot ones of the API go past FastAPI and what it wraps around them."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._hot = Around(self._answer_hot)
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, or the lifespan."""
-        is_hot = scope["type"] == "http" and self._of(scope) is not None
-        await (self._hot if is_hot else super().__call__)(scope, receive, send)
+        hot = self._of(scope) if scope["type"] == "http" else None
+        if hot is None:
+            await super().__call__(scope, receive, send)
+        else:
+            await around(hot, scope, receive, send)
 
     def _of(self, scope: Scope) -> ASGI | None:
         """What answers a hot path; None: FastAPI does."""
         path = scope["path"]
-        if is_gateway(path):
-            return self.state.gateway  # type: ignore[no-any-return]
-        return self.state.credits if path in OPERATIONS and scope["method"] == "POST" else None
-
-    async def _answer_hot(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self._of(scope)
-        assert app is not None
-        await app(scope, receive, send)
+        if path in OPERATIONS:
+            return self.state.credits if scope["method"] == "POST" else None
+        return self.state.gateway if is_gateway(path) else None
 
 
 def answer(request: Request, problem: Problem) -> Response:

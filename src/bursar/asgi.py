@@ -7,6 +7,7 @@ import asyncio
 import json
 import re
 import time
+import weakref
 from array import array
 from collections.abc import Awaitable, Callable, MutableMapping
 from functools import cache
@@ -18,7 +19,7 @@ from prometheus_client import Counter, Histogram
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from bursar.clock import uuid7
-from bursar.logs import log_request
+from bursar.logs import REQUEST_ID, log_request
 from bursar.problems import MEDIA_TYPE, BodyTooLarge, InternalError, MalformedBody, Problem
 
 Scope = MutableMapping[str, Any]
@@ -56,39 +57,49 @@ class Around:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "http":
+            await around(self._app, scope, receive, send)
+        else:
             await self._app(scope, receive, send)
-            return
-        request_id = f"req_{uuid7().hex}"
-        scope.setdefault("state", {})["request_id"] = request_id
-        answer = _Answer(send, request_id)
-        began = time.perf_counter()
-        bound = structlog.contextvars.bind_contextvars(request_id=request_id)
-        try:
-            await self._app(scope, receive, answer)
-        except Exception:
-            log.exception("a request ended in a fault")
-            if not answer.status:
-                await send_problem(answer, InternalError(), request_id)
-        finally:
-            _account(scope, answer.status, time.perf_counter() - began, request_id)
-            structlog.contextvars.reset_contextvars(**bound)
+
+
+async def around(app: App, scope: Scope, receive: Receive, send: Send) -> None:
+    """One HTTP request, as Around says. Its id is in the state of the scope: request_uuid, and as text request_id."""
+    request_uuid = uuid7()
+    request_id = f"req_{request_uuid.hex}"
+    state = scope.setdefault("state", {})
+    state["request_uuid"], state["request_id"] = request_uuid, request_id
+    answer = _Answer(send, request_id)
+    began = time.perf_counter()
+    bound = REQUEST_ID.set(request_id)
+    try:
+        await app(scope, receive, answer)
+    except Exception:
+        log.exception("a request ended in a fault")
+        if not answer.status:
+            await send_problem(answer, InternalError(), request_id)
+    finally:
+        _account(scope, answer.status, time.perf_counter() - began, request_id)
+        REQUEST_ID.reset(bound)
 
 
 class _Answer:
     """Passes the answer on, notes its status, and adds the request id."""
+
+    __slots__ = ("_request_id", "_send", "status")
 
     def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
         self._request_id = request_id.encode()
         self.status = 0
 
-    async def __call__(self, message: Message) -> None:
+    def __call__(self, message: Message) -> Awaitable[None]:
+        """What there is to wait for is the server's own: a coroutine around it would wait for nothing else."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = [*message.get("headers", ()), (b"x-request-id", self._request_id)]
             message = {**message, "headers": headers}
-        await self._send(message)
+        return self._send(message)
 
 
 class BodyLimits:
@@ -118,9 +129,9 @@ async def read_body(scope: Scope, receive: Receive, largest: int) -> bytes | Non
     Raises:
         BodyTooLarge: by its declared length at once, else as soon as it is seen.
     """
-    declared = next((value for name, value in scope["headers"] if name.lower() == b"content-length"), b"0")
-    if declared.isdigit() and int(declared[:20]) > largest:
-        raise BodyTooLarge(f"At most {largest} bytes are taken here")
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and int(value[:20]) > largest:
+            raise BodyTooLarge(f"At most {largest} bytes are taken here")
     pieces: list[bytes] = []
     size = 0
     while True:
@@ -195,17 +206,20 @@ class Protocol(HttpToolsProtocol):
     """HTTP as the server processes speak it: uvicorn's, with limits of the head, of which it has none.
 
     A head larger than 64 KB is answered 431, one that does not come within 30 s is cut. The head of an answer goes out
-    with the first of its body. Use it as uvicorn's `http`.
+    with what follows in the same turn of the loop, and all that is answered in one turn goes out at its end, together.
+    Use it as uvicorn's `http`.
     """
 
     _head_size = 0
     _is_in_head = True
     _head_timer: asyncio.TimerHandle | None = None
     _is_lost = False
+    _joined: "_Joined | None" = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A head is expected from now on."""
         super().connection_made(transport)
+        self._outbox = _outbox_of(self.loop)
         self._watchers: list[Callable[[], None]] = []
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self._cut)
 
@@ -238,6 +252,7 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a head or a body."""
+        self._flush()  # what is wrong with them is answered past what is joined
         super().data_received(data)
         if self._is_in_head and not self.transport.is_closing():
             self._head_size += len(data)
@@ -258,8 +273,22 @@ class Protocol(HttpToolsProtocol):
         self._stop_timer()
         super().on_headers_complete()
 
+    def eof_received(self) -> None:
+        """The client says no more: the connection is closed after this."""
+        self._flush()
+        super().eof_received()
+
+    def shutdown(self) -> None:
+        """The server ends; a connection on which nothing is asked is closed at once."""
+        self._flush()
+        super().shutdown()
+
+    def _flush(self) -> None:
+        if self._joined is not None:
+            self._joined.flush()
+
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        cycle.transport = _Joined(self.transport, self.loop)  # type: ignore[assignment]
+        cycle.transport = self._joined = _Joined(self.transport, self._outbox)  # type: ignore[assignment]
         cycle.scope["state"]["connection"] = self
         super()._start_asgi_task(cycle, app)
 
@@ -280,38 +309,71 @@ class Protocol(HttpToolsProtocol):
         self.transport.close()
 
 
+class _Outbox:
+    """Answers that were begun in this turn of the loop. They go out at its end, one after the other.
+
+    A batch answers a hundred callers in one turn. Whoever writes each answer as it is ready wakes the other side for
+    each, which takes as long as all else that is done for it; written together, they find it awake.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._waiting: list[_Joined] = []
+
+    def put(self, joined: "_Joined") -> None:
+        """Flush it at the end of this turn."""
+        loop = self._loop()
+        if not self._waiting and loop is not None:
+            loop.call_soon(self._flush)
+        self._waiting.append(joined)
+
+    def _flush(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for each in waiting:
+            each.flush()
+
+
+_outboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Outbox] = weakref.WeakKeyDictionary()
+
+
+def _outbox_of(loop: asyncio.AbstractEventLoop) -> _Outbox:
+    if loop not in _outboxes:
+        _outboxes[loop] = _Outbox(loop)
+    return _outboxes[loop]
+
+
 class _Joined:
-    """What one answer writes to: its head waits for what follows at once, since two writes cost twice as much."""
+    """What one answer writes to. What is written in the turn that begins it goes out at once, by the outbox."""
 
-    __slots__ = ("_has_begun", "_head", "_loop", "_transport")
+    __slots__ = ("_begun", "_has_begun", "_outbox", "_transport")
 
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, transport: asyncio.Transport, outbox: _Outbox) -> None:
         self._transport = transport
-        self._loop = loop
-        self._head = b""
+        self._outbox = outbox
+        self._begun = b""
         self._has_begun = False
 
     def write(self, data: bytes) -> None:
-        """Write; the first waits until the end of this turn of the loop."""
-        if not self._has_begun:
-            self._has_begun = True
-            self._head = data
-            self._loop.call_soon(self._flush)
-        elif self._head:
-            data, self._head = self._head + data, b""
+        """Write; in the turn that begins the answer, at its end."""
+        if self._begun:
+            self._begun += data
+        elif self._has_begun:
             self._transport.write(data)
         else:
-            self._transport.write(data)
+            self._has_begun = True
+            self._begun = data
+            self._outbox.put(self)
 
-    def _flush(self) -> None:
-        if self._head:
-            data, self._head = self._head, b""
+    def flush(self) -> None:
+        """Write what waits."""
+        if self._begun:
+            data, self._begun = self._begun, b""
             if not self._transport.is_closing():
                 self._transport.write(data)
 
     def close(self) -> None:
         """Nothing follows."""
-        self._flush()
+        self.flush()
         self._transport.close()
 
     def is_closing(self) -> bool:

@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import Mapping
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, Final, TextIO
 
@@ -27,6 +28,9 @@ _SECRET_TEXTS: Final = (
     (re.compile(r"(\bpassword\s*=\s*)('[^']*'|\S+)", re.IGNORECASE), rf"\1{HIDDEN}"),
 )
 _DEPTH: Final = 8
+REQUEST_ID: Final[ContextVar[str | None]] = ContextVar("request_id", default=None)
+"""Of the request that is answered; every line that is logged meanwhile has it."""
+
 WRITE_SECONDS: Final = 0.05
 MOST_LINES: Final = 256
 
@@ -35,6 +39,7 @@ def configure_logs(log_format: str, level: str) -> None:
     """Send our logs and the libraries' through one chain. log_format: console or json."""
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
+        _add_request_id,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -61,6 +66,13 @@ def configure_logs(log_format: str, level: str) -> None:
     root.setLevel(level.upper())
     for noisy in ("aiohttp.access", "httpx2", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _add_request_id(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    request_id = REQUEST_ID.get()
+    if request_id is not None:
+        event.setdefault("request_id", request_id)
+    return event
 
 
 def _renderer(log_format: str) -> Processor:

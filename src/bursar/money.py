@@ -57,12 +57,17 @@ def nano_usd_at_list_price(amount: Micros) -> NanoUsd:
 
 def format_credits(amount: Micros) -> str:
     """Micros as a decimal number of credits without needless zeros: 12_500_000 -> '12.5'."""
-    return _format(amount, places=6, least=0)
+    if amount < 0:
+        return "-" + format_credits(Micros(-amount))
+    whole, part = divmod(amount, MICROS_PER_CREDIT)
+    return f"{whole}.{part:06d}".rstrip("0") if part else str(whole)
 
 
 def format_usd(amount: NanoUsd) -> str:
     """Nano-dollars as a decimal number of dollars with at least two places: 12_500_000_000 -> '12.50'."""
-    return _format(amount, places=9, least=2)
+    whole, part = divmod(abs(amount), NANO_USD_PER_USD)
+    digits = f"{part:09d}".rstrip("0").ljust(2, "0")
+    return f"{'-' if amount < 0 else ''}{whole}.{digits}"
 
 
 def parse_credits(text: str) -> Micros:
@@ -81,13 +86,6 @@ def parse_usd(text: str) -> NanoUsd:
         NotAnAmount
     """
     return NanoUsd(_parse(text, places=9))
-
-
-def _format(amount: int, *, places: int, least: int) -> str:
-    whole, part = divmod(abs(amount), int(10**places))
-    digits = f"{part:0{places}d}".rstrip("0").ljust(least, "0")
-    sign = "-" if amount < 0 else ""
-    return f"{sign}{whole}.{digits}" if digits else f"{sign}{whole}"
 
 
 def _parse(text: str, *, places: int) -> int:

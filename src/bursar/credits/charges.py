@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from hashlib import sha256
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -19,13 +19,13 @@ from bursar.clock import now
 from bursar.credits import why
 from bursar.credits.batcher import Batcher
 from bursar.credits.grants import KeyReused
-from bursar.credits.moves import NOTHING, Action, Flag, Move, Outcome, Verdict
+from bursar.credits.moves import NO_COST, NOTHING, ONE_REQUEST, Action, Flag, Move, Outcome, Verdict
 from bursar.identity.memberships import get_membership
 from bursar.identity.principals import Principal
 from bursar.money import LARGEST, Micros, NanoUsd, NotAnAmount, format_credits, parse_credits, parse_usd
 from bursar.pricing.book import LONGEST_NAME, PriceBook, Quote
 from bursar.pricing.prices import Rounding
-from bursar.pricing.usage import USAGE_KINDS, Usage
+from bursar.pricing.usage import NO_USAGE, USAGE_KINDS, Usage, UsageArray
 from bursar.problems import FieldError, InvalidRequest, Problem
 
 QUERIES: Final = db.load_queries("bursar.credits")
@@ -36,6 +36,16 @@ MOST_COUNT: Final = 1_280_000_000
 USUAL_LEASE_SECONDS: Final = 60
 LONGEST_LEASE_SECONDS: Final = 3_600
 MOST_REMEMBERED: Final = 50_000
+
+# To look up members of an enumeration takes longer than what is done with them.
+_AUTHORIZE, _EXTEND, _SETTLE, _RELEASE, _DEDUCT = Action
+_REPORTED: Final = int(Flag.REPORTED)
+_UNPRICED: Final = int(Flag.UNPRICED)
+_ESTIMATED: Final = int(Flag.ESTIMATED)
+_SENT: Final = int(Flag.SENT)
+_STREAMED: Final = int(Flag.STREAMED)
+_MAY_WAIT: Final = int(Flag.MAY_WAIT)
+_IN_ALL: Final = int(Flag.IN_ALL)
 
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_NAME)]
 Id = Annotated[str, msgspec.Meta(min_length=1, max_length=60)]
@@ -146,8 +156,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     available: Credits | None
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(NamedTuple):
     """Who asks, and the command that it is. request_id: of this HTTP request. key: None where none was sent."""
 
     principal: Principal
@@ -177,18 +186,14 @@ class Placed:
     placed_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class _Sum:
-    """What something comes to."""
+class _Sum(NamedTuple):
+    """What something comes to. tokens: what limits on tokens count of it; flags: of the move."""
 
     micros: Micros
-    cost: NanoUsd
-    usage: Usage
-    unpriced: bool = False
-
-    @property
-    def flag(self) -> Flag:
-        return Flag.REPORTED | (Flag.UNPRICED if self.unpriced else Flag.NONE)
+    cost: NanoUsd = NO_COST
+    counts: UsageArray = ONE_REQUEST
+    tokens: int = 0
+    flags: int = _REPORTED
 
 
 class Charges:
@@ -210,23 +215,23 @@ class Charges:
             InvalidRequest, ModelNotPriced, NotForOthers, MemberNotFound, KeyReused, Unavailable
         """
         user_id = await self._payer(caller.principal, body.user_id)
-        quote = await self._quote(caller.principal.organization_id, body)
+        quote = None if body.amount is not None else await self._quote(caller.principal.organization_id, body)
         at = now()
         worth = _worth(body, quote, at, Rounding.UP)
         floor = _worth(body, quote, at, Rounding.UP, input_only=True).micros if body.stream and quote else NOTHING
         move = _move(
             caller,
-            Action.AUTHORIZE,
+            _AUTHORIZE,
             body,
             user_id,
             quote,
             worth,
             mark_micros=floor,
             lease_seconds=body.lease_seconds,
-            flags=worth.flag
-            | (Flag.SENT if body.sent else Flag.NONE)
-            | (Flag.STREAMED if body.stream else Flag.NONE)
-            | (Flag.MAY_WAIT if body.wait else Flag.NONE),
+            flags=worth.flags
+            | (_SENT if body.sent else 0)
+            | (_STREAMED if body.stream else 0)
+            | (_MAY_WAIT if body.wait else 0),
         )
         verdict = await self._accepted(caller, move)
         if verdict.request_id == caller.request_id:
@@ -235,11 +240,12 @@ class Charges:
 
     async def deduct(self, caller: Caller, body: Deduct) -> Answer:
         """Charge at once, or refuse; as authorize."""
-        user_id = await self._payer(caller.principal, body.user_id)
-        quote = await self._quote(caller.principal.organization_id, body)
+        principal, named = caller.principal, body.user_id
+        user_id = principal.user_id if named is None else await self._payer(principal, named)
+        quote = None if body.amount is not None else await self._quote(principal.organization_id, body)
         worth = _worth(body, quote, now(), Rounding.HALF_UP)
-        flags = worth.flag | (Flag.ESTIMATED if body.estimated else Flag.NONE)
-        move = _move(caller, Action.DEDUCT, body, user_id, quote, worth, flags=flags)
+        flags = worth.flags | _ESTIMATED if body.estimated else worth.flags
+        move = _move(caller, _DEDUCT, body, user_id, quote, worth, flags=flags)
         return _answer("charged", await self._accepted(caller, move))
 
     async def extend(self, caller: Caller, body: Extend) -> Answer:
@@ -251,19 +257,17 @@ class Charges:
         request_id, placed = await self._find(caller.principal, body.request_id)
         at = placed.placed_at
         quote = await self._pinned(placed, body, body.so_far)
-        total = (
-            _worth(body, quote, at, Rounding.UP) if body.amount or body.usage else _Sum(NOTHING, NanoUsd(0), Usage())
-        )
+        total = _worth(body, quote, at, Rounding.UP) if body.amount or body.usage else _Sum(NOTHING)
         mark = NOTHING if body.so_far is None else _worth(body.so_far, quote, at, Rounding.UP, "#/so_far").micros
         move = _move_again(
             caller,
-            Action.EXTEND,
+            _EXTEND,
             request_id,
             placed,
             total,
             mark_micros=mark,
             lease_seconds=body.lease_seconds,
-            flags=total.flag | Flag.IN_ALL | (Flag.SENT if body.sent else Flag.NONE),
+            flags=total.flags | _IN_ALL | (_SENT if body.sent else 0),
         )
         verdict = await self._accepted(caller, move)
         return _answer("held", verdict)
@@ -276,8 +280,8 @@ class Charges:
         """
         request_id, placed = await self._find(caller.principal, body.request_id)
         worth = _worth(body, await self._pinned(placed, body), placed.placed_at, Rounding.HALF_UP)
-        flags = worth.flag | (Flag.ESTIMATED if body.estimated else Flag.NONE)
-        move = _move_again(caller, Action.SETTLE, request_id, placed, worth, flags=flags)
+        flags = worth.flags | _ESTIMATED if body.estimated else worth.flags
+        move = _move_again(caller, _SETTLE, request_id, placed, worth, flags=flags)
         verdict = await self._accepted(caller, move)
         self._placed.pop(request_id, None)
         return _answer("charged", verdict)
@@ -290,9 +294,9 @@ class Charges:
             HoldEnded: it was charged.
         """
         request_id, placed = await self._find(caller.principal, body.request_id)
-        nothing = _Sum(NOTHING, NanoUsd(0), Usage(requests=0))
-        move = _move_again(caller, Action.RELEASE, request_id, placed, nothing, flags=Flag.REPORTED)
-        verdict = await self._batcher.move(move._replace(idempotency_key=None, body_hash=None))
+        nothing = _Sum(NOTHING, counts=NO_USAGE.as_array())
+        move = _move_again(caller, _RELEASE, request_id, placed, nothing, flags=nothing.flags)
+        verdict = await self._batcher.ask(move._replace(idempotency_key=None, body_hash=None))
         self._placed.pop(request_id, None)
         if verdict.outcome == Outcome.NO_HOLD:
             ended = await self._read(placed.organization_id, request_id)
@@ -317,10 +321,8 @@ class Charges:
             _keep(self._members, member, None)
         return user_id
 
-    async def _quote(self, organization_id: UUID, body: Charge) -> Quote | None:
-        """How usage is priced; None where the amount is given."""
-        if body.amount is not None:
-            return None
+    async def _quote(self, organization_id: UUID, body: Charge) -> Quote:
+        """How usage is priced."""
         if body.usage is None:
             raise _invalid("#", "an amount or usage is required")
         if body.provider is None or body.model is None:
@@ -360,7 +362,7 @@ class Charges:
 
     async def _accepted(self, caller: Caller, move: Move) -> Verdict:
         """The verdict, if it is in favor."""
-        verdict = await self._batcher.move(move)
+        verdict = await self._batcher.ask(move)
         if verdict.accepted:
             return verdict
         if verdict.outcome == Outcome.KEY_REUSED:
@@ -396,12 +398,13 @@ def _worth(
     body: Worth, quote: Quote | None, at: datetime, rounding: Rounding, pointer: str = "#", *, input_only: bool = False
 ) -> _Sum:
     """What a body names or its usage comes to. input_only: without what is put out."""
-    usage = _usage(body.usage, pointer)
     if body.amount is not None:
-        cost = NanoUsd(0) if body.provider_cost is None else _dollars(body.provider_cost, pointer)
-        return _Sum(_micros(body.amount, pointer), cost, usage)
+        micros = _micros(body.amount, pointer)
+        cost = NO_COST if body.provider_cost is None else _dollars(body.provider_cost, pointer)
+        return _Sum(micros, cost) if body.usage is None else _sum(micros, cost, _usage(body.usage, pointer))
     if body.usage is None or quote is None:
         raise _invalid(pointer, "an amount or usage is required")
+    usage = _usage(body.usage, pointer)
     if body.provider_cost is not None:
         raise _invalid(f"{pointer}/provider_cost", "comes with an amount; of usage the price book knows it")
     if input_only:
@@ -411,13 +414,16 @@ def _worth(
     priced = quote.price(usage, context=context, at=at, rounding=rounding)
     if priced.charged_micros > MOST_MICROS:
         raise _invalid(f"{pointer}/usage", "comes to more than a billion credits")
-    return _Sum(priced.charged_micros, priced.provider_cost_nano_usd, usage, bool(priced.unpriced_kinds))
+    flags = _REPORTED | _UNPRICED if priced.unpriced_kinds else _REPORTED
+    return _sum(priced.charged_micros, priced.provider_cost_nano_usd, usage, flags)
 
 
-def _usage(counts: Mapping[str, int] | None, pointer: str) -> Usage:
+def _sum(micros: Micros, cost: NanoUsd, usage: Usage, flags: int = _REPORTED) -> _Sum:
+    return _Sum(micros, cost, usage.as_array(), usage.total_tokens, flags)
+
+
+def _usage(counts: Mapping[str, int], pointer: str) -> Usage:
     """One request, unless it says otherwise."""
-    if counts is None:
-        return Usage()
     unknown = counts.keys() - _KINDS
     if unknown:
         raise _invalid(f"{pointer}/usage", f"kinds of usage are {', '.join(USAGE_KINDS)}")
@@ -467,22 +473,24 @@ def _move(
 ) -> Move:
     """A move that begins a request."""
     provider, model = (body.provider, body.model) if quote is None else (quote.provider, quote.model)
-    for name, text in (("provider", provider), ("model", model)):
-        if text is not None:
-            _check_name(text, f"#/{name}")
+    if provider is not None:
+        _check_name(provider, "#/provider")
+    if model is not None:
+        _check_name(model, "#/model")
     conversation_id = (
         None if body.conversation_id is None else read_id(body.conversation_id, "conv", "#/conversation_id")
     )
+    principal = caller.principal
     return Move(
         action,
-        caller.principal.organization_id,
+        principal.organization_id,
         caller.request_id,
         user_id,
-        caller.principal.api_key_id,
+        principal.api_key_id,
         worth.micros,
-        worth.usage.total_tokens,
+        worth.tokens,
         worth.cost,
-        worth.usage.as_array(),
+        worth.counts,
         provider=provider,
         model=model,
         price_version_id=None if quote is None else quote.price_version_id,
@@ -502,9 +510,9 @@ def _move_again(caller: Caller, action: Action, request_id: UUID, placed: Placed
         placed.user_id,
         placed.api_key_id,
         worth.micros,
-        worth.usage.total_tokens,
+        worth.tokens,
         worth.cost,
-        worth.usage.as_array(),
+        worth.counts,
         provider=placed.provider,
         model=placed.model,
         price_version_id=placed.price_version_id,
@@ -550,14 +558,17 @@ def _answer(state: Literal["held", "charged", "released"], verdict: Verdict) -> 
     return Answer(
         request_id=f"req_{verdict.request_id.hex}",
         state=state,
-        held=_credits(verdict.held_micros if state == "held" else NOTHING),
-        charged=_credits(verdict.charged_micros if state == "charged" else NOTHING),
+        held=_credits(verdict.held_micros) if state == "held" else _NO_CREDITS,
+        charged=_credits(verdict.charged_micros) if state == "charged" else _NO_CREDITS,
         available=None if verdict.available_micros is None else _credits(verdict.available_micros),
     )
 
 
 def _credits(amount: Micros) -> Credits:
     return Credits(amount=format_credits(amount), unit="credit")
+
+
+_NO_CREDITS: Final = _credits(NOTHING)
 
 
 assert MOST_COUNT * 2 < 2**32

@@ -38,6 +38,8 @@ from bursar.problems import (
 )
 
 PREFIX: Final = "/api/v1/credits/"
+_READ: Final = frozenset({b"authorization", b"x-api-key", b"idempotency-key", b"bursar-organization"})
+_JSON: Final = (b"content-type", b"application/json")
 _PLACE: Final = re.compile(r"(?P<what>.*) - at (?:`key` in )?`\$(?P<place>[^`]*)`", re.DOTALL)
 
 log = structlog.get_logger(__name__)
@@ -92,28 +94,26 @@ class Front:
         """One request."""
         operation = OPERATIONS[scope["path"]]
         scope["route"] = operation  # metrics and log lines go by it
-        request_id: str = scope["state"]["request_id"]
         try:
             body = await read_body(scope, receive, LARGEST_BODY)
             if body is None:  # the client has gone
                 return
             headers = {
-                name.decode("latin-1").lower(): value.decode("latin-1") for name, value in reversed(scope["headers"])
+                name.decode(): value.decode("latin-1") for name, value in reversed(scope["headers"]) if name in _READ
             }
-            answer = await self.answer(operation, headers, body, request_id)
+            answer = await self.answer(operation, headers, body, scope["state"]["request_uuid"])
         except Exception as error:
             problem = of_exception(error)
             if problem is None:
                 log.exception("a request ended in a fault")
             close = isinstance(problem, BodyTooLarge)  # the rest of it is not read
-            await send_problem(send, problem or InternalError(), request_id, close=close)
+            await send_problem(send, problem or InternalError(), scope["state"]["request_id"], close=close)
             return
-        length = str(len(answer)).encode()
-        start = [(b"content-type", b"application/json"), (b"content-length", length)]
+        start = [_JSON, (b"content-length", b"%d" % len(answer))]
         await send({"type": "http.response.start", "status": 200, "headers": start})
         await send({"type": "http.response.body", "body": answer, "more_body": False})
 
-    async def answer(self, operation: Operation, headers: Mapping[str, str], body: bytes, request_id: str) -> bytes:
+    async def answer(self, operation: Operation, headers: Mapping[str, str], body: bytes, request_id: UUID) -> bytes:
         """The JSON that answers a request. headers: found by names in lower case.
 
         Raises:
@@ -126,14 +126,15 @@ class Front:
             wrong = FieldError("Idempotency-Key", "1 to 255 printable characters are required")
             raise InvalidRequest(errors=[wrong])
         asked = _read(operation, body)
-        caller = Caller.of(principal, UUID(request_id.removeprefix("req_")), key, operation.path, body)
+        caller = Caller.of(principal, request_id, key, operation.path, body)
         return self._encode(await operation.work(self._charges, caller, asked))
 
     async def _principal(self, headers: Mapping[str, str]) -> Principal:
         text = key_text_of(headers)
         if not text:
             raise NotSignedIn("An API key is required: Authorization: Bearer bk_…")
-        principal = await self._keys.principal(text, chosen=headers.get("bursar-organization"))
+        chosen = headers.get("bursar-organization")
+        principal = self._keys.known(text, chosen=chosen) or await self._keys.principal(text, chosen=chosen)
         if not principal.may(Permission.CHARGES_WRITE):
             able = ", ".join(role for role in Role if Permission.CHARGES_WRITE in PERMISSIONS[role])
             raise NotPermitted(
@@ -204,7 +205,7 @@ def _endpoint(operation: Operation) -> Callable[[Request], Awaitable[Response]]:
         if front is None:
             raise Unavailable("This process moves no credits", headers={"Retry-After": "2"})
         body = await request.body()
-        answer = await front.answer(operation, request.headers, body, request.state.request_id)
+        answer = await front.answer(operation, request.headers, body, request.state.request_uuid)
         return Response(answer, media_type="application/json")
 
     endpoint.__name__ = f"post_{operation.name}"

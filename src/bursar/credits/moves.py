@@ -69,6 +69,7 @@ class Outcome(IntEnum):
 
 
 OUTCOMES: Final = tuple(Outcome)  # by number
+_IN_FAVOR: Final = (Outcome.ACCEPTED, Outcome.KNOWN)
 
 
 class Move(NamedTuple):
@@ -124,7 +125,7 @@ class Verdict(NamedTuple):
     @property
     def accepted(self) -> bool:
         """Decided in favor, now or earlier under the same key."""
-        return self.outcome in (Outcome.ACCEPTED, Outcome.KNOWN)
+        return self.outcome in _IN_FAVOR
 
 
 MOVE_BATCH: Final = (

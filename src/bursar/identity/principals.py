@@ -248,15 +248,26 @@ class KeyCache:
         Raises:
             InvalidApiKey, OrganizationNotFound
         """
-        # Taking a text apart costs ten times its hash, and only well-formed texts are ever entered.
-        lookup = (hashlib.sha256(secret.encode(errors="replace")).digest(), chosen)
+        known = self.known(secret, chosen=chosen)
+        if known is not None:
+            return known
+        lookup = _lookup(secret, chosen)
         entry = self._entries.get(lookup)
         if entry is None or self._is_stale(*entry):
             parse_api_key(secret)
             entry = self._ask(lookup, secret, chosen)
-        task = entry[1]
         # One caller that goes away does not take the answer from the others.
-        principal = task.result() if task.done() else await asyncio.shield(task)
+        return self._used(await asyncio.shield(entry[1]))
+
+    def known(self, secret: str, *, chosen: str | None) -> Principal | None:
+        """The same where nobody need be asked; None: ask `principal`."""
+        # Taking a text apart costs ten times its hash, and only well-formed texts are ever entered.
+        entry = self._entries.get(_lookup(secret, chosen))
+        if entry is None or not entry[1].done() or self._is_stale(*entry):
+            return None
+        return self._used(entry[1].result())
+
+    def _used(self, principal: Principal) -> Principal:
         assert principal.key_organization_id is not None
         assert principal.api_key_id is not None
         self.last_use.note(principal.key_organization_id, principal.api_key_id)
@@ -289,3 +300,7 @@ class KeyCache:
         refused = task.cancelled() or task.exception() is not None
         if refused and lookup in self._entries and self._entries[lookup][1] is task:
             del self._entries[lookup]
+
+
+def _lookup(secret: str, chosen: str | None) -> tuple[bytes, str | None]:
+    return hashlib.sha256(secret.encode(errors="replace")).digest(), chosen
