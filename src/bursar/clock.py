@@ -18,6 +18,11 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+def in_utc(instant: datetime | None) -> datetime | None:
+    """An instant that was given without zone is in UTC."""
+    return instant.replace(tzinfo=UTC) if instant is not None and instant.tzinfo is None else instant
+
+
 def uuid7() -> UUID:
     """A new id that sorts by time, strictly rising within this process.
 

@@ -14,6 +14,7 @@ VIEWS = [
     "credit_usage_attribution",
     "consumed_consumables",
     "purchased_consumables",
+    "unified_payment_source",
     "transaction",
     "org_billing_summary",
     "org_billing_metrics",

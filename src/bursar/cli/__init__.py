@@ -11,6 +11,7 @@ import typer
 
 from bursar import __version__
 from bursar.cli import (
+    codes,
     credits,
     db,
     demo,
@@ -41,6 +42,7 @@ NOUNS = {
     "keys": keys.app,
     "credits": credits.app,
     "caps": credits.caps,
+    "codes": codes.app,
 }
 
 app = typer.Typer(

@@ -1,7 +1,7 @@
 """`bursar credits`: balances, grants and shares; `bursar caps`: limits on spending."""
 
 from collections.abc import Awaitable
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -10,7 +10,7 @@ import typer
 from bursar import db
 from bursar.cli.output import Column, JsonOption, print_fields, print_rows
 from bursar.cli.scope import OrgOption, department_of, every_page, key_of, member_of, team_of, within
-from bursar.clock import uuid7
+from bursar.clock import in_utc, uuid7
 from bursar.credits import grants, limits, pools
 from bursar.credits.limits import AllocationKind, LimitAction, Metric, Period, Scope, WhenEmpty
 from bursar.identity.memberships import Membership, list_memberships
@@ -111,8 +111,8 @@ def add(
             priority=priority,
             is_free=free,
             cost_basis_nano_usd=parse_usd(paid),
-            effective_at=_utc(effective),
-            expires_at=_utc(expires),
+            effective_at=in_utc(effective),
+            expires_at=in_utc(expires),
             reason=reason,
         )
         return {"grant_id": f"grt_{grant_id.hex}", "pool_id": f"pool_{pool_id.hex}", "credits": format_credits(micros)}
@@ -378,7 +378,3 @@ def _uuid(text: str, prefix: str) -> UUID:
         return UUID(text.removeprefix(f"{prefix}_"))
     except ValueError:
         raise typer.BadParameter(f"not an id: {text!r}") from None
-
-
-def _utc(instant: datetime | None) -> datetime | None:
-    return instant.replace(tzinfo=UTC) if instant is not None and instant.tzinfo is None else instant

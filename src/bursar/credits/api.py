@@ -1,15 +1,20 @@
-"""Routes of the treasury: where did this charge come from."""
+"""Routes of the treasury: where did this charge come from, and codes that become credits."""
 
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
 
+from bursar.credits import codes, front
 from bursar.credits import explain as explaining
-from bursar.credits import front
-from bursar.identity.guards import CurrentPrincipal, database_of
+from bursar.credits.codes import CodeEnded, CodeNotForYou, CodeUnknown, CodeUsedUp, Redemption, TooManyTries
+from bursar.identity.guards import CurrentPrincipal, NotPermitted, actor_of, address_hash_of, database_of
+from bursar.identity.organizations import OrganizationNotFound, find_organization_id
 from bursar.identity.principals import Principal
 from bursar.identity.roles import Permission
+from bursar.money import format_credits
 from bursar.problems import FieldError, NotFound, Problem, documents
 
 router = APIRouter(prefix="/api/v1", tags=["credits"])
@@ -38,6 +43,63 @@ async def get_request(request_id: str, request: Request, principal: CurrentPrinc
     if principal.may(Permission.MARGIN_READ):
         answer["provider_cost"] = {"amount": explaining.provider_cost(story), "unit": "USD"}
     return answer
+
+
+class RedeemCode(BaseModel):
+    """A code to redeem. into: organization (slug or id) in which one's balance is; null: the code's, or one's own."""
+
+    model_config = ConfigDict(extra="forbid")
+    code: str = Field(min_length=1, max_length=100, examples=["7Q2KD-0000A-1111B-2222C"])
+    into: str | None = Field(None, max_length=100)
+
+
+class RedemptionAnswer(BaseModel):
+    """What a code became."""
+
+    grant_id: str
+    organization_id: str
+    credits: dict[str, str] = Field(examples=[{"amount": "500", "unit": "credit"}])
+    campaign: str
+    expires_at: datetime | None
+
+    @classmethod
+    def of(cls, redemption: Redemption) -> "RedemptionAnswer":
+        """What of a redemption is shown."""
+        assert redemption.grant_id is not None
+        return cls(
+            grant_id=f"grt_{redemption.grant_id.hex}",
+            organization_id=f"org_{redemption.into_organization_id.hex}",
+            credits={"amount": format_credits(redemption.amount_micros), "unit": "credit"},
+            campaign=redemption.campaign,
+            expires_at=redemption.credits_expire_at,
+        )
+
+
+@router.post(
+    "/codes/redeem",
+    status_code=201,
+    responses=documents(
+        CodeUnknown, OrganizationNotFound, CodeEnded, CodeUsedUp, CodeNotForYou, NotPermitted, TooManyTries
+    ),
+)
+async def redeem_code(body: RedeemCode, request: Request, principal: CurrentPrincipal) -> RedemptionAnswer:
+    """Turn a code into credits of one's own, never into shared ones. The same code again is the same redemption."""
+    if principal.user_id is None or not principal.may(Permission.CODES_REDEEM):
+        raise NotPermitted(f"This needs {Permission.CODES_REDEEM} and a person")
+    database = database_of(request)
+    into = None
+    if body.into is not None:
+        async with database.untenanted() as conn:
+            into = await find_organization_id(conn, body.into)
+    redemption = await codes.redeem(
+        database,
+        text=body.code,
+        user_id=principal.user_id,
+        into=into,
+        by=actor_of(request, principal),
+        address_hash=address_hash_of(request),
+    )
+    return RedemptionAnswer.of(redemption)
 
 
 def read_id(text: str, prefix: str, name: str) -> UUID:

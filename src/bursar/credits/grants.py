@@ -45,7 +45,7 @@ class KeyReused(Problem):
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """One grant and what is left of it as of its pool's last pour; amounts in micros.
+    """One grant and what is left of it now; amounts in micros.
 
     Burn order: priority, soonest expiry, free before paid, effective, created, id.
     """

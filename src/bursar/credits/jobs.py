@@ -8,6 +8,7 @@ import psycopg
 from prometheus_client import Gauge
 
 from bursar import db
+from bursar.credits.codes import finish_redemptions, forget_tries
 
 QUERIES: Final = db.load_queries("bursar.credits")
 MOST_A_RUN: Final = 500
@@ -58,6 +59,8 @@ Job = Callable[[db.Database], Awaitable[object]]
 JOBS: Final[tuple[tuple[float, Job], ...]] = (
     (1.0, expire_holds),
     (15.0, measure_holds),
+    (60.0, finish_redemptions),
+    (3600.0, forget_tries),
     (3600.0, ensure_partitions),
 )
 """Seconds between runs, and what runs."""

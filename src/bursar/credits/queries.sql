@@ -28,7 +28,7 @@ select credits.void_grant(%(organization_id)s, %(grant_id)s, %(reason)s, %(creat
 select g.grant_id, g.pool_id, g.source, g.amount_micros, s.left_micros, s.state, g.priority, g.is_free, g.cost_basis_nano_usd, g.effective_at,
     case when isfinite(g.expires_at) then g.expires_at end as expires_at, g.reason, g.created_at
 from credits.grants g
-join credits.grant_states s on s.organization_id = g.organization_id and s.grant_id = g.grant_id
+join credits.grant_balances s on s.organization_id = g.organization_id and s.grant_id = g.grant_id
 where g.organization_id = %(organization_id)s
 order by g.pool_id, g.priority, g.expires_at, g.is_free desc, g.effective_at, g.created_at, g.grant_id
 
@@ -127,7 +127,7 @@ order by g.priority, g.expires_at, g.is_free desc, g.effective_at, g.created_at,
 select g.grant_id, g.pool_id, g.source, g.amount_micros, s.left_micros, s.state, g.priority, g.is_free, g.cost_basis_nano_usd, g.effective_at,
     case when isfinite(g.expires_at) then g.expires_at end as expires_at, g.reason, g.created_at
 from credits.grants g
-join credits.grant_states s on s.organization_id = g.organization_id and s.grant_id = g.grant_id
+join credits.grant_balances s on s.organization_id = g.organization_id and s.grant_id = g.grant_id
 where g.organization_id = %(organization_id)s and g.grant_id = any (%(grant_ids)s)
 
 -- name: hold
@@ -181,3 +181,78 @@ limit 1
 -- name: estimated_requests
 select request_id from credits.estimates
 where organization_id = (select nullif(current_setting('app.organization_id', true), '')::uuid) and request_id = any (%(request_ids)s)
+
+-- name: open_campaign
+select credits.open_campaign(jsonb_populate_record(null::credits.code_campaigns, %(campaign)s))
+
+-- name: claim_codes
+-- Hashes of new texts; a text that is taken (by chance, once in ages) claims nothing.
+select count(*) from unnest(%(code_ids)s::uuid[], %(code_hashes)s::bytea[]) c(id, hash)
+where route.claim_code(%(organization_id)s, c.id, c.hash)
+
+-- name: add_codes
+select credits.add_codes(%(organization_id)s, %(campaign_id)s, %(codes)s)
+
+-- name: revoke_codes
+select credits.revoke_codes(%(organization_id)s, %(campaign_id)s, %(code_id)s, %(reason)s)
+
+-- name: find_code
+select organization_id, code_id from route.find_code(%(code_hash)s)
+
+-- name: code
+select code_id, campaign_id, hint, redemptions, created_at, revoked_at
+from credits.codes where organization_id = %(organization_id)s and code_id = %(code_id)s
+
+-- name: codes
+select code_id, campaign_id, hint, redemptions, created_at, revoked_at from credits.codes
+where organization_id = %(organization_id)s and campaign_id = %(campaign_id)s and (%(after)s::uuid is null or code_id > %(after)s)
+order by code_id limit %(limit)s
+
+-- name: campaigns
+select c.campaign_id, c.name, c.amount_micros, c.valid_from, nullif(c.valid_until, 'infinity') as valid_until, c.is_for_members, c.most_per_code,
+    c.most_per_person, c.created_at, c.revoked_at,
+    (select count(*) from credits.codes k where k.organization_id = c.organization_id and k.campaign_id = c.campaign_id) as codes,
+    r.redemptions, r.people, r.granted_micros, r.burnt_micros
+from credits.code_campaigns c
+cross join lateral (
+    select count(*) as redemptions, count(distinct r.user_id) as people, coalesce(sum(r.amount_micros), 0)::bigint as granted_micros,
+        coalesce(sum(g.burnt_micros), 0)::bigint as burnt_micros
+    from credits.code_redemptions r
+    left join credits.grant_balances g on g.organization_id = r.into_organization_id and g.grant_id = r.grant_id
+    where r.organization_id = c.organization_id and r.campaign_id = c.campaign_id
+) r
+where c.organization_id = %(organization_id)s
+order by c.created_at desc, c.campaign_id
+
+-- name: try_code
+select route.try_code(%(subjects)s::bytea[], %(most)s, %(window)s)
+
+-- name: forgive_try
+select route.forgive_try(%(subjects)s::bytea[])
+
+-- name: forget_tries
+select route.forget_tries(%(window)s)
+
+-- name: redeem_code
+select r.redemption_id, r.code_id, r.into_organization_id, r.amount_micros, nullif(r.credits_expire_at, 'infinity') as credits_expire_at,
+    r.priority, r.claimed_at, r.grant_id, c.name as campaign, k.hint
+from credits.redeem_code(%(organization_id)s, %(redemption_id)s, %(code_id)s, %(user_id)s, %(domain_hash)s, %(into_organization_id)s) r
+join credits.code_campaigns c on c.organization_id = r.organization_id and c.campaign_id = r.campaign_id
+join credits.codes k on k.organization_id = r.organization_id and k.code_id = r.code_id
+
+-- name: grant_code
+select credits.grant_code(%(organization_id)s, %(grant_id)s, %(pool_id)s, %(redemption_id)s, %(campaign)s, %(hint)s, %(amount_micros)s,
+    %(priority)s::smallint, %(expires_at)s, %(created_by)s)
+
+-- name: finish_redemption
+select credits.finish_redemption(%(organization_id)s, %(redemption_id)s, %(grant_id)s)
+
+-- name: unfinished_redemptions
+-- Those of a process that ended between claim and grant.
+select r.organization_id, r.user_id, r.redemption_id, r.code_id, r.into_organization_id, r.amount_micros,
+    nullif(r.credits_expire_at, 'infinity') as credits_expire_at, r.priority, r.claimed_at, r.grant_id, c.name as campaign, k.hint
+from credits.code_redemptions r
+join credits.code_campaigns c on c.organization_id = r.organization_id and c.campaign_id = r.campaign_id
+join credits.codes k on k.organization_id = r.organization_id and k.code_id = r.code_id
+where r.grant_id is null and r.claimed_at < statement_timestamp() - %(older_than)s::interval
+order by r.organization_id, r.redemption_id limit %(most)s

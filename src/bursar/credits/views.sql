@@ -1,8 +1,40 @@
 -- The facts of the treasury under the names that analysts know. Every view shows what its reader may see: row-level security is the tables'.
 -- Amounts are micros (1 credit = 1,000,000 micros = 0.01 USD at list price), or credits where a name says quantity.
-drop view if exists reporting.organization_credit_pools, reporting.user_credit_allocations, reporting.credit_usage_attribution,
+drop view if exists credits.grant_balances, reporting.unified_payment_source, reporting.organization_credit_pools, reporting.user_credit_allocations, reporting.credit_usage_attribution,
     reporting.org_billing_summary, reporting.user_multi_org_credits, reporting.top_credit_users_by_org, reporting.org_billing_metrics,
     reporting.purchased_consumables, reporting.consumed_consumables, reporting.transaction;
+
+-- ------------------------------------------------------------------------------------------------ grants now
+
+-- Use is poured over grants at time events only; what was used since then falls on the active grants in burn order.
+create view credits.grant_balances with (security_invoker = true) as
+select s.organization_id, s.grant_id, s.pool_id, s.state, s.left_micros - f.fallen_micros as left_micros,
+    coalesce(u.burnt_micros, 0) + f.fallen_micros as burnt_micros
+from (
+    select s.*, case when s.state in ('active', 'lingering') then
+            sum(s.left_micros) filter (where s.state in ('active', 'lingering')) over (
+                partition by s.organization_id, s.pool_id
+                order by g.priority, g.expires_at, g.is_free desc, g.effective_at, g.created_at, g.grant_id) - s.left_micros end as before_micros
+    from credits.grant_states s
+    join credits.grants g on g.organization_id = s.organization_id and g.grant_id = s.grant_id
+) s
+join credits.pools p on p.organization_id = s.organization_id and p.pool_id = s.pool_id
+join credits.balances b on b.organization_id = s.organization_id and b.balance_id = s.pool_id and b.period_start = '-infinity'
+cross join lateral (
+    select coalesce(least(s.left_micros, greatest(0, b.used_amount - p.poured_micros - s.before_micros)), 0)::bigint as fallen_micros
+) f
+left join lateral (
+    select sum(u.end_micros - u.start_micros)::bigint as burnt_micros from credits.burns u
+    where u.organization_id = s.organization_id and u.pool_id = s.pool_id and u.grant_id = s.grant_id
+) u on true;
+comment on view credits.grant_balances is 'What is left of each grant now: as of its pool''s last pour, less what was used since then';
+comment on column credits.grant_balances.organization_id is 'Tenant';
+comment on column credits.grant_balances.grant_id is 'The grant';
+comment on column credits.grant_balances.pool_id is 'Its pool';
+comment on column credits.grant_balances.state is 'scheduled, active, lingering or ended, as of the pool''s last time event';
+comment on column credits.grant_balances.left_micros is 'Not yet burnt, expired or voided';
+comment on column credits.grant_balances.burnt_micros is 'Burnt by use, corrections taken back';
+grant select on credits.grant_balances to bursar_app, bursar_platform, bursar_backup;
 
 -- ------------------------------------------------------------------------------------------------ pools and shares
 
@@ -130,9 +162,19 @@ create view reporting.purchased_consumables with (security_invoker = true) as
 select g.organization_id, g.grant_id as consumable_id, g.pool_id, coalesce(p.owner_user_id, g.organization_id) as ltid,
     p.kind = 'shared' as is_shared_token_pool, g.source, (g.amount_micros / 1000000.0)::numeric(24, 6) as quantity,
     (s.left_micros / 1000000.0)::numeric(24, 6) as quantity_left, g.cost_basis_nano_usd, g.is_free, g.priority, g.effective_at,
-    nullif(g.expires_at, 'infinity') as expires_at, g.parent_grant_id as parent_consumable_id, g.created_at, g.created_by
+    nullif(g.expires_at, 'infinity') as expires_at, g.parent_grant_id as parent_consumable_id, k.campaign || ' …' || k.hint as complimentary_code,
+    g.created_at, g.created_by
 from credits.grants g
-join credits.grant_states s on s.organization_id = g.organization_id and s.grant_id = g.grant_id
+left join lateral (
+    -- What was rolled over or moved on leads back to the code of the first.
+    with recursive line as (
+        select g.grant_id, g.parent_grant_id
+        union all
+        select p.grant_id, p.parent_grant_id from line l join credits.grants p on p.organization_id = g.organization_id and p.grant_id = l.parent_grant_id
+    )
+    select k.campaign, k.hint from line l join credits.grant_codes k on k.organization_id = g.organization_id and k.grant_id = l.grant_id
+) k on true
+join credits.grant_balances s on s.organization_id = g.organization_id and s.grant_id = g.grant_id
 join credits.pools p on p.organization_id = g.organization_id and p.pool_id = g.pool_id;
 comment on view reporting.purchased_consumables is 'Every addition of credits: purchases, opening balances, plans, codes, roll-overs';
 comment on column reporting.purchased_consumables.organization_id is 'The organization';
@@ -142,15 +184,33 @@ comment on column reporting.purchased_consumables.ltid is 'Owner: the organizati
 comment on column reporting.purchased_consumables.is_shared_token_pool is 'Whether the pool is the organization''s shared one';
 comment on column reporting.purchased_consumables.source is 'purchase, plan, complimentary, code, opening …';
 comment on column reporting.purchased_consumables.quantity is 'Credits granted, exact to a millionth';
-comment on column reporting.purchased_consumables.quantity_left is 'Of these not yet burnt, expired or voided, as of the pool''s last pour';
+comment on column reporting.purchased_consumables.quantity_left is 'Of these not yet burnt, expired or voided';
 comment on column reporting.purchased_consumables.cost_basis_nano_usd is 'Money paid for it, nano-dollars';
 comment on column reporting.purchased_consumables.is_free is 'Complimentary: brings no revenue';
 comment on column reporting.purchased_consumables.priority is 'Lower burns first';
 comment on column reporting.purchased_consumables.effective_at is 'Spendable from this instant';
 comment on column reporting.purchased_consumables.expires_at is 'Spendable before this instant; null: for ever';
 comment on column reporting.purchased_consumables.parent_consumable_id is 'The grant it rolled over or was moved from';
+comment on column reporting.purchased_consumables.complimentary_code is 'Campaign and last four characters of the code it came of; null: of none';
 comment on column reporting.purchased_consumables.created_at is 'When it was made';
 comment on column reporting.purchased_consumables.created_by is 'Who made it; null: the system';
+
+create view reporting.unified_payment_source with (security_invoker = true) as
+select p.organization_id, p.consumable_id as payment_source_id, p.ltid, p.is_shared_token_pool,
+    case when p.complimentary_code is not null then 'complimentary_code' when p.is_free then 'complimentary' else p.source end as payment_kind,
+    p.complimentary_code, p.cost_basis_nano_usd as paid_nano_usd, p.quantity, p.quantity_left, p.created_at
+from reporting.purchased_consumables p;
+comment on view reporting.unified_payment_source is 'What pays for use: one row per addition of credits, with how it was paid for';
+comment on column reporting.unified_payment_source.organization_id is 'The organization';
+comment on column reporting.unified_payment_source.payment_source_id is 'The grant';
+comment on column reporting.unified_payment_source.ltid is 'Owner: the organization when its pool is shared, else the user';
+comment on column reporting.unified_payment_source.is_shared_token_pool is 'Whether the pool is the organization''s shared one';
+comment on column reporting.unified_payment_source.payment_kind is 'complimentary_code, complimentary, or the grant''s source: purchase, plan, top_up …';
+comment on column reporting.unified_payment_source.complimentary_code is 'Campaign and last four characters of the code; null: of none';
+comment on column reporting.unified_payment_source.paid_nano_usd is 'Money paid for it, nano-dollars';
+comment on column reporting.unified_payment_source.quantity is 'Credits granted';
+comment on column reporting.unified_payment_source.quantity_left is 'Of these not yet burnt, expired or voided';
+comment on column reporting.unified_payment_source.created_at is 'When it was made';
 
 create view reporting.transaction with (security_invoker = true) as
 select e.organization_id, e.entry_id as transaction_id, e.booked_at, e.happened_at, e.kind as transaction_kind, e.unit, e.from_kind, e.from_id,

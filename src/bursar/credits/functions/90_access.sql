@@ -5,6 +5,7 @@ grant execute on function credits.move_batch, credits.move_one, credits.expire_h
 grant execute on function credits.open_organization, credits.open_pool, credits.add_grant, credits.void_grant, credits.allocate,
     credits.end_allocation, credits.set_limit, credits.end_limit, credits.move_one, credits.authorize, credits.extend, credits.settle,
     credits.release, credits.deduct, credits.current_chain, credits.has_sufficient_credits, credits.deduct_credits, credits.add_credits_to_pool,
-    credits.allocate_credits_to_user to bursar_app, bursar_simulator;
+    credits.allocate_credits_to_user, credits.open_campaign, credits.add_codes, credits.revoke_codes, credits.redeem_code,
+    credits.finish_redemption, credits.grant_code to bursar_app, bursar_simulator;
 grant execute on function credits.limits_changed to bursar_app, bursar_owner, bursar_simulator;
 grant execute on function credits.available_of, credits.period_start, credits.period_end, credits.hash_of, credits.no_usage to bursar_app, bursar_platform;
