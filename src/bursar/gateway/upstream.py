@@ -15,19 +15,19 @@ asks again, where a route says so).
 from __future__ import annotations
 
 import asyncio
-import io
 import re
+import zlib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 from urllib.parse import quote
 
-import aiohttp
 from yarl import URL
 
+from bursar.gateway.connections import BrokenOff, Connection, Connections, Headers, NotReached, NotReachedInTime, Place
 from bursar.gateway.demo_answers import DIRECTIONS_HEADER
 from bursar.gateway.providers import DEMO, MODEL_PLACE, Provider
 from bursar.gateway.wire import JSON
@@ -47,7 +47,11 @@ ANTHROPIC_VERSION: Final = "2023-06-01"
 MOST_ANSWER_BYTES: Final = 256 * 1024 * 1024
 """Ten large images in base64, or 2,048 embeddings of 3,072 dimensions written out, come to half of it."""
 _MESSAGES_PATH: Final = "/messages"
-_LARGE_BODY: Final = 512 * 1024
+_UNPACKED_BYTES: Final = 1024 * 1024
+"""Of a compressed answer at once: a few bytes may stand for very many."""
+
+_OUR_HEADERS: Final = {"User-Agent": "bursar", "Accept": "*/*", "Accept-Encoding": "identity"}
+_MAY_BE_REPEATED: Final = ("GET", "DELETE")
 
 
 class UpstreamBroken(Problem):
@@ -96,10 +100,10 @@ class Target:
     is_own_key: bool = False
     model: str = ""
 
-    def url(self, path: str) -> URL:
-        """The address of a path."""
+    def address(self, path: str) -> Address:
+        """Where a path is."""
         assert self.provider.base_url is not None
-        return _url(self.provider.base_url, self.model, self.provider.query, path)
+        return _address(self.provider.base_url, self.model, self.provider.query, path)
 
     def credentials(self, path: str) -> dict[str, str]:
         """The header that opens the provider."""
@@ -111,24 +115,40 @@ class Target:
         return {"Authorization": f"Bearer {self.secret}"} if auth == "bearer" else {auth: self.secret}
 
 
+class Address(NamedTuple):
+    """An address, taken apart. line: what follows the method in a request, and its header Host."""
+
+    place: Place
+    line: str
+
+
 @lru_cache(maxsize=4_096)
-def _url(base_url: str, model: str, query: str, path: str) -> URL:
+def _address(base_url: str, model: str, query: str, path: str) -> Address:
     if MODEL_PLACE in base_url:
         # Encoded whole: a name is one segment, whatever is in it, and leads nowhere else.
         base_url = base_url.replace(MODEL_PLACE, quote(model, safe=""))
-    return URL(f"{base_url}{path}{f'?{query}' if query else ''}", encoded=True)
+    url = URL(f"{base_url}{path}{f'?{query}' if query else ''}", encoded=True)
+    assert url.raw_host is not None
+    assert url.port is not None
+    place = Place(url.raw_host, url.port, url.scheme == "https")
+    return Address(place, f"{url.raw_path_qs} HTTP/1.1\r\nHost: {url.host_port_subcomponent}\r\n")
 
 
 class Answer:
     """A provider's answer whose head has come. Close it, read or not."""
 
-    def __init__(self, response: aiohttp.ClientResponse, target: Target, limits: Limits, deadline: float) -> None:
-        self.status = response.status
-        self.headers = _returned(response)
-        self._response = response
+    def __init__(
+        self, connection: Connection, connections: Connections, target: Target, limits: Limits, deadline: float
+    ) -> None:
+        self.status = connection.status
+        self.headers = _returned(connection.headers)
+        self._connection = connection
+        self._connections = connections
         self._target = target
         self._limits = limits
         self._deadline = deadline
+        self._is_closed = False
+        self._packed = _Packed.of(connection.headers)
 
     @property
     def is_json(self) -> bool:
@@ -151,13 +171,18 @@ class Answer:
             UpstreamBroken: it broke off, took too long, or is larger than MOST_ANSWER_BYTES.
             ProviderRefusesUs: the provider refuses the platform's key.
         """
-        # One buffer: the pieces of an image of tens of megabytes would stay in the memory after it is gone.
-        buffer = bytearray()
-        async for piece in self.pieces():
-            buffer += piece
-            if len(buffer) > MOST_ANSWER_BYTES:
-                raise UpstreamBroken(f"The answer of {self._target.provider.name} is too large.")
-        body = bytes(buffer)
+        connection = self._connection
+        body = connection.here() if self._packed is None else b""
+        if not connection.is_at_end or self._packed is not None:
+            # One buffer: the pieces of an image of tens of megabytes would stay in the memory after it is gone.
+            buffer = bytearray(body)
+            async for piece in self.pieces():
+                buffer += piece
+                if len(buffer) > MOST_ANSWER_BYTES:
+                    break
+            body = bytes(buffer)
+        if len(body) > MOST_ANSWER_BYTES:
+            raise UpstreamBroken(f"The answer of {self._target.provider.name} is too large.")
         if self.status < 400 or self._target.is_own_key:
             return body
         if self.status in (401, 402, 403):
@@ -176,28 +201,29 @@ class Answer:
             yield piece
 
     async def _next_piece(self) -> bytes:
-        content = self._response.content
-        if content.exception() is None:
-            if content.at_eof():
-                return b""
-            here = content.read_nowait(-1)
-            if here:
-                return here
+        if self._packed is None:
+            return self._connection.here() or await self._awaited()
+        while not (piece := self._packed.more()):
+            packed = await self._awaited()
+            if not packed:
+                break
+            self._packed.feed(packed)
+        if not piece and self._packed.is_cut:
+            raise UpstreamBroken(f"{self._target.provider.name} broke off.")
+        return piece
+
+    async def _awaited(self) -> bytes:
+        if self._connection.is_at_end:
+            return b""
         until = min(self._deadline, asyncio.get_running_loop().time() + self._limits.idle_seconds)
         with _translated(self._target):
-            async with asyncio.timeout_at(until):
-                content = self._response.content
-                # A stream that has broken gives only its error, but what came before is used, and paid for, too.
-                if content.exception() is not None and (rest := content._read_nowait(-1)):
-                    return rest
-                return await content.readany()
+            return await self._connection.piece(until)
 
     async def close(self) -> None:
         """Give the connection back; one whose answer was not read to its end is closed, which ends the call."""
-        if self._response.content.at_eof():
-            self._response.release()
-        else:
-            self._response.close()
+        if not self._is_closed:
+            self._is_closed = True
+            self._connections.give_back(self._connection)
 
     async def __aenter__(self) -> Self:
         return self
@@ -208,12 +234,68 @@ class Answer:
         await self.close()
 
 
+class _Packed:
+    """Undoes the compression of an answer, though none was asked for."""
+
+    def __init__(self, coding: bytes) -> None:
+        self._coding = coding
+        self._unpacker: zlib._Decompress | None = None
+        self._rest = b""
+
+    @classmethod
+    def of(cls, headers: Headers) -> _Packed | None:
+        """Of an answer with these headers; None: it is not compressed.
+
+        Raises:
+            UpstreamBroken: in a way that nobody asked for and nobody here can read.
+        """
+        codings = b",".join(value for name, value in headers if name == b"content-encoding").strip().lower()
+        if codings in (b"", b"identity"):
+            return None
+        if codings not in (b"gzip", b"x-gzip", b"deflate"):
+            raise UpstreamBroken("The provider's answer is compressed in a way that was not asked for.")
+        return cls(codings)
+
+    def feed(self, data: bytes) -> None:
+        """Compressed bytes."""
+        self._rest += data
+
+    def more(self) -> bytes:
+        """Some of what they stand for; b'': more must be fed first.
+
+        Raises:
+            UpstreamBroken
+        """
+        while self._rest:
+            if self._unpacker is None or self._unpacker.eof:
+                self._unpacker = zlib.decompressobj(self._window())
+            try:
+                piece = self._unpacker.decompress(self._rest, _UNPACKED_BYTES)
+            except zlib.error as error:
+                raise UpstreamBroken("The provider's answer cannot be unpacked.") from error
+            self._rest = self._unpacker.unused_data if self._unpacker.eof else self._unpacker.unconsumed_tail
+            if piece:
+                return piece
+        return b""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether what was fed ends in its middle."""
+        return self._unpacker is not None and not self._unpacker.eof
+
+    def _window(self) -> int:
+        """What zlib calls wbits. Some send 'deflate' without its head, which says in its low bits that it is one."""
+        if self._coding != b"deflate":
+            return 16 + zlib.MAX_WBITS
+        return zlib.MAX_WBITS if self._rest[0] & 0xF == 8 else -zlib.MAX_WBITS
+
+
 class Upstream:
     """The connections to all providers. One for each event loop; ended by `close`."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self._limits = limits or Limits()
-        self._session: aiohttp.ClientSession | None = None
+        self._connections = Connections(most=self._limits.connections, connect_seconds=self._limits.connect_seconds)
 
     async def call(
         self,
@@ -254,42 +336,64 @@ class Upstream:
 
     async def close(self) -> None:
         """Close all connections."""
-        if self._session is not None:
-            await self._session.close()
+        await self._connections.close()
 
     async def _request(
         self, method: str, target: Target, path: str, headers: dict[str, str], body: bytes | None
     ) -> Answer:
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._limits.total_seconds
-        # aiohttp writes large bytes in one go, which would hold up every other call; files it writes in pieces.
-        data = io.BytesIO(body) if body is not None and len(body) > _LARGE_BODY else body
+        at = asyncio.get_running_loop().time()
+        address = target.address(path)
+        head = _head(method, address, headers, body)
         with _translated(target):
-            async with asyncio.timeout(self._limits.first_byte_seconds):
-                response = await self._open_session().request(
-                    method, target.url(path), headers=headers, data=data, allow_redirects=False
-                )
-        if 300 <= response.status < 400:
-            response.close()
-            raise UpstreamBroken(f"{target.provider.name} answered with a redirect, which is not followed.")
-        if response.status >= 600:
-            response.close()
-            raise UpstreamBroken(f"{target.provider.name} answered with a status that HTTP does not have.")
-        return Answer(response, target, self._limits, deadline)
-
-    def _open_session(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            limits = self._limits
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=limits.connections, keepalive_timeout=15),
-                # Waiting for the head and for each piece has its own limits, above.
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=limits.connect_seconds),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                headers={"User-Agent": "bursar", "Accept-Encoding": "identity"},
-                trust_env=False,
-                auto_decompress=True,
+            connection = await self._asked(
+                method, address.place, head, body or b"", at + self._limits.first_byte_seconds
             )
-        return self._session
+        try:
+            if 300 <= connection.status < 400:
+                raise UpstreamBroken(f"{target.provider.name} answered with a redirect, which is not followed.")
+            if connection.status >= 600:
+                raise UpstreamBroken(f"{target.provider.name} answered with a status that HTTP does not have.")
+            return Answer(connection, self._connections, target, self._limits, at + self._limits.total_seconds)
+        except UpstreamBroken:
+            connection.close()
+            self._connections.give_back(connection)
+            raise
+
+    async def _asked(self, method: str, place: Place, head: bytes, body: bytes, until: float) -> Connection:
+        """A connection on which the head of the answer has come.
+
+        Raises:
+            NotReached, BrokenOff, TimeoutError
+        """
+        while True:
+            connection = await self._connections.take(place, until)
+            try:
+                await connection.send(head, body, until)
+                await connection.head(until)
+            except BaseException as error:
+                connection.close()
+                self._connections.give_back(connection)
+                # One that was open already may have been closed at that very moment.
+                was_open = connection.used > 1 and not connection.has_answered
+                if not (isinstance(error, BrokenOff) and was_open and method in _MAY_BE_REPEATED):
+                    raise
+            else:
+                return connection
+
+
+def _head(method: str, address: Address, headers: Mapping[str, str], body: bytes | None) -> bytes:
+    """The head of a request.
+
+    Raises:
+        ValueError: a header has the end of a line in it.
+    """
+    lines = [f"{name}: {value}" for name, value in headers.items()]
+    text = "\n".join(lines)
+    if text.count("\n") != len(lines) - 1 or "\r" in text or "\0" in text:
+        raise ValueError("a header has characters that no header has")
+    length = "" if body is None else f"\r\nContent-Length: {len(body)}"
+    text = text.replace("\n", "\r\n")
+    return f"{method} {address.line}{text}{length}\r\n\r\n".encode()
 
 
 def _forwarded(target: Target, path: str, client_headers: Mapping[bytes, str]) -> dict[str, str]:
@@ -299,15 +403,15 @@ def _forwarded(target: Target, path: str, client_headers: Mapping[bytes, str]) -
     directions = client_headers.get(DIRECTIONS_HEADER.lower().encode())
     if directions is not None and target.provider.name == DEMO:
         headers[DIRECTIONS_HEADER] = directions
-    return headers | dict(target.provider.headers) | target.credentials(path)
+    return _OUR_HEADERS | headers | dict(target.provider.headers) | target.credentials(path)
 
 
-def _returned(response: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:
+def _returned(answered: Headers) -> Headers:
     """Headers for the client, names in lower case; without those that could not be passed on as they are."""
-    raw = {name.lower(): value for name, value in reversed(response.raw_headers) if not _CONTROLS.search(value)}
-    headers: list[tuple[bytes, bytes]] = [(name, raw[name]) for name in RETURNED if name in raw]
+    raw = dict(reversed(answered))  # of one that comes twice the first
+    headers: Headers = [(name, raw[name]) for name in RETURNED if name in raw and not _CONTROLS.search(raw[name])]
     request_id = raw.get(b"x-request-id") or raw.get(b"request-id")
-    if request_id is not None:
+    if request_id is not None and not _CONTROLS.search(request_id):
         headers.append((PROVIDER_REQUEST_ID, request_id))
     return headers
 
@@ -327,11 +431,11 @@ def _translated(target: Target) -> Iterator[None]:
     name = target.provider.name
     try:
         yield
-    except (TimeoutError, aiohttp.ServerTimeoutError) as error:
-        if isinstance(error, aiohttp.ConnectionTimeoutError):
-            raise ProviderUnreachable(f"{name} did not take the connection in time.") from error
-        raise ProviderTimeout(f"{name} did not answer in time.") from error
-    except aiohttp.ClientConnectorError as error:
+    except NotReachedInTime as error:
+        raise ProviderUnreachable(f"{name} did not take the connection in time.") from error
+    except NotReached as error:
         raise ProviderUnreachable(f"No connection to {name}.") from error
-    except (aiohttp.ClientError, OSError) as error:
+    except TimeoutError as error:
+        raise ProviderTimeout(f"{name} did not answer in time.") from error
+    except (BrokenOff, OSError) as error:
         raise UpstreamBroken(f"{name} broke off.") from error
