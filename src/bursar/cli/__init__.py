@@ -23,6 +23,7 @@ from bursar.cli import (
     providers,
     questions,
     serve,
+    simulate,
     teams,
     users,
 )
@@ -59,6 +60,7 @@ app.command("serve")(serve.serve)
 app.command("why")(questions.why)
 app.command("explain")(questions.explain)
 app.command("verify")(questions.verify)
+app.command("simulate")(simulate.simulate)
 
 
 def _print_version(wanted: bool) -> None:

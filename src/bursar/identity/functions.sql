@@ -179,3 +179,26 @@ $$;
 comment on function route.find_sign_in_link is 'Which one-time link a presented token is, by its hash';
 revoke all on function route.find_sign_in_link from public;
 grant execute on function route.find_sign_in_link to bursar_app;
+
+-- open_stage: an organization with people and keys for a simulation, which rolls it back. Lists: see the record types below.
+create or replace function identity.open_stage(
+    p_organization_id uuid, p_zone text, p_at timestamptz, p_departments jsonb, p_teams jsonb, p_users jsonb, p_keys jsonb
+) returns void
+language plpgsql volatile security definer set search_path = identity, pg_temp as $$
+begin
+    insert into organizations (organization_id, slug, name, kind, zone, currency, is_shared_token_pool, created_at)
+    values (p_organization_id, 'stage-' || replace(p_organization_id::text, '-', ''), 'Simulation', 'company', p_zone, 'USD', true, p_at);
+    insert into departments (organization_id, department_id, name, created_at)
+    select p_organization_id, d.id, left(d.name, 150) || ' ' || d.id, p_at from jsonb_to_recordset(p_departments) d(id uuid, name text);
+    insert into teams (organization_id, team_id, name, created_at)
+    select p_organization_id, t.id, left(t.name, 150) || ' ' || t.id, p_at from jsonb_to_recordset(p_teams) t(id uuid, name text);
+    insert into memberships (organization_id, user_id, email, display_name, roles, team_id, department_id, joined_at)
+    select p_organization_id, u.id, u.id || '@stage.invalid', left(u.name, 200), '{member}', u.team, u.department, p_at
+    from jsonb_to_recordset(p_users) u(id uuid, name text, team uuid, department uuid);
+    insert into api_keys (organization_id, api_key_id, original_api_key_id, user_id, name, public_id, last4, scopes, team_id, department_id, created_at)
+    select p_organization_id, k.id, coalesce(k.original, k.id), k."user", left(k.name, 200), k.id::text, 'none', '{inference}', k.team, k.department, p_at
+    from jsonb_to_recordset(p_keys) k(id uuid, name text, "user" uuid, team uuid, department uuid, original uuid);
+end $$;
+comment on function identity.open_stage is 'Makes the organization of a simulation, with its people and keys; the simulation rolls it back';
+revoke all on function identity.open_stage from public;
+grant execute on function identity.open_stage to bursar_simulator;

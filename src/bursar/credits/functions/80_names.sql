@@ -5,13 +5,22 @@
 create or replace function credits.expire_holds(p_most integer default 500, p_at timestamptz default null) returns integer
 language plpgsql volatile security definer set search_path = credits, pg_temp as $$
 declare
-    v_count integer;
     v_organizations uuid[];
 begin
     -- The gates come first here too: between reading a hold's progress and charging it nothing may change.
     select array_agg(distinct o.organization_id) into v_organizations
     from (select organization_id from holds where lease_expires_at <= coalesce(p_at, clock_timestamp()) order by lease_expires_at, request_id limit p_most) o;
     perform 1 from gates where organization_id = any (v_organizations) order by organization_id for no key update;
+    return credits.end_holds(v_organizations, p_most, p_at);
+end $$;
+comment on function credits.expire_holds is 'Ends holds whose lease is over: releases what was never sent, charges what was; returns how many';
+
+-- end_holds: what expire_holds does, of organizations whose gates are locked.
+create or replace function credits.end_holds(p_organization_ids uuid[], p_most integer, p_at timestamptz) returns integer
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_count integer;
+begin
     select count(*) filter (where v.outcome = 0) into v_count
     from (
         select array_agg(h.organization_id order by h.lease_expires_at, h.request_id) as orgs,
@@ -32,7 +41,7 @@ begin
             count(*)::int as n
         from (
             select *, case when not is_sent then 0 when flags & 8 = 8 then greatest(floor_micros, progress_micros) else amount_micros end as charge
-            from holds where organization_id = any (v_organizations) and lease_expires_at <= coalesce(p_at, clock_timestamp())
+            from holds where organization_id = any (p_organization_ids) and lease_expires_at <= coalesce(p_at, clock_timestamp())
             order by lease_expires_at, request_id limit p_most
         ) h join chains c on c.organization_id = h.organization_id and c.chain_id = h.chain_id
         having count(*) > 0
@@ -44,7 +53,7 @@ begin
         array_fill(null::bytea, array[b.n]), p_at) v;
     return v_count;
 end $$;
-comment on function credits.expire_holds is 'Ends holds whose lease is over: releases what was never sent, charges what was; returns how many';
+comment on function credits.end_holds is 'Ends at most so many holds, whose lease is over, of some organizations';
 
 -- move_one: a batch of one, for whoever acts for the organization that is set. One alone spends most of its time on what batches share, so a
 -- hold or deduction on a plain chain, which asks credits of a few balances and nothing else, is decided here by the same rules (is_plain_way,
