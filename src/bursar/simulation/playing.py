@@ -383,7 +383,8 @@ class _Clock:
         for step in player.steps():
             self._steps.setdefault(step.at, []).append(step)
         self._cuts = set(player.cuts())
-        self._times = sorted({*self._steps, *self._asked, *self._cuts, scenario.begins})
+        told_at = {*self._steps, *self._asked, *self._cuts, scenario.begins}
+        self._times = sorted(at for at in told_at if at <= self._asked[-1])
         self._grants_at: datetime | None = None
         self._holds_at: datetime | None = None
         self._open: Figures | None = None
