@@ -5,11 +5,15 @@ It imports little: that process, and what every server process inherits from it,
 """
 
 import contextlib
+import fcntl
 import importlib
 import os
+import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 import uvicorn
@@ -21,6 +25,8 @@ from bursar.settings import Settings
 GRACE_SECONDS: Final = 30
 """How long requests under way may take once the server is told to stop."""
 
+_METRICS: Final = "bursar-metrics-"
+
 
 def run_server(settings: Settings) -> None:
     """Serve until a signal comes. Requests under way are finished, for at most GRACE_SECONDS.
@@ -31,11 +37,40 @@ def run_server(settings: Settings) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises it again when it has stopped
     with db.held(settings), contextlib.ExitStack() as kept:
         if settings.workers > 1:
-            metrics = kept.enter_context(tempfile.TemporaryDirectory(prefix="bursar-metrics-"))
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = kept.enter_context(metrics_folder())
         print(f"Bursar listens on http://{settings.host}:{settings.port}", file=sys.stderr, flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             _run_uvicorn(settings)
+
+
+@contextlib.contextmanager
+def metrics_folder() -> Iterator[str]:
+    """A folder for the metrics of several processes, locked for as long as this one lives; those of dead ones go."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_METRICS}*"):
+        _remove_if_dead(left)
+    with tempfile.TemporaryDirectory(prefix=_METRICS) as folder, _locked(Path(folder)):
+        yield folder
+
+
+def _remove_if_dead(folder: Path) -> None:
+    """Remove a folder of ours whose process was killed. An empty one may be somebody's who is about to lock it."""
+    with contextlib.suppress(OSError):  # another's, in use, or gone meanwhile
+        if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
+            return
+        with _locked(folder, fcntl.LOCK_NB):
+            if any(folder.iterdir()):
+                shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, how: int = 0) -> Iterator[None]:
+    """Locked until it is left, also by being killed. how: with LOCK_NB, OSError where somebody else has locked it."""
+    place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | how)
+        yield
+    finally:
+        os.close(place)
 
 
 def _run_uvicorn(settings: Settings) -> None:

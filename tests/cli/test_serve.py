@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from bursar.db.embedded import EmbeddedServer
+from bursar.serving import metrics_folder
 
 Start = Callable[..., tuple["subprocess.Popen[str]", str]]
 
@@ -96,6 +97,36 @@ def test_several_processes_share_the_port_the_database_and_the_metrics(start: St
     child.terminate()
     child.communicate(timeout=90)
     assert server.pid is None
+
+
+def test_metrics_that_a_killed_server_left_are_removed_and_those_of_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = """
+import pathlib, sys, time
+from bursar.serving import metrics_folder
+with metrics_folder() as folder:
+    pathlib.Path(folder, "counter_1.db").touch()
+    print(folder, flush=True)
+    time.sleep(600)
+"""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    processes = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        killed, living = (Path(process.stdout.readline().strip()) for process in processes if process.stdout)
+        processes[0].kill()
+        processes[0].wait()
+        about_to_start = tmp_path / "bursar-metrics-new"
+        about_to_start.mkdir()
+        assert killed.exists()
+        with metrics_folder() as folder:
+            assert sorted(tmp_path.iterdir()) == sorted([living, about_to_start, Path(folder)])
+        assert sorted(tmp_path.iterdir()) == sorted([living, about_to_start])
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 def test_killed_it_comes_back_on_the_same_data(start: Start, data_dir: Path) -> None:
