@@ -15,12 +15,16 @@ from tests.gateway.conftest import Payer, fund
 from tests.gateway.scripted import Cable, Provider, served
 
 from bursar import db
+from bursar.audit.events import OPERATOR
 from bursar.credits import why
 from bursar.credits.limits import LimitAction, Metric, NotStrict, Scope, end_limit, set_limit
 from bursar.gateway.calls import Call, Till
 from bursar.gateway.front import Front
 from bursar.gateway.outputs import FIRST_OUTPUT_TOKENS, MARGIN_PERCENT, PRIOR_OUTPUT_TOKENS, Recent
 from bursar.money import Micros, format_credits
+from bursar.pricing.lists import Prices
+from bursar.pricing.prices import Rate
+from bursar.pricing.terms import set_override
 from bursar.settings import Settings
 
 HELLO = [{"role": "user", "content": "hello there"}]
@@ -419,13 +423,15 @@ async def limits_of(payer: Payer) -> tuple[why.LimitState, ...]:
 # -- a burst into a budget
 
 
-async def burst(urls: list[str], key: str, body: dict[str, Any], demo: str) -> Counter[bool]:
+async def burst(
+    urls: list[str], key: str, body: dict[str, Any], demo: str, path: str = "/v1/chat/completions"
+) -> Counter[bool]:
     """200 calls at once over all servers: how many were served and how many refused."""
     headers = {"authorization": f"Bearer {key}", "bursar-demo": demo}
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=headers) as client:
 
         async def call(number: int) -> bool:
-            url = f"{urls[number % len(urls)]}/v1/chat/completions"
+            url = f"{urls[number % len(urls)]}{path}"
             async with client.post(url, json=body) as answer:
                 text = await answer.text()
                 assert answer.status in (200, 402), text
@@ -454,3 +460,50 @@ async def test_of_200_calls_at_once_into_a_budget_for_100_those_are_served_that_
     pool = await payer.pool()
     assert (pool.used_micros, pool.held_micros) == ((served + again) * cost, 0)
     assert served + again <= 100
+
+
+CENT = Micros(1_000_000)
+A_CENTS_OUTPUT = 2_497
+"""Tokens of demo-1 that cost a little less than a cent: a dollar has room for a hundred such calls."""
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+@pytest.mark.parametrize("kind", ["plain", "streamed", "images"])
+async def test_a_dollar_serves_a_hundred_of_200_calls_of_a_cent_at_once_and_none_afterwards(
+    make_org: MakeOrg, two_servers: list[str], kind: str, servers: int
+) -> None:
+    org = await make_org()
+    payer = await paying(org, two_servers[0], 100 * CENT)
+    path, body = "/v1/chat/completions", {**CALL, "model": "demo-fixed", "stream": kind == "streamed"}
+    if kind == "images":
+        path, body = "/v1/images/generations", {"model": "demo-image", "prompt": "a coin"}
+        async with org.database.platform() as conn:
+            await set_override(
+                conn,
+                organization_id=org.organization_id,
+                provider="demo",
+                model_pattern="demo-image",
+                prices=Prices.of([Rate("images", 10_000_000)]),
+                reason="a test",
+                by=OPERATOR,
+            )
+    for wanted in (100, 0):
+        served = (await burst(two_servers[:servers], payer.key, body, "delay_ms=200", path))[True]
+        pool = await payer.pool()
+        assert (served, pool.used_micros, pool.held_micros) == (wanted, 100 * CENT, 0)
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_dollar_serves_nearly_a_hundred_calls_of_a_cent_that_name_no_limit(
+    make_org: MakeOrg, two_servers: list[str], stream: bool, servers: int
+) -> None:
+    payer = await paying(await make_org(), two_servers[0], 100 * CENT)
+    demo = f"output_tokens={A_CENTS_OUTPUT}; delay_ms=200; piece_ms=0"
+    served = []
+    for _ in range(2):
+        served.append((await burst(two_servers[:servers], payer.key, {**CALL, "stream": stream}, demo))[True])
+        pool = await payer.pool()
+        assert (pool.used_micros, pool.held_micros) == (sum(served) * micros_of(A_CENTS_OUTPUT), 0)
+    print(f"BURST stream={stream} servers={servers}: {served}")
+    assert 95 <= served[0] <= sum(served) <= 100

@@ -149,6 +149,9 @@ def test_size_and_quality_are_conditions_of_the_price_and_open_ones_the_usual() 
     chosen = ask(images_wire, model="m", prompt="x", size="1792x1024", quality="hd")
     assert chosen.price_context == {"size": "1792x1024", "quality": "hd"}
     assert (
+        ask(images_wire, model="m", prompt="x", size="1792X1024 ", quality="HD").price_context == chosen.price_context
+    )
+    assert (
         ask(images_wire, model="m", prompt="x", size="auto", quality=None).price_context
         == ask(images_wire, model="m", prompt="x").price_context
     )
@@ -300,6 +303,13 @@ def test_subtitles_tell_the_length_of_a_sound_whose_file_does_not() -> None:
     for body, milliseconds in ((SRT, 3_609_250), (VTT, 9_250), (b"hello there\n", 10_000)):
         found = measured(form(unknown).as_priced(BY_TIME), body)
         assert found == wire.Measured(Usage(audio_milliseconds=milliseconds), estimated=True)
+
+
+def test_a_sound_whose_headers_make_it_shorter_than_its_text_takes_is_charged_by_the_text() -> None:
+    told = "word " * 480  # 600 of our tokens: 75 seconds of the fastest speech
+    for request in (form(sounds.wav(1.0)), form(sounds.wav(1.0)).otherwise):
+        assert measured(request, told.encode()).usage.audio_milliseconds == 75_000
+        assert measured(request, b"word").usage.audio_milliseconds == 1_000
 
 
 def test_only_what_was_spoken_counts_as_text() -> None:

@@ -106,8 +106,8 @@ def upstream_body(request: WireRequest, *, model: str, asks_for_usage: bool = Tr
 
 
 def _choice(fields: Fields, name: str, default: str) -> str:
-    """A choice that the provider makes where the client leaves it open."""
-    value = wire.read_optional_text(fields, name)
+    """A choice that the provider makes where the client leaves it open; in small letters, as price lists have it."""
+    value = wire.read_optional_text(fields, name).strip().lower()
     return default if value in ("", "auto") else value
 
 

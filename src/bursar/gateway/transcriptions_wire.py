@@ -228,9 +228,13 @@ class UsageMeter(wire.UsageMeter):
         )
 
     def counted(self) -> Usage:
-        """The sound by its headers, the end of its subtitles or its size; and the text so far by our own rule."""
+        """The sound by its headers, the end of its subtitles or its size; and the text so far by our own rule.
+
+        Headers are the client's, and it may have put in whatever it liked: no sound is shorter than its text takes.
+        """
         request = self.request
-        length = self._reported_ms or self._cue_ms or request.likely_ms
+        spoken_ms = self.output_so_far * _MS_PER_MINUTE // TEXT_TOKENS_PER_MINUTE
+        length = self._reported_ms or self._cue_ms or max(request.likely_ms, spoken_ms)
         made = {"output_tokens": self.output_so_far} if request.has_output else {}
         if request.is_by_time:
             return replace(request.estimate, audio_milliseconds=length, **made)
