@@ -14,6 +14,8 @@ from bursar.errors import BursarError
 SHORTEST_MASTER_KEY = 32
 LOWEST = {"port": 0, "workers": 1, "pool_size": 1, "lease_seconds": 2, "wait_seconds": 0}
 """The least value of each setting that is a number."""
+SWITCHES = ("webhooks_http", "webhooks_loopback")
+"""Settings that are on or off."""
 
 
 class SettingError(BursarError):
@@ -84,6 +86,28 @@ class Settings:
             "Interpreter that has LiteLLM, where it is installed apart; this server's otherwise",
         ),
     )
+    smtp_url: str | None = field(
+        default=None,
+        repr=False,
+        metadata=_setting(
+            "BURSAR_SMTP_URL",
+            "Mail server for alerts: smtps://user:password@host (TLS, port 465), smtp+starttls://… (587) or smtp://… "
+            "(25, not encrypted); without it no e-mail is sent",
+        ),
+    )
+    mail_from: str = field(
+        default="bursar@localhost", metadata=_setting("BURSAR_MAIL_FROM", "Address that alerts are mailed from")
+    )
+    webhooks_http: bool = field(
+        default=False, metadata=_setting("BURSAR_WEBHOOKS_HTTP", "1: webhooks may also go to http:// on port 80")
+    )
+    webhooks_loopback: bool = field(
+        default=False,
+        metadata=_setting(
+            "BURSAR_WEBHOOKS_LOOPBACK",
+            "1: webhooks may go to any port of this machine; for tests and development, never where customers add them",
+        ),
+    )
     log_format: str = field(default="console", metadata=_setting("BURSAR_LOG_FORMAT", "console or json"))
     log_level: str = field(default="info", metadata=_setting("BURSAR_LOG_LEVEL", "debug, info, warning or error"))
 
@@ -142,6 +166,10 @@ def make_data_dir(path: Path) -> None:
 def _parse(name: str, variable: str, text: str) -> Any:
     if name in ("data_dir", "pg_bin", "litellm_python"):
         return Path(text).expanduser().absolute()
+    if name in SWITCHES:
+        if text not in ("0", "1"):
+            raise SettingError(f"{variable} is {text!r}", why="It must be 0 or 1")
+        return text == "1"
     if name in LOWEST:
         lowest = LOWEST[name]
         if not text.isascii() or not text.isdigit() or not lowest <= int(text) <= 65535:

@@ -13,8 +13,9 @@ from prometheus_client import Counter
 from bursar import db
 from bursar.credits import jobs as credits_jobs
 from bursar.gateway import jobs as gateway_jobs
+from bursar.outbox import jobs as outbox_jobs
 
-JOBS: Final = (*credits_jobs.JOBS, *gateway_jobs.JOBS)
+JOBS: Final = (*credits_jobs.JOBS, *gateway_jobs.JOBS, *outbox_jobs.JOBS)
 FAILURES = Counter("bursar_job_failures_total", "Runs of periodic jobs that failed", ["job"])
 
 log = structlog.get_logger(__name__)

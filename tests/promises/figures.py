@@ -38,6 +38,8 @@ FIGURES: Final[Mapping[str, Figure]] = {
     "faults": Figure(20, 200),  # R18: of each kind, on each path, plain and streamed
     "fills": Figure(4, 50),  # R20
     "calls": Figure(1_000, 10_000),  # R21
+    "targets": Figure(300, 50_000),  # R17: hostile addresses
+    "worker kills": Figure(25, 500),  # R17: in the middle of deliveries
     "priced calls": Figure(40, 5_000),
 }
 

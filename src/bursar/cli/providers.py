@@ -24,6 +24,7 @@ from bursar.gateway.provider_keys import (
 from bursar.gateway.providers import InvalidProviderHeader, Provider, list_providers, put_provider
 from bursar.gateway.routes import MOST_RETRIES, ModelRoute, list_model_routes, put_model_route, remove_model_route
 from bursar.identity.organizations import PLATFORM_ORGANIZATION_ID, ensure_platform
+from bursar.outbox.endpoints import reseal_secrets
 from bursar.sealing import Keyring
 from bursar.settings import Settings
 
@@ -285,7 +286,9 @@ def reseal(
     previous: Annotated[Path, typer.Argument(help="File with the master key that was used before.", exists=True)],
     as_json: JsonOption = False,
 ) -> None:
-    """After a change of the master key: encrypt every provider key anew under the present one. Safe to run again.
+    """After a change of the master key: encrypt every secret (provider keys, webhooks') anew under the present one.
+
+    Safe to run again.
 
     Examples: `bursar providers reseal old-master.key`, `bursar providers reseal old-master.key --json`
     """
@@ -293,13 +296,14 @@ def reseal(
     older = hashlib.sha256(previous.read_text().strip().encode()).digest()
 
     async def run(database: db.Database) -> int:
-        return await reseal_provider_keys(database, Keyring(database.settings.master_key, older))
+        keyring = Keyring(database.settings.master_key, older)
+        return await reseal_provider_keys(database, keyring) + await reseal_secrets(database, keyring)
 
     resealed = with_database(run)
     if as_json:
         print_json({"resealed": resealed})
     else:
-        typer.echo(f"{resealed} provider keys are sealed under the present master key.")
+        typer.echo(f"{resealed} secrets are sealed under the present master key.")
 
 
 def _headers_of(lines: list[str]) -> dict[str, str]:

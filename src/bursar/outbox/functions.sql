@@ -4,9 +4,10 @@
 -- wants: whether an endpoint that asked for these kinds gets events of this one.
 create or replace function outbox.wants(p_kinds text[], p_kind text) returns boolean
 language sql immutable set search_path = outbox, pg_temp as $$
-    select p_kind = any (p_kinds) or '*' = any (p_kinds) or split_part(p_kind, '.', 1) || '.*' = any (p_kinds);
+    select p_kind = any (p_kinds) or split_part(p_kind, '.', 1) || '.*' = any (p_kinds)
+        or '*' = any (p_kinds) and split_part(p_kind, '.', 1) <> 'webhook';
 $$;
-comment on function outbox.wants is 'Whether asking for some kinds (*, pool.*, pool.low) is asking for this one';
+comment on function outbox.wants is 'Whether asking for some kinds (*, pool.*, pool.low) is asking for this one; * is all but what webhooks say of themselves';
 
 -- readers_of: which members an event is mailed to by its kind alone. What rules of alerts decide is not here.
 create or replace function outbox.readers_of(p_organization_id uuid, p_kind text, p_payload jsonb) returns uuid[]
