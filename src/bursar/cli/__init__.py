@@ -25,6 +25,7 @@ from bursar.cli import (
     serve,
     simulate,
     teams,
+    top_ups,
     users,
 )
 from bursar.cli.exits import Exit, exit_code_of, explain
@@ -44,6 +45,7 @@ NOUNS = {
     "credits": credits.app,
     "caps": credits.caps,
     "codes": codes.app,
+    "top-ups": top_ups.app,
 }
 
 app = typer.Typer(

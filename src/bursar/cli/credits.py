@@ -8,11 +8,13 @@ from uuid import UUID
 import typer
 
 from bursar import db
+from bursar.audit.events import OPERATOR
 from bursar.cli.output import Column, JsonOption, print_fields, print_rows
 from bursar.cli.scope import OrgOption, department_of, every_page, key_of, member_of, team_of, within
 from bursar.clock import in_utc, uuid7
 from bursar.credits import grants, limits, pools
 from bursar.credits.limits import AllocationKind, LimitAction, Metric, Period, Scope, WhenEmpty
+from bursar.credits.top_ups import forgive_debt
 from bursar.identity.memberships import Membership, list_memberships
 from bursar.identity.organizations import Organization
 from bursar.money import Micros, NotAnAmount, format_credits, parse_credits, parse_usd
@@ -172,6 +174,37 @@ def void(
             idempotency_key=idempotency_key or uuid7().hex,
         )
         return {"voided": format_credits(taken)}
+
+    print_fields(within(org, work), as_json=as_json)
+
+
+@app.command()
+def forgive(
+    org: OrgOption,
+    amount: Annotated[str, typer.Argument(help="Credits, or all.")],
+    reason: Annotated[str, typer.Option(help="Why, in words.")],
+    user: Annotated[str | None, typer.Option(help="A member's e-mail: what their personal credits owe.")] = None,
+    idempotency_key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Forgive what a pool owes, as a booked entry: what was used beyond everything granted.
+
+    Examples: `bursar credits forgive all --org acme --reason "our fault"`
+    """
+    micros = None if amount == "all" else credits_of(amount)
+
+    async def work(conn: db.Connection, database: db.Database, organization: Organization) -> dict[str, str]:
+        owner = (await member_of(conn, database, organization.organization_id, user)).user_id if user else None
+        forgiven = await forgive_debt(
+            conn,
+            organization_id=organization.organization_id,
+            pool_id=await pools.pool_for(conn, organization_id=organization.organization_id, owner_user_id=owner),
+            amount_micros=micros,
+            reason=reason,
+            by=OPERATOR,
+            idempotency_key=idempotency_key or uuid7().hex,
+        )
+        return {"forgiven": format_credits(forgiven)}
 
     print_fields(within(org, work), as_json=as_json)
 

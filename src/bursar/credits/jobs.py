@@ -9,6 +9,7 @@ from prometheus_client import Gauge
 
 from bursar import db
 from bursar.credits.codes import finish_redemptions, forget_tries
+from bursar.credits.top_ups import top_up_pools
 
 QUERIES: Final = db.load_queries("bursar.credits")
 MOST_A_RUN: Final = 500
@@ -59,6 +60,7 @@ Job = Callable[[db.Database], Awaitable[object]]
 JOBS: Final[tuple[tuple[float, Job], ...]] = (
     (1.0, expire_holds),
     (15.0, measure_holds),
+    (5.0, top_up_pools),
     (60.0, finish_redemptions),
     (3600.0, forget_tries),
     (3600.0, ensure_partitions),

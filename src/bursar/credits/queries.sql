@@ -256,3 +256,46 @@ join credits.code_campaigns c on c.organization_id = r.organization_id and c.cam
 join credits.codes k on k.organization_id = r.organization_id and k.code_id = r.code_id
 where r.grant_id is null and r.claimed_at < statement_timestamp() - %(older_than)s::interval
 order by r.organization_id, r.redemption_id limit %(most)s
+
+-- name: forgive_debt
+select credits.forgive_debt(%(organization_id)s, %(pool_id)s, %(amount_micros)s, %(reason)s, %(created_by)s, %(idempotency_key)s)
+
+-- name: set_top_up
+select credits.set_top_up(%(organization_id)s, %(pool_id)s, %(threshold_micros)s, %(amount_micros)s, %(ceiling_micros)s, %(most_per_hour)s,
+    %(set_by)s)
+
+-- name: end_top_up
+select credits.end_top_up(%(organization_id)s, %(pool_id)s)
+
+-- name: top_up_policies
+select t.pool_id, p.name as pool, p.owner_user_id, t.threshold_micros, t.amount_micros, t.ceiling_micros, t.most_per_hour, t.state, t.declines,
+    nullif(t.next_try_at, '-infinity') as next_try_at, t.set_at
+from credits.top_up_policies t
+join credits.pools p on p.organization_id = t.organization_id and p.pool_id = t.pool_id
+where t.organization_id = %(organization_id)s
+order by t.set_at, t.pool_id
+
+-- name: top_ups
+select top_up_id, pool_id, amount_micros, state, requested_at, decided_at, paid_nano_usd, reference, reason, grant_id
+from credits.top_ups
+where organization_id = %(organization_id)s and (%(before)s::timestamptz is null or requested_at < %(before)s)
+order by requested_at desc, top_up_id limit %(limit)s
+
+-- name: pools_to_top_up
+-- Of every organization: pools that fell below their threshold, and those with a purchase that is not decided.
+select t.organization_id, t.pool_id
+from credits.top_up_policies t
+join credits.balances b on b.organization_id = t.organization_id and b.balance_id = t.pool_id and b.period_start = '-infinity'
+where t.state = 'active' and t.next_try_at <= statement_timestamp() and b.limit_amount - b.used_amount - b.held_amount < t.threshold_micros
+union
+select organization_id, pool_id from credits.top_ups where state = 'pending'
+order by 1, 2
+
+-- name: begin_top_up
+select t.top_up_id, t.pool_id, t.amount_micros, t.state, t.requested_at, t.decided_at, t.paid_nano_usd, t.reference, t.reason, t.grant_id
+from credits.begin_top_up(%(organization_id)s, %(pool_id)s, %(top_up_id)s) t
+where t.top_up_id is not null
+
+-- name: decide_top_up
+select t.top_up_id, t.pool_id, t.amount_micros, t.state, t.requested_at, t.decided_at, t.paid_nano_usd, t.reference, t.reason, t.grant_id
+from credits.decide_top_up(%(organization_id)s, %(top_up_id)s, %(succeeded)s, %(paid_nano_usd)s, %(reference)s, %(reason)s) t

@@ -224,7 +224,7 @@ left join (
     select organization_id, grant_id, sum(end_micros - start_micros) as burnt from credits.burns group by 1, 2
 ) b on b.organization_id = g.organization_id and b.grant_id = g.grant_id
 left join (
-    select organization_id, grant_id, sum(amount) filter (where kind = 'grant') as booked,
+    select organization_id, grant_id, sum(amount) filter (where kind in ('grant', 'forgiveness')) as booked,
         sum(amount) filter (where kind in ('expiry', 'void')) as gone
     from ledger.entries group by 1, 2
 ) e on e.organization_id = g.organization_id and e.grant_id = g.grant_id

@@ -155,7 +155,8 @@ begin
         order by g.effective_at, g.created_at, g.grant_id
     loop
         insert into ledger.entries (organization_id, entry_id, booked_at, happened_at, kind, from_kind, from_id, to_kind, to_id, amount, grant_id, actor_id, reason)
-        values (p_organization_id, gen_random_uuid(), p_now, greatest(v_row.effective_at, v_row.created_at), 'grant', 'issuance', null, 'pool', p_pool_id,
+        values (p_organization_id, gen_random_uuid(), p_now, greatest(v_row.effective_at, v_row.created_at),
+                case v_row.source when 'forgiveness' then 'forgiveness' else 'grant' end, 'issuance', null, 'pool', p_pool_id,
                 v_row.amount_micros, v_row.grant_id, v_row.created_by, v_row.reason);
         update grant_states set state = 'active' where organization_id = p_organization_id and grant_id = v_row.grant_id;
         perform credits.set_pool_limit(p_organization_id, p_pool_id, v_row.amount_micros);

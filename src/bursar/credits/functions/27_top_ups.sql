@@ -131,7 +131,7 @@ $$;
 comment on function credits.as_amount is 'An amount of micros as {amount, unit}';
 
 -- decide_top_up: an open purchase succeeded (its credits are granted) or failed (the next one waits, longer each time). Deciding the same
--- again changes nothing; another decision is refused.
+-- again changes nothing. One that failed may turn out to have been paid; one that succeeded does not fail any more.
 create or replace function credits.decide_top_up(
     p_organization_id uuid, p_top_up_id uuid, p_succeeded boolean, p_paid_nano_usd bigint, p_reference text, p_reason text,
     p_at timestamptz default null
@@ -148,8 +148,8 @@ begin
         raise exception 'no such top-up' using errcode = 'BR404';
     elsif v_top_up.state = (case when p_succeeded then 'succeeded' else 'failed' end) then
         return v_top_up;
-    elsif v_top_up.state <> 'pending' then
-        raise exception 'it % at %', v_top_up.state, to_char(v_top_up.decided_at at time zone 'UTC', 'YYYY-MM-DD HH24:MI "UTC"') using errcode = 'BR451';
+    elsif v_top_up.state = 'succeeded' then
+        raise exception 'it succeeded at %', to_char(v_top_up.decided_at at time zone 'UTC', 'YYYY-MM-DD HH24:MI "UTC"') using errcode = 'BR451';
     end if;
     if p_succeeded then
         v_grant := credits.add_grant(p_organization_id, gen_random_uuid(), v_top_up.pool_id, 'top_up', v_top_up.amount_micros, 100::smallint, false,

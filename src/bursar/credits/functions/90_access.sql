@@ -6,7 +6,8 @@ grant execute on function credits.open_organization, credits.open_pool, credits.
     credits.end_allocation, credits.set_limit, credits.end_limit, credits.move_one, credits.authorize, credits.extend, credits.settle,
     credits.release, credits.deduct, credits.current_chain, credits.has_sufficient_credits, credits.deduct_credits, credits.add_credits_to_pool,
     credits.allocate_credits_to_user, credits.open_campaign, credits.add_codes, credits.revoke_codes, credits.redeem_code,
-    credits.finish_redemption, credits.grant_code to bursar_app, bursar_simulator;
+    credits.finish_redemption, credits.grant_code, credits.forgive_debt,
+    credits.set_top_up, credits.end_top_up, credits.begin_top_up, credits.decide_top_up to bursar_app, bursar_simulator;
 grant execute on function credits.limits_changed to bursar_app, bursar_owner, bursar_simulator;
 grant execute on function credits.available_of, credits.period_start, credits.period_end, credits.hash_of, credits.no_usage to bursar_app, bursar_platform;
 grant execute on function credits.bring_up_to_date, credits.expire_holds_of, credits.told_open_part, credits.told_next_events, credits.told_pools,
