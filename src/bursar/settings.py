@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from bursar.errors import BursarError
 
 SHORTEST_MASTER_KEY = 32
-LOWEST = {"port": 0, "workers": 1, "pool_size": 1, "lease_seconds": 2, "wait_seconds": 0}
+LOWEST = {"port": 0, "workers": 1, "pool_size": 1, "lease_seconds": 2, "wait_seconds": 0, "verify_hours": 0}
 """The least value of each setting that is a number."""
 SWITCHES = ("webhooks_http", "webhooks_loopback")
 """Settings that are on or off."""
@@ -108,6 +109,21 @@ class Settings:
             "1: webhooks may go to any port of this machine; for tests and development, never where customers add them",
         ),
     )
+    anchor_dir: Path | None = field(
+        default=None,
+        metadata=_setting(
+            "BURSAR_ANCHOR_DIR", "Folder outside the database in which anchors are kept (anchors.jsonl); docs/proof.md"
+        ),
+    )
+    anchor_url: str | None = field(
+        default=None,
+        repr=False,
+        metadata=_setting("BURSAR_ANCHOR_URL", "Address that each anchor is posted to; https, or http on this machine"),
+    )
+    verify_hours: int = field(
+        default=24,
+        metadata=_setting("BURSAR_VERIFY_HOURS", "How often the books are verified by themselves; 0: never"),
+    )
     log_format: str = field(default="console", metadata=_setting("BURSAR_LOG_FORMAT", "console or json"))
     log_level: str = field(default="info", metadata=_setting("BURSAR_LOG_LEVEL", "debug, info, warning or error"))
 
@@ -133,6 +149,8 @@ class Settings:
             raise SettingError(f"BURSAR_LOG_FORMAT is {self.log_format!r}", why="It must be console or json")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise SettingError(f"BURSAR_LOG_LEVEL is {self.log_level!r}", why="It is debug, info, warning or error")
+        if self.anchor_url is not None and not _is_safe(self.anchor_url):
+            raise SettingError("BURSAR_ANCHOR_URL cannot be used", why="It must begin with https://")
         if self.given_master_key is not None and len(self.given_master_key) < SHORTEST_MASTER_KEY:
             raise SettingError(
                 "BURSAR_MASTER_KEY is too short",
@@ -151,6 +169,11 @@ class Settings:
         return hmac.new(self.master_key, purpose.encode(), hashlib.sha256).digest()
 
 
+def _is_safe(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in ("127.0.0.1", "::1", "localhost"))
+
+
 def make_data_dir(path: Path) -> None:
     """Create the data folder. Root's lets others pass through, since the database runs as another user there."""
     try:
@@ -164,7 +187,7 @@ def make_data_dir(path: Path) -> None:
 
 
 def _parse(name: str, variable: str, text: str) -> Any:
-    if name in ("data_dir", "pg_bin", "litellm_python"):
+    if name in ("data_dir", "pg_bin", "litellm_python", "anchor_dir"):
         return Path(text).expanduser().absolute()
     if name in SWITCHES:
         if text not in ("0", "1"):

@@ -14,6 +14,7 @@ GLOBAL_TABLES = {
     "audit.epochs": "the clusters that the database has lived in",
     "audit.forms": "which columns a table has is the same for all",
     "audit.sealed_tables": "which tables are sealed is the same for all",
+    "audit.verifications": "a verification is of all organizations",
     "audit.sealing": "a round of sealing is over all organizations",
     "gateway.providers": "who sells models is the same for all",
     "gateway.model_routes": "which provider serves a model is the platform's decision",

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 
 import httpx2
 import pytest
+from tests.audit.conftest import admin, crooked, tamperer
 from tests.credits.conftest import scratch_database
 from tests.gateway.conftest import base_url, payer, priced, two_servers
 
@@ -11,7 +12,7 @@ from bursar import db
 from bursar.credits.verify import verify
 from bursar.settings import Settings
 
-__all__ = ["base_url", "http", "payer", "priced", "two_servers"]
+__all__ = ["admin", "base_url", "crooked", "http", "payer", "priced", "tamperer", "two_servers"]
 
 
 @pytest.fixture

@@ -48,6 +48,14 @@ language sql volatile security definer set search_path = audit, pg_temp as $$
 $$;
 comment on function audit.add_anchor is 'Notes an anchor that was sent';
 
+create or replace function audit.add_verification(p_started_at timestamptz, p_organizations integer, p_differences integer, p_findings jsonb)
+returns void language sql volatile security definer set search_path = audit, pg_temp as $$
+    insert into verifications (started_at, finished_at, organizations, differences, findings)
+    values (p_started_at, clock_timestamp(), p_organizations, p_differences, p_findings);
+$$;
+comment on function audit.add_verification is 'Notes what a verification of all organizations found';
+
 revoke all on all functions in schema audit from public;
 grant execute on function audit.as_write_number, audit.write_number to bursar_app, bursar_money, bursar_platform;
-grant execute on function audit.begin_round, audit.end_round, audit.add_seal, audit.form_of, audit.add_anchor to bursar_platform;
+grant execute on function audit.begin_round, audit.end_round, audit.add_seal, audit.form_of, audit.add_anchor, audit.add_verification
+    to bursar_platform;

@@ -69,7 +69,9 @@ select horizon from audit.sealing;
 
 -- name: seals
 select seal_number, from_number, until_number, forms, row_counts, roots, sealed_at, previous_hash, seal_hash
-from audit.seals where organization_id = %(organization_id)s order by seal_number;
+from audit.seals
+where organization_id = %(organization_id)s and seal_number > %(after)s
+order by seal_number limit %(most)s;
 
 -- name: first_use_of_forms
 select f as form, min(from_number) as from_number
@@ -79,6 +81,50 @@ from audit.seals, unnest(forms) f where organization_id = %(organization_id)s gr
 select marks[array_position(forms, %(form)s::smallint)] from audit.seals
 where organization_id = %(organization_id)s and seal_number = %(seal_number)s;
 
--- name: rounds
--- How far sealing is behind.
-select coalesce(extract(epoch from clock_timestamp() - sealed_at), 0)::bigint from audit.sealing;
+-- name: heads_at
+-- The newest seal of every organization as of a horizon, by organization.
+with recursive o as (
+    (select organization_id from audit.seals order by organization_id limit 1)
+    union all
+    select n.organization_id from o cross join lateral (
+        select organization_id from audit.seals s where s.organization_id > o.organization_id order by organization_id limit 1
+    ) n
+)
+select o.organization_id, s.seal_number, s.until_number, s.seal_hash
+from o cross join lateral (
+    select seal_number, until_number, seal_hash from audit.seals s
+    where s.organization_id = o.organization_id order by seal_number desc limit 1
+) s;
+
+-- name: moment
+select horizon, clock_timestamp() as at from audit.sealing;
+
+-- name: last_sent
+select anchor_number, anchored_at, horizon, line_hash from audit.anchors order by anchor_number desc limit 1;
+
+-- name: add_anchor
+select audit.add_anchor(%(anchor_number)s, %(anchored_at)s, %(horizon)s, %(line_hash)s);
+
+-- name: hashes_of_seals
+-- What the database has for seals that were anchored, and its newest one.
+select a.organization_id, a.seal_number, s.seal_hash,
+    (select max(seal_number) from audit.seals n where n.organization_id = a.organization_id) as newest
+from unnest(%(organization_ids)s::uuid[], %(seal_numbers)s::integer[]) a(organization_id, seal_number)
+left join audit.seals s on s.organization_id = a.organization_id and s.seal_number = a.seal_number;
+
+-- name: sealing_lag
+-- Seconds since a round of sealing covered everything up to then.
+select greatest(0, coalesce(extract(epoch from clock_timestamp() - sealed_at), 0))::bigint from audit.sealing;
+
+-- name: add_verification
+select audit.add_verification(%(started_at)s, %(organizations)s, %(differences)s, %(findings)s);
+
+-- name: last_verification
+select started_at, finished_at, organizations, differences from audit.verifications order by started_at desc limit 1;
+
+-- name: verified_since
+select coalesce((select max(started_at) from audit.verifications), (select min(began_at) from audit.epochs)) as started_at, clock_timestamp() as at;
+
+-- name: try_lock
+-- One process at a time; nothing depends on it but that work is not done twice.
+select pg_try_advisory_lock(%(key)s);

@@ -13,7 +13,7 @@ from psycopg import sql
 from bursar import db
 from bursar.audit.findings import Finding
 from bursar.audit.hashes import MARK_BYTES, ZEROS, Form, Part, Tree, form_hash, leaf_sql, seal_hash
-from bursar.audit.seals import QUERIES, known_forms
+from bursar.audit.seals import QUERIES, known_forms, set_text
 
 SEALED: Final = "sealed_rows_are_unchanged"
 CHAINED: Final = "seals_are_a_chain"
@@ -22,6 +22,9 @@ INVARIANTS: Final = {
     CHAINED: "The seals of an organization are numbered without gap, and each contains the hash of the one before.",
 }
 ROWS_AT_ONCE: Final = 5_000
+SEALS_AT_ONCE: Final = 500
+MOST_ROWS: Final = 200_000
+"""How many rows, about, one transaction reads."""
 MOST_NAMED: Final = 5
 """How many rows a finding names; it counts all."""
 
@@ -102,25 +105,44 @@ async def known_tables(conn: db.Connection) -> list[str]:
     return [row[0] for row in await rows.fetchall()]
 
 
-async def check(conn: db.Connection, *, organization_id: UUID) -> list[Finding]:
+async def check(database: db.Database, *, organization_id: UUID) -> list[Finding]:
     """What is not as it was sealed, in one organization. Rows that are not sealed yet are not looked at.
 
-    conn: a repeatable read transaction as bursar_platform, with `seals.set_text`.
+    Reads in transactions of some hundred thousand rows each, so that none stands in the way of vacuum for long: what is
+    sealed never changes, and below the horizon that was read first nothing is added.
     """
-    horizon = int(await db.fetch_value(conn, QUERIES.horizon))
-    stretches, findings = await _stretches(conn, organization_id)
+    async with database.platform() as conn:
+        horizon = int(await db.fetch_value(conn, QUERIES.horizon))
+        stretches, findings = await _stretches(conn, organization_id)
     if findings or not stretches:
         return findings
-    comparing = _Comparing(conn, organization_id, {each.form.form: each.form for each in stretches})
-    async with (
-        conn.cursor("seals", row_factory=_maker(Seal)) as seals,
-        _in_order(conn, _sealed_rows(stretches, organization_id, horizon)) as rows,
-    ):
-        await seals.execute(QUERIES.seals, {"organization_id": organization_id}, binary=True)
-        async for seal in seals:
-            await comparing.take(seal, rows)
-        await comparing.end(rows, horizon)
+    comparing = _Comparing(organization_id, {each.form.form: each.form for each in stretches})
+    low, is_more = 0, True
+    while is_more:
+        async with database.platform() as conn:
+            await set_text(conn)
+            seals = await _next_seals(conn, organization_id, comparing.last_number)
+            is_more = bool(seals)
+            high = max(low, seals[-1].until_number) if seals else max(low, horizon)
+            async with _in_order(conn, _sealed_rows(stretches, organization_id, low, high)) as rows:
+                for seal in seals:
+                    await comparing.take(conn, seal, rows)
+                comparing.end(await rows.count_below(high))
+            low = high
     return comparing.findings
+
+
+async def _next_seals(conn: db.Connection, organization_id: UUID, after: int) -> list[Seal]:
+    """The seals that follow, of so many rows together as are read in one transaction; one at least."""
+    seals = await db.fetch_all(
+        conn, Seal, QUERIES.seals, organization_id=organization_id, after=after, most=SEALS_AT_ONCE
+    )
+    rows = 0
+    for place, seal in enumerate(seals):
+        rows += sum(seal.row_counts)
+        if rows >= MOST_ROWS:
+            return seals[: place + 1]
+    return seals
 
 
 async def _stretches(conn: db.Connection, organization_id: UUID) -> tuple[list[_Stretch], list[Finding]]:
@@ -144,8 +166,8 @@ async def _stretches(conn: db.Connection, organization_id: UUID) -> tuple[list[_
     return found, findings
 
 
-def _sealed_rows(stretches: Sequence[_Stretch], organization_id: UUID, horizon: int) -> sql.Composed:
-    """(write_number, form, leaf) of everything that must be in a seal, in the order in which it was sealed."""
+def _sealed_rows(stretches: Sequence[_Stretch], organization_id: UUID, low: int, high: int) -> sql.Composed:
+    """(write_number, form, leaf) of the rows from low on and below high, in the order in which they were sealed."""
     selects = [
         sql.SQL(
             "select t.write_number, {}::smallint as form, {} as leaf from {} t"
@@ -155,8 +177,8 @@ def _sealed_rows(stretches: Sequence[_Stretch], organization_id: UUID, horizon: 
             sql.SQL(leaf_sql(each.form)),
             sql.SQL(each.form.table_name),
             sql.Literal(organization_id),
-            sql.Literal(each.from_number),
-            sql.Literal(horizon if each.until_number is None else min(horizon, each.until_number)),
+            sql.Literal(max(low, each.from_number)),
+            sql.Literal(high if each.until_number is None else min(high, each.until_number)),
         )
         for each in stretches
     ]
@@ -188,6 +210,13 @@ class _Rows:
             self._at += 1
             yield row
 
+    async def count_below(self, write_number: int) -> Counter[int]:
+        """Take them too, and only count them by form."""
+        counted: Counter[int] = Counter()
+        async for row in self.below(write_number):
+            counted[row.form] += 1
+        return counted
+
 
 @asynccontextmanager
 async def _in_order(conn: db.Connection, query: sql.Composed) -> AsyncIterator[_Rows]:
@@ -199,34 +228,38 @@ async def _in_order(conn: db.Connection, query: sql.Composed) -> AsyncIterator[_
 class _Comparing:
     """One organization's seals in order, against its rows in order."""
 
-    def __init__(self, conn: db.Connection, organization_id: UUID, forms: Mapping[int, Form]) -> None:
+    def __init__(self, organization_id: UUID, forms: Mapping[int, Form]) -> None:
         self.findings: list[Finding] = []
-        self._conn = conn
         self._organization_id = organization_id
         self._forms = forms
         self._last: Seal | None = None
 
-    async def take(self, seal: Seal, rows: _Rows) -> None:
+    @property
+    def last_number(self) -> int:
+        """Of the last seal that was compared."""
+        return self._last.seal_number if self._last else 0
+
+    async def take(self, conn: db.Connection, seal: Seal, rows: _Rows) -> None:
         """The next seal."""
         self._check_chain(seal)
-        if self._last is None or seal.from_number >= self._last.until_number:
-            await self._check_nothing_below(seal.from_number, rows)
+        self.end(await rows.count_below(seal.from_number))
         trees: dict[int, Tree] = {}
         async for row in rows.below(seal.until_number):
             trees.setdefault(row.form, Tree()).add(row.leaf)
-        sealed = {
-            form: (count, root) for form, count, root in zip(seal.forms, seal.row_counts, seal.roots, strict=True)
-        }
+        sealed = dict(zip(seal.forms, zip(seal.row_counts, seal.roots, strict=True), strict=True))
         place = _Place(seal, self._last.sealed_at if self._last else None)
         for form in sorted(sealed.keys() | trees.keys()):
             tree = trees.get(form)
             if sealed.get(form) != ((tree.count, tree.root()) if tree else None):
-                await self._narrow(place, self._forms[form], sealed.get(form, (0, b""))[0], tree.count if tree else 0)
+                count = sealed[form][0] if form in sealed else 0
+                await self._narrow(conn, place, self._forms[form], count, tree.count if tree else 0)
         self._last = seal
 
-    async def end(self, rows: _Rows, horizon: int) -> None:
-        """There are no more seals: nor may there be rows that a round has passed."""
-        await self._check_nothing_below(horizon, rows)
+    def end(self, extra: Mapping[int, int]) -> None:
+        """So many rows of each form are between two seals, or behind the last one although a round has passed them."""
+        after = f"after seal {self.last_number}" if self._last else "before any seal"
+        for form, count in extra.items():
+            self._find(SEALED, f"{self._forms[form].table_name} {after}", "no row that is in no seal", f"{count} rows")
 
     def _check_chain(self, seal: Seal) -> None:
         last = self._last
@@ -248,25 +281,19 @@ class _Comparing:
         if hashed != seal.seal_hash:
             self._find(CHAINED, f"seal {seal.seal_number}", f"hash {hashed.hex()[:16]}", seal.seal_hash.hex()[:16])
 
-    async def _check_nothing_below(self, write_number: int, rows: _Rows) -> None:
-        """Between the seals and behind the last one there is no row that had to be sealed."""
-        extra: Counter[int] = Counter()
-        async for row in rows.below(write_number):
-            extra[row.form] += 1
-        after = f"after seal {self._last.seal_number}" if self._last else "before any seal"
-        for form, count in extra.items():
-            self._find(SEALED, f"{self._forms[form].table_name} {after}", "no row that is in no seal", f"{count} rows")
-
-    async def _narrow(self, place: _Place, form: Form, sealed: int, found: int) -> None:
+    async def _narrow(self, conn: db.Connection, place: _Place, form: Form, sealed: int, found: int) -> None:
         """Say which rows differ, by the marks that the seal kept of each."""
         marks = await db.fetch_value(
-            self._conn, QUERIES.marks, organization_id=self._organization_id, seal_number=place.seal.seal_number,
+            conn,
+            QUERIES.marks,
+            organization_id=self._organization_id,
+            seal_number=place.seal.seal_number,
             form=form.form,
-        )  # fmt: skip
+        )
         kept = Counter(_cut(bytes(marks or b"")))
         strange: list[str] = []
-        async with self._conn.cursor("one_seal") as rows:
-            await rows.execute(await self._rows_of(place.seal, form), binary=True)
+        async with conn.cursor("one_seal") as rows:
+            await rows.execute(await self._rows_of(conn, place.seal, form), binary=True)
             async for leaf, key in rows:
                 if kept[leaf[:MARK_BYTES]]:
                     kept[leaf[:MARK_BYTES]] -= 1
@@ -292,9 +319,9 @@ class _Comparing:
             f"{found} rows: {words}{f' ({named})' if named else ''}",
         )
 
-    async def _rows_of(self, seal: Seal, form: Form) -> sql.Composed:
+    async def _rows_of(self, conn: db.Connection, seal: Seal, form: Form) -> sql.Composed:
         """(leaf, primary key as text) of the rows in a seal's range."""
-        keys = await db.fetch_value(self._conn, QUERIES.keys_of_table, table_name=form.table_name)
+        keys = await db.fetch_value(conn, QUERIES.keys_of_table, table_name=form.table_name)
         named = [f"'{key} ' || t.\"{key}\"" for key in keys if key != "organization_id"]
         return sql.SQL(
             "select {}, {} from {} t where t.organization_id = {} and t.write_number >= {} and t.write_number < {}"

@@ -22,6 +22,7 @@ from bursar.cli import (
     prices,
     providers,
     questions,
+    seal,
     serve,
     simulate,
     teams,
@@ -46,6 +47,7 @@ NOUNS = {
     "caps": credits.caps,
     "codes": codes.app,
     "top-ups": top_ups.app,
+    "seal": seal.app,
 }
 
 app = typer.Typer(

@@ -1,5 +1,6 @@
 """`bursar why`, `bursar explain`, `bursar verify`: may this be spent, where did this go, do the books agree."""
 
+from pathlib import Path
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -9,11 +10,11 @@ from bursar import db
 from bursar.cli.credits import credits_of
 from bursar.cli.exits import Exit
 from bursar.cli.output import Column, JsonOption, print_fields, print_json, print_rows, with_database
-from bursar.cli.scope import OrgOption, key_of, member_of, within
+from bursar.cli.progress import bars
+from bursar.cli.scope import OrgOption, key_of, member_of, org_of, within
 from bursar.credits import explain as explaining
 from bursar.credits import why as asking
-from bursar.credits.verify import Finding
-from bursar.credits.verify import verify as verify_books
+from bursar.credits.verify import Finding, verify_all
 from bursar.gateway.allowances import ModelNotAllowed
 from bursar.gateway.desk import why_not
 from bursar.identity.organizations import Organization
@@ -141,16 +142,31 @@ def _print_story(story: dict[str, Any]) -> None:
 
 
 def verify(
+    org: Annotated[str | None, typer.Option("--org", help="One organization: its slug or id; all without it.")] = None,
+    anchors: Annotated[
+        Path | None, typer.Option(help="A file of anchors: shows also what was cut off the end.", dir_okay=False)
+    ] = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Recompute every balance from the ledger and report each difference. Exit code 1 when there is one.
+    """Recompute every balance from the ledger and every seal from its rows, and report each difference.
 
-    Examples: `bursar verify`, `bursar verify --json`
+    Exit code 1 when there is one.
+
+    Examples: `bursar verify --org acme`, `bursar verify --anchors /mnt/safe/anchors.jsonl --json`
     """
 
     async def work(database: db.Database) -> list[Finding]:
-        async with database.platform() as conn:
-            return await verify_books(conn)
+        organization_id = await org_of(database, org) if org else None
+        with bars("checks") as shown:
+            shown.begin("verify")
+            found = await verify_all(
+                database,
+                organization_id=organization_id,
+                anchor_file=anchors,
+                on_step=lambda steps: shown.add("verify", steps) if steps > 0 else shown.advance("verify", -steps),
+            )
+            shown.end("verify")
+        return found
 
     found = with_database(work)
     columns = [Column(key, key.replace("_", " ").capitalize()) for key in ("invariant", "organization_id", "subject")]

@@ -1,16 +1,24 @@
-"""Periodic work of the treasury: holds that end by themselves, partitions ahead of time, gauges. No rules here."""
+"""Periodic work of the treasury: holds that end by themselves, partitions ahead, verification, gauges. No rules."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
 from typing import Final
 
 import psycopg
+import structlog
 from prometheus_client import Gauge
+from psycopg.types.json import Jsonb
 
 from bursar import db
+from bursar.audit import jobs as audit_jobs
+from bursar.audit.findings import Finding
 from bursar.credits.codes import finish_redemptions, forget_tries
 from bursar.credits.top_ups import top_up_pools
+from bursar.credits.verify import verify_in_turn
 
+log = structlog.get_logger(__name__)
+AUDIT: Final = db.load_queries("bursar.audit")
 QUERIES: Final = db.load_queries("bursar.credits")
 MOST_A_RUN: Final = 500
 MONTHS_AHEAD: Final = 3
@@ -55,6 +63,78 @@ async def measure_holds(database: db.Database) -> None:
     OLDEST_HOLD.set(found.oldest_seconds or 0)
 
 
+VERIFY_LOOK_SECONDS: Final = 60.0
+VERIFY_LOCK: Final = 0x6275_7273_0003
+MOST_KEPT: Final = 100
+
+DIFFERENCES = Gauge("bursar_verify_differences", "Differences that the last verification of all books found")
+VERIFIED_AT = Gauge("bursar_verify_finished_timestamp_seconds", "When the last verification of all books ended")
+VERIFY_SECONDS = Gauge("bursar_verify_seconds", "How long it took")
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """The last one."""
+
+    started_at: datetime
+    finished_at: datetime
+    organizations: int
+    differences: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Since:
+    """Start of the last verification, or of the database. at: now."""
+
+    started_at: datetime
+    at: datetime
+
+
+async def verify_when_due(database: db.Database) -> bool:
+    """Verify everything, slowly, where the last time is long ago; returns whether it was."""
+    hours = database.settings.verify_hours
+    async with audit_jobs.alone(database, VERIFY_LOCK) as is_mine:
+        if not (is_mine and hours and await _is_due(database, timedelta(hours=hours))):
+            return False
+        async with database.platform() as conn:
+            started_at = await db.fetch_value(conn, "select clock_timestamp()")
+        organizations, findings = 0, 0
+        kept: list[Finding] = []
+        async for _, found in verify_in_turn(database):
+            organizations += 1
+            findings += len(found)
+            kept += found[: MOST_KEPT - len(kept)]
+            for each in found:
+                log.error("the books do not agree", **asdict(each))
+        async with database.platform() as conn:
+            await db.execute(
+                conn,
+                AUDIT.add_verification,
+                started_at=started_at,
+                organizations=organizations,
+                differences=findings,
+                findings=Jsonb([{**asdict(each), "organization_id": str(each.organization_id)} for each in kept]),
+            )
+    await measure_verification(database)
+    return True
+
+
+async def _is_due(database: db.Database, every: timedelta) -> bool:
+    async with database.platform() as conn:
+        since = await db.fetch_one(conn, _Since, AUDIT.verified_since)
+    return since.at >= since.started_at + every
+
+
+async def measure_verification(database: db.Database) -> None:
+    """Set the gauges from what the last verification, in whichever process, has found."""
+    async with database.platform() as conn:
+        last = await db.fetch_optional(conn, Verification, AUDIT.last_verification)
+    if last is not None:
+        DIFFERENCES.set(last.differences)
+        VERIFIED_AT.set(last.finished_at.timestamp())
+        VERIFY_SECONDS.set((last.finished_at - last.started_at).total_seconds())
+
+
 Job = Callable[[db.Database], Awaitable[object]]
 
 JOBS: Final[tuple[tuple[float, Job], ...]] = (
@@ -64,5 +144,7 @@ JOBS: Final[tuple[tuple[float, Job], ...]] = (
     (60.0, finish_redemptions),
     (3600.0, forget_tries),
     (3600.0, ensure_partitions),
+    (VERIFY_LOOK_SECONDS, verify_when_due),
+    (15.0, measure_verification),
 )
 """Seconds between runs, and what runs."""
