@@ -338,8 +338,8 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     (
         "open_period",
-        "greatest(credits.period_start(p_period, p_zone, p_now), v_last)",
-        "credits.period_start(p_period, p_zone, p_now)",
+        "greatest(p.starts_at, v_last)",
+        "p.starts_at",
         rules.test_a_new_zone_gives_nobody_a_fresh_limit_before_the_period_ends,
     ),
     ("chain_refusal", "p_organization.status <> 'active'", "false", rules.test_a_frozen_organization_spends_nothing),

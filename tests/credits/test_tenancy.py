@@ -21,21 +21,28 @@ COMMANDS = {
     "available_of",
     "current_chain",
     "deduct",
+    "decide_request",
     "deduct_credits",
     "end_allocation",
     "end_limit",
+    "end_raise",
     "extend",
+    "fold",
     "has_sufficient_credits",
     "limits_changed",
     "move_one",
     "open_organization",
     "open_pool",
+    "raise_limit",
+    "reallocate",
     "release",
+    "request_raise",
+    "set_cycle",
     "set_limit",
     "settle",
     "void_grant",
 }
-CALCULATIONS = {"hash_of", "no_usage", "period_end", "period_start"}
+CALCULATIONS = {"calendar_of", "hash_of", "no_usage", "period_around", "period_end", "period_start"}
 LANES = {"move_batch", "move_one", "expire_holds"}
 TABLES = """
     select n.nspname || '.' || c.relname from pg_class c join pg_namespace n on n.oid = c.relnamespace

@@ -34,31 +34,90 @@ order by g.pool_id, g.priority, g.expires_at, g.is_free desc, g.effective_at, g.
 
 -- name: allocate
 select credits.allocate(%(organization_id)s, %(allocation_id)s, %(pool_id)s, %(user_id)s, %(kind)s, %(period)s, %(amount_micros)s,
-    %(when_empty)s, %(oversubscribe)s, %(created_by)s, %(idempotency_key)s)
+    %(when_empty)s, %(oversubscribe)s, %(created_by)s, %(idempotency_key)s, null, %(carry_micros)s)
 
 -- name: end_allocation
 select credits.end_allocation(%(organization_id)s, %(allocation_id)s)
 
+-- name: reallocate
+select credits.reallocate(%(organization_id)s, %(allocation_id)s, %(to_allocation_id)s, %(amount_micros)s, %(idempotency_key)s)
+
 -- name: allocations
-select a.allocation_id, a.pool_id, a.user_id, a.kind, a.period, a.amount_micros, a.when_empty,
-    coalesce(b.used_amount, 0) as used_micros, coalesce(b.held_amount, 0) as held_micros
+-- Of a share that is renewed what counts is its period: opening is what was used and held when it began.
+select a.allocation_id, a.pool_id, a.user_id, a.kind, a.period, a.amount_micros, a.when_empty, a.carry_micros,
+    coalesce(p.carried_micros, 0) as carried_micros, coalesce(p.adjusted_micros, 0) as adjusted_micros,
+    greatest(0, coalesce(b.used_amount, 0) - coalesce(p.opening_micros, 0)) as used_micros, coalesce(b.held_amount, 0) as held_micros,
+    greatest(0, coalesce(b.limit_amount - b.used_amount - b.held_amount, a.amount_micros)) as available_micros,
+    coalesce(p.period_end, case when isfinite(b.period_end) then b.period_end end) as resets_at
 from credits.allocations a
 left join credits.balances b on b.organization_id = a.organization_id and b.balance_id = a.allocation_id
     and b.period_start <= statement_timestamp() and b.period_end > statement_timestamp()
+left join credits.allocation_periods p on p.organization_id = a.organization_id and p.allocation_id = a.allocation_id and p.period_end = a.renews_at
 where a.organization_id = %(organization_id)s and a.ended_at is null
 order by a.created_at, a.allocation_id
 
+-- name: fold
+-- Books what time has changed, so that what is shown is as of now.
+select credits.fold(%(organization_id)s)
+
+-- name: set_cycle
+select credits.set_cycle(%(organization_id)s, %(anchor)s)
+
+-- name: cycle
+select c.zone, c.anchor, p.starts_at, p.ends_at
+from credits.calendar_of(%(organization_id)s) c
+cross join lateral credits.period_around('cycle', c.zone, c.anchor, statement_timestamp()) p
+
 -- name: set_limit
 select credits.set_limit(%(organization_id)s, %(limit_id)s, %(scope)s, %(scope_id)s, %(metric)s, %(model_filter)s, %(period)s, %(amount)s,
-    %(action)s, %(created_by)s, null, %(is_strict)s)
+    %(action)s, %(created_by)s, null, %(is_strict)s, %(is_default)s, %(within_scope)s, %(within_id)s)
 
 -- name: end_limit
 select credits.end_limit(%(organization_id)s, %(limit_id)s)
 
 -- name: limits
-select limit_id, scope, scope_id, metric, model_filter, period, amount, action, is_strict, created_at
+select limit_id, scope, scope_id, metric, model_filter, period, amount, action, is_strict, created_at, is_default, within_scope, within_id, balance_id
 from credits.limits where organization_id = %(organization_id)s and ended_at is null
 order by created_at, limit_id
+
+-- name: raise_limit
+select credits.raise_limit(%(organization_id)s, %(raise_id)s, %(limit_id)s, %(subject_id)s, %(amount)s, %(starts_at)s, %(ends_at)s, %(reason)s,
+    %(created_by)s, %(idempotency_key)s)
+
+-- name: end_raise
+select credits.end_raise(%(organization_id)s, %(raise_id)s)
+
+-- name: raises
+select r.raise_id, r.balance_id, r.limit_id, r.limit_request_id, l.metric, l.scope, coalesce(l.scope_id, k.subject_id) as subject_id, r.amount,
+    r.starts_at, least(r.ends_at, r.ended_at) as ends_at, r.reason, r.created_at, r.created_by,
+    case when least(r.ends_at, r.ended_at) <= statement_timestamp() then 'ended' when r.starts_at <= statement_timestamp() then 'active'
+         else 'scheduled' end as state
+from credits.raises r
+join credits.limits l on l.organization_id = r.organization_id and l.limit_id = r.limit_id
+left join credits.counters k on k.organization_id = r.organization_id and k.balance_id = r.balance_id
+where r.organization_id = %(organization_id)s
+order by r.created_at, r.raise_id
+
+-- name: request_raise
+select credits.request_raise(%(organization_id)s, %(limit_request_id)s, %(limit_id)s, %(subject_id)s, %(user_id)s, %(amount)s, %(until_at)s,
+    %(reason)s, %(idempotency_key)s)
+
+-- name: decide_request
+select credits.decide_request(%(organization_id)s, %(limit_request_id)s, %(is_approved)s, %(raise_id)s, %(amount)s, %(until_at)s, %(note)s,
+    %(decided_by)s)
+
+-- name: limit_requests
+select q.limit_request_id, q.balance_id, q.limit_id, l.metric, l.period, l.model_filter, l.scope, coalesce(l.scope_id, k.subject_id) as subject_id,
+    q.user_id, m.team_id, q.amount, q.until_at, q.reason, q.created_at, q.lapses_at,
+    case when q.state = 'open' and q.lapses_at <= statement_timestamp() then 'lapsed' else q.state end as state,
+    q.decided_at, q.decided_by, q.note, r.amount as granted_amount, r.ends_at as granted_until
+from credits.limit_requests q
+join credits.limits l on l.organization_id = q.organization_id and l.limit_id = q.limit_id
+left join credits.counters k on k.organization_id = q.organization_id and k.balance_id = q.balance_id
+left join identity.memberships m on m.organization_id = q.organization_id and m.user_id = q.user_id
+left join credits.raises r on r.organization_id = q.organization_id and r.limit_request_id = q.limit_request_id
+where q.organization_id = %(organization_id)s and (%(limit_request_id)s::uuid is null or q.limit_request_id = %(limit_request_id)s)
+order by q.created_at, q.limit_request_id
 
 -- name: current_chain
 select credits.current_chain(%(organization_id)s, %(user_id)s, %(api_key_id)s)
@@ -70,26 +129,50 @@ where organization_id = %(organization_id)s and user_id = coalesce(%(user_id)s, 
   and api_key_id = coalesce(%(api_key_id)s, '00000000-0000-0000-0000-000000000000'::uuid) and replaced_at is null
 
 -- name: chain
--- The pools and limits that a chain checks for a model, each with its balance now and who set it.
+-- The pools and limits that a chain checks for a model, each with its balance now and who set it. A balance of a limit shows the limit of its
+-- own, else the default that it was counted for last; of a share that is renewed what counts is its period.
 select c.refusal, e.id as balance_id, e.leg, (array['credits', 'calls', 'tokens'])[e.metric + 1] as metric, b.kind, b.stops,
     coalesce(l.is_strict, false) as is_strict,
-    b.limit_amount, b.used_amount, b.held_amount, b.excess_amount,
+    case when s.opening_micros is null then b.limit_amount
+         else s.used + s.held + b.limit_amount - b.used_amount - b.held_amount end as limit_amount,
+    case when s.opening_micros is null then b.used_amount else s.used end as used_amount,
+    case when s.opening_micros is null then b.held_amount else s.held end as held_amount,
+    b.excess_amount,
     coalesce(l.scope, case when a.allocation_id is not null then 'user' when p.kind in ('personal', 'individual') then 'user' else 'organization' end) as scope,
-    coalesce(l.scope_id, a.user_id, p.owner_user_id) as scope_id,
+    coalesce(l.scope_id, k.subject_id, a.user_id, p.owner_user_id) as scope_id,
     coalesce(l.period, a.period, 'none') as period,
-    case when isfinite(b.period_end) then b.period_end end as resets_at,
+    case when isfinite(b.period_end) then b.period_end when isfinite(a.renews_at) then a.renews_at end as resets_at,
     coalesce(l.created_by, a.created_by) as owner_id,
-    m.display_name as owner_name, o.zone, p.name as pool_name, coalesce(l.model_filter, c.leg_filters[nullif(e.leg, 0)]) as model_filter
+    m.display_name as owner_name, o.zone, p.name as pool_name, coalesce(l.model_filter, c.leg_filters[nullif(e.leg, 0)]) as model_filter,
+    l.action, l.limit_id, coalesce(l.is_default, false) as is_default, l.within_scope, coalesce(t.name, d.name) as within_name,
+    coalesce(r.amount, 0)::bigint as raised_amount, r.ends_at as raised_until
 from credits.chains c
 join identity.organizations o on o.organization_id = c.organization_id
 left join lateral unnest(c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters)
     with ordinality e(id, start, metric, leg, filter, nr)
     on (e.filter is null or %(model)s like e.filter) and (e.leg = 0 or c.leg_filters[e.leg] is null or %(model)s like c.leg_filters[e.leg])
 left join credits.balances b on b.organization_id = c.organization_id and b.balance_id = e.id and b.period_start = e.start
-left join credits.limits l on l.organization_id = c.organization_id and l.limit_id = e.id
+left join credits.counters k on k.organization_id = c.organization_id and k.balance_id = e.id
+left join lateral (
+    select l.* from credits.limits l
+    where l.organization_id = c.organization_id and (l.balance_id = e.id or l.limit_id = k.limit_id)
+    order by l.ended_at is not null, l.is_default, l.ended_at desc limit 1
+) l on true
 left join credits.allocations a on a.organization_id = c.organization_id and a.allocation_id = e.id
+left join lateral (
+    select ap.opening_micros, greatest(0, b.used_amount - ap.opening_micros) as used,
+        least(b.held_amount, greatest(0, b.used_amount + b.held_amount - ap.opening_micros)) as held
+    from credits.allocation_periods ap
+    where ap.organization_id = a.organization_id and ap.allocation_id = a.allocation_id and ap.period_end = a.renews_at
+) s on true
 left join credits.pools p on p.organization_id = c.organization_id and (p.pool_id = e.id or p.open_part_id = e.id)
 left join identity.memberships m on m.organization_id = c.organization_id and m.user_id = coalesce(l.created_by, a.created_by)
+left join identity.teams t on t.organization_id = c.organization_id and l.within_scope = 'team' and t.team_id = l.within_id
+left join identity.departments d on d.organization_id = c.organization_id and l.within_scope = 'department' and d.department_id = l.within_id
+left join lateral (
+    select sum(r.amount) as amount, min(r.ends_at) as ends_at from credits.raises r
+    where r.organization_id = c.organization_id and r.balance_id = e.id and r.state = 'active' and b.kind = 'limit'
+) r on true
 where c.organization_id = %(organization_id)s and c.chain_id = %(chain_id)s
 order by e.nr
 

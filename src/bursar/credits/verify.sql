@@ -146,9 +146,10 @@ with used as (
 select b.organization_id, 'limit ' || b.balance_id || ' from ' || b.period_start as subject, coalesce(u.amount, 0)::text as expected,
     b.used_amount::text as found
 from credits.balances b
-join credits.limits l on l.organization_id = b.organization_id and l.limit_id = b.balance_id and l.metric <> 'tokens'
 left join used u on u.organization_id = b.organization_id and u.id = b.balance_id and u.start = b.period_start
-where b.used_amount <> coalesce(u.amount, 0)
+where b.kind = 'limit' and b.used_amount <> coalesce(u.amount, 0)
+  and not exists (select from credits.limits l where l.organization_id = b.organization_id and l.balance_id = b.balance_id and l.metric = 'tokens')
+  and not exists (select from credits.counters c where c.organization_id = b.organization_id and c.balance_id = b.balance_id and c.metric = 'tokens')
 
 -- name: cap_use_is_the_attribution
 -- What a capped share has used is what its pool paid for the requests that passed it.
@@ -207,12 +208,59 @@ cross join lateral (
 where o.limit_amount <> greatest(0, b.limit_amount - s.claimed)
 
 -- name: shares_have_their_size
--- A reserved share's limit is its size; an ended one has none.
-select a.organization_id, 'allocation ' || a.allocation_id as subject, case when a.ended_at is null then a.amount_micros else 0 end::text as expected,
-    b.limit_amount::text as found
+-- A reserved share's limit is its size, with what its period opened with, carried over and was given or took; an ended one has none.
+select a.organization_id, 'allocation ' || a.allocation_id as subject, s.size::text as expected, b.limit_amount::text as found
 from credits.allocations a
 join credits.balances b on b.organization_id = a.organization_id and b.balance_id = a.allocation_id
-where a.kind = 'reserved' and b.limit_amount <> case when a.ended_at is null then a.amount_micros else 0 end
+left join lateral (
+    select opening_micros + carried_micros + adjusted_micros as micros from credits.allocation_periods p
+    where p.organization_id = a.organization_id and p.allocation_id = a.allocation_id order by period_start desc limit 1
+) p on true
+cross join lateral (select case when a.ended_at is null then greatest(0, a.amount_micros + coalesce(p.micros, 0)) else 0 end as size) s
+where a.kind = 'reserved' and b.limit_amount <> s.size
+
+-- name: renewals_follow_each_other
+-- The periods of a renewed share follow each other without overlap, and the share is renewed when the last of them ends.
+select p.organization_id, 'allocation ' || p.allocation_id as subject, 'from ' || p.last_end || ' on' as expected, p.period_start::text as found
+from (
+    select *, lag(period_end) over (partition by organization_id, allocation_id order by period_start) as last_end from credits.allocation_periods
+) p
+where p.period_start < p.last_end
+union all
+select a.organization_id, 'allocation ' || a.allocation_id, coalesce(p.last_end, 'infinity')::text, a.renews_at::text
+from credits.allocations a
+left join (select organization_id, allocation_id, max(period_end) as last_end from credits.allocation_periods group by 1, 2) p
+    on p.organization_id = a.organization_id and p.allocation_id = a.allocation_id
+where a.ended_at is null and a.renews_at <> coalesce(p.last_end, 'infinity')
+
+-- name: raises_are_in_their_limits
+-- The limit of a balance that a current chain checks is the amount of its limit, and what active raises add to it.
+select b.organization_id, 'limit ' || b.balance_id || ' from ' || b.period_start as subject, (l.amount + r.amount)::text as expected,
+    b.limit_amount::text as found
+from credits.gates g
+join credits.chains c on c.organization_id = g.organization_id and c.replaced_at is null and c.limits_version = g.limits_version
+cross join lateral unnest(c.entry_ids, c.entry_starts, c.entry_legs) e(id, start, leg)
+join credits.balances b on b.organization_id = c.organization_id and b.balance_id = e.id and b.period_start = e.start
+left join credits.counters k on k.organization_id = b.organization_id and k.balance_id = b.balance_id
+cross join lateral (
+    select amount from credits.limits l
+    where l.organization_id = b.organization_id and l.ended_at is null and (l.balance_id = b.balance_id or l.limit_id = k.limit_id)
+    order by l.is_default limit 1
+) l
+cross join lateral (
+    select coalesce(sum(amount), 0) as amount from credits.raises r
+    where r.organization_id = b.organization_id and r.balance_id = b.balance_id and r.state = 'active'
+) r
+where e.leg = 0 and c.valid_until > clock_timestamp() and b.limit_amount <> l.amount + r.amount
+
+-- name: raises_follow_their_requests
+-- An approved request has its raise, and no other has one.
+select q.organization_id, 'request ' || q.limit_request_id as subject, q.state as expected, count(r.raise_id) || ' raises' as found
+from credits.limit_requests q
+left join credits.raises r on r.organization_id = q.organization_id and r.limit_request_id = q.limit_request_id
+    and r.balance_id = q.balance_id
+group by q.organization_id, q.limit_request_id, q.state
+having count(r.raise_id) <> (q.state = 'approved')::int
 
 -- name: grants_add_up
 -- A grant is what it has left, what was burnt of it, what expired and what was voided; the ledger brought in all of it or nothing yet.
@@ -253,7 +301,7 @@ from credits.pools p join credits.balances b on b.organization_id = p.organizati
 where p.poured_micros > b.used_amount
 
 -- name: events_are_awaited
--- A pool wakes at its grants' next start or end, at once while a grant lingers; the gate wakes with the first of its pools.
+-- A pool wakes at its grants' next start or end, at once while a grant lingers; the gate wakes with the first of its pools, raises and renewals.
 select p.organization_id, 'pool ' || p.pool_id as subject, coalesce(s.at, 'infinity')::text as expected, p.next_event_at::text as found
 from credits.pools p
 left join (
@@ -264,10 +312,19 @@ left join (
 ) s on s.organization_id = p.organization_id and s.pool_id = p.pool_id
 where p.next_event_at > coalesce(s.at, 'infinity')
 union all
-select g.organization_id, 'gate', coalesce(p.at, 'infinity')::text, g.next_event_at::text
+select g.organization_id, 'gate', least(p.at, g.next_limit_event_at)::text, g.next_event_at::text
 from credits.gates g
 left join (select organization_id, min(next_event_at) as at from credits.pools group by 1) p on p.organization_id = g.organization_id
-where g.next_event_at > coalesce(p.at, 'infinity')
+where g.next_event_at > least(p.at, g.next_limit_event_at)
+union all
+select g.organization_id, 'gate, for limits', least(a.at, r.at, 'infinity')::text, g.next_limit_event_at::text
+from credits.gates g
+left join (select organization_id, min(renews_at) as at from credits.allocations group by 1) a on a.organization_id = g.organization_id
+left join (
+    select organization_id, min(case state when 'scheduled' then least(starts_at, ended_at) else least(ends_at, ended_at) end) as at
+    from credits.raises where state <> 'ended' group by 1
+) r on r.organization_id = g.organization_id
+where g.next_limit_event_at > least(a.at, r.at, 'infinity')
 
 -- name: one_current_chain
 -- A user and key have at most one current chain, of no later version than the organization's limits.

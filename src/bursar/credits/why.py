@@ -30,6 +30,8 @@ NEXT_STEPS: Final = {
 }
 """What to do next, by the code of a refusal."""
 
+ASK_FOR_MORE: Final = "Ask for more: `bursar caps request`; or wait for the reset, or use another model or key."
+
 CODES: Final = {
     "pool": "pool_exhausted",
     "open": "pool_exhausted",
@@ -42,7 +44,9 @@ CODES: Final = {
 class LimitState:
     """One balance that must allow a request, as it is now. Amounts in micros for credits, else counts.
 
-    leg: 0 applies always; n: the n-th way to pay. zone: IANA name, for showing resets_at.
+    leg: 0 applies always; n: the n-th way to pay. zone: IANA name, for showing resets_at. action: of a cap, what it
+    does; is_default, within: whether it is everybody's, or everybody's of a team or department. raised_amount: what is
+    contained in the limit for a time; raised_until: when the first part of that ends.
     """
 
     refusal: str | None
@@ -65,6 +69,13 @@ class LimitState:
     zone: str
     pool_name: str | None
     model_filter: str | None
+    action: str | None = None
+    limit_id: UUID | None = None
+    is_default: bool = False
+    within_scope: str | None = None
+    within_name: str | None = None
+    raised_amount: int = 0
+    raised_until: datetime | None = None
 
     @property
     def room(self) -> int:
@@ -84,7 +95,23 @@ class LimitState:
             return "Your share of the shared credits"
         per = "" if self.period == "none" else f" per {self.period}"
         models = f" on {self.model_filter}" if self.model_filter else ""
-        return f"{self.scope.capitalize()} cap on {self.metric}{per}{models}"
+        whose = "Model" if self.model_filter and self.scope == "organization" else self.scope.capitalize()
+        return f"{whose} cap on {self.metric}{per}{models}"
+
+    @property
+    def origin(self) -> str | None:
+        """Of a cap: whose it is; a default names those it is for."""
+        if self.kind != "limit":
+            return None
+        if not self.is_default:
+            return "own" if self.scope != "organization" else "organization"
+        each = {"user": "member"}.get(self.scope, self.scope)
+        return default_for(each, self.within_scope, self.within_name)
+
+    @property
+    def asks(self) -> bool:
+        """It stops, but more may be asked for."""
+        return self.action == "asks"
 
     def as_json(self, *, binding: bool) -> dict[str, Any]:
         """As in `why.limits[]`."""
@@ -94,8 +121,12 @@ class LimitState:
             "scope": self.scope,
             "kind": self.kind,
             "period": self.period,
-            "does": "stops" if self.stops else "warns",
+            "does": "asks" if self.asks else "stops" if self.stops else "warns",
             "strict": self.is_strict,
+            "origin": self.origin,
+            "models": self.model_filter,
+            "raised": self._amount(self.raised_amount) if self.raised_amount else None,
+            "raised_until": self.raised_until.isoformat() if self.raised_until else None,
             "binding": binding,
             "used": self._amount(self.used_amount),
             "held": self._amount(self.held_amount),
@@ -110,6 +141,11 @@ class LimitState:
         if self.metric == "credits":
             return {"amount": format_credits(Micros(amount)), "unit": "credit"}
         return {"amount": str(amount), "unit": (self.metric or "calls").removesuffix("s")}
+
+
+def default_for(each: str, within_scope: str | None, within_name: str | None) -> str:
+    """What a default is called: 'default for every member of team Research'."""
+    return f"default for every {each}" + (f" of {within_scope} {within_name}" if within_scope else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +165,11 @@ class Why:
     @property
     def next_step(self) -> str | None:
         """What to do about a refusal."""
-        return None if self.allowed else NEXT_STEPS.get(self.code or "", "Ask an administrator.")
+        if self.allowed:
+            return None
+        if self.code == "cap_reached" and self.binding is not None and self.binding.asks:
+            return ASK_FOR_MORE
+        return NEXT_STEPS.get(self.code or "", "Ask an administrator.")
 
     def as_json(self, *, organization: str | None = None) -> dict[str, Any]:
         """The `why` object; organization: its slug, for the link to the page."""
@@ -144,6 +184,7 @@ class Why:
             "owner": binding.owner_name if binding else None,
             "resets_at": binding.resets_at.isoformat() if binding and binding.resets_at else None,
             "next_step": self.next_step,
+            "may_ask": binding is not None and binding.asks and not self.allowed,
             "request_url": f"/o/{organization}" if organization else None,
         }
 
@@ -310,7 +351,7 @@ def refusal(answer: Why, *, organization: str | None = None) -> Problem:
     headers["Bursar-Available"] = format_credits(answer.available_micros)
     return problem(
         f"{detail}: {format_credits(answer.wanted_micros)} credits are needed, "
-        f"{format_credits(answer.available_micros)} are available. {NEXT_STEPS.get(code, '')}".strip(),
+        f"{format_credits(answer.available_micros)} are available. {answer.next_step or ''}".strip(),
         why=answer.as_json(organization=organization),
         headers=headers,
     )

@@ -190,7 +190,7 @@ begin
         end if;
     end if;
     update pools set next_event_at = v_at where organization_id = p_organization_id and pool_id = p_pool_id;
-    update gates set next_event_at = (select coalesce(min(next_event_at), 'infinity') from pools where organization_id = p_organization_id)
+    update gates set next_event_at = least(next_limit_event_at, (select min(next_event_at) from pools where organization_id = p_organization_id))
     where organization_id = p_organization_id;
 end $$;
 comment on function credits.fold_pool is 'Applies a pool''s time events up to now: pours use, books expiries, starts grants';
@@ -205,8 +205,9 @@ begin
     loop
         perform credits.fold_pool(p_organization_id, v_pool, p_now);
     end loop;
+    perform credits.fold_limits(p_organization_id, p_now);
 end $$;
-comment on function credits.fold_due_pools is 'Folds every pool of an organization that is due; the gate is locked';
+comment on function credits.fold_due_pools is 'Folds every pool and limit of an organization that is due; the gate is locked';
 
 create or replace function credits.limits_changed(p_organization_id uuid) returns void
 language plpgsql volatile security definer set search_path = credits, pg_temp as $$

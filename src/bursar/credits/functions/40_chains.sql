@@ -1,49 +1,4 @@
--- What one user and key must pass: periods, and the chain of pools and limits.
-
--- period_start: where the period that contains p_at begins, in a zone. 'none' has no beginning.
-create or replace function credits.period_start(p_period text, p_zone text, p_at timestamptz) returns timestamptz
-language sql stable set search_path = pg_catalog, pg_temp as $$
-    -- Where clocks fall back over midnight it comes twice and counts the second time: until then it is still the day before.
-    select case when p_period = 'none' then '-infinity'::timestamptz
-                when s.start <= p_at then s.start
-                else (s.local - ('1 ' || p_period)::interval) at time zone p_zone end
-    from (select t.local, t.local at time zone p_zone as start
-          from (select date_trunc(nullif(p_period, 'none'), p_at at time zone p_zone) as local) t) s;
-$$;
-comment on function credits.period_start is 'Start of the day, week (Monday) or month that contains an instant, in a zone; -infinity for none';
-
-create or replace function credits.period_end(p_period text, p_zone text, p_at timestamptz) returns timestamptz
-language sql stable set search_path = pg_catalog, pg_temp as $$
-    select case when p_period = 'none' then 'infinity'::timestamptz
-                when s.start > p_at then s.start
-                else (s.local + ('1 ' || p_period)::interval) at time zone p_zone end
-    from (select t.local, t.local at time zone p_zone as start
-          from (select date_trunc(nullif(p_period, 'none'), p_at at time zone p_zone) as local) t) s;
-$$;
-
--- open_period: the row of a balance for the period that contains p_now, made when it is missing. A period keeps the end it began with,
--- so that a change of zone starts at the next boundary and gives nobody a fresh limit.
-create or replace function credits.open_period(
-    p_organization_id uuid, p_balance_id uuid, p_kind text, p_stops boolean, p_amount bigint, p_period text, p_zone text, p_now timestamptz,
-    out period_start timestamptz, out period_end timestamptz
-) language plpgsql volatile set search_path = credits, pg_temp as $$
-#variable_conflict use_column
-declare
-    v_last timestamptz;
-begin
-    select b.period_start, b.period_end into open_period.period_start, open_period.period_end from balances b
-    where b.organization_id = p_organization_id and b.balance_id = p_balance_id and b.period_start <= p_now and b.period_end > p_now;
-    if found then
-        return;
-    end if;
-    select max(b.period_end) into v_last from balances b where b.organization_id = p_organization_id and b.balance_id = p_balance_id;
-    open_period.period_start := greatest(credits.period_start(p_period, p_zone, p_now), v_last);
-    open_period.period_end := credits.period_end(p_period, p_zone, p_now);
-    insert into balances (organization_id, balance_id, period_start, period_end, kind, stops, limit_amount)
-    values (p_organization_id, p_balance_id, open_period.period_start, open_period.period_end, p_kind, p_stops, p_amount);
-end $$;
-comment on function credits.open_period is 'Start and end of the current period of a balance, whose row is made when it is missing';
-comment on function credits.period_end is 'End of the day, week or month that contains an instant, in a zone; infinity for none';
+-- What one user and key must pass: the chain of pools and limits.
 
 -- chain_refusal: why this user and key may spend nothing in the organization; null when they may. v_until: when that may change by itself.
 create or replace function credits.chain_refusal(
@@ -68,6 +23,38 @@ begin
 end $$;
 comment on function credits.chain_refusal is 'Reason why a user and key may spend nothing in an organization; null: they may';
 
+-- limits_on: the limits that apply to a user and key. Each of its own applies; a default where there is none of its own with the same scope,
+-- metric, period, filter and kind of action, and of several defaults the narrowest: of the team, the department, the organization. What is
+-- without limit passes that one alone. A member is counted in the team and department of the membership, a key in its own or its owner's.
+create or replace function credits.limits_on(
+    p_organization_id uuid, p_user_id uuid, p_api_key_id uuid, p_original_key_id uuid, p_member_team_id uuid, p_member_department_id uuid,
+    p_team_id uuid, p_department_id uuid
+) returns table (set_limit credits.limits, subject_id uuid)
+language sql stable set search_path = credits, pg_temp as $$
+    with places as (
+        select distinct p.scope, p.place, p.subject_id
+        from (values
+            ('organization', null, null), ('user', p_user_id, p_user_id), ('key', p_api_key_id, p_original_key_id),
+            ('key', p_original_key_id, p_original_key_id), ('team', p_team_id, p_team_id), ('department', p_department_id, p_department_id),
+            ('user', null, p_user_id), ('user', p_member_team_id, p_user_id), ('user', p_member_department_id, p_user_id),
+            ('key', null, p_original_key_id), ('key', p_team_id, p_original_key_id), ('key', p_department_id, p_original_key_id),
+            ('team', null, p_team_id), ('team', (select department_id from identity.teams
+                                                 where organization_id = p_organization_id and team_id = p_team_id), p_team_id),
+            ('department', null, p_department_id)
+        ) p(scope, place, subject_id)
+        where p.scope = 'organization' or p.subject_id is not null
+    ), ranked as (
+        select l as set_limit, p.subject_id, l.is_default, l.amount, row_number() over (
+            partition by l.scope, l.metric, l.period, l.model_filter, l.action = 'warns'
+            order by case when not l.is_default then 0 when l.within_scope = 'team' then 1 when l.within_scope = 'department' then 2 else 3 end) as nr
+        from places p
+        join limits l on l.organization_id = p_organization_id and l.scope = p.scope and l.ended_at is null
+            and coalesce(l.scope_id, l.within_id, '00000000-0000-0000-0000-000000000000') = coalesce(p.place, '00000000-0000-0000-0000-000000000000')
+    )
+    select r.set_limit, r.subject_id from ranked r where r.amount is not null and (not r.is_default or r.nr = 1);
+$$;
+comment on function credits.limits_on is 'The limits that apply to a user and key, defaults included where nothing of their own takes their place';
+
 -- build_chain: what one user and key must pass, as of now; creates the period rows it needs and replaces the older chain.
 create or replace function credits.build_chain(p_organization_id uuid, p_user_id uuid, p_api_key_id uuid, p_now timestamptz) returns uuid
 language plpgsql volatile set search_path = credits, pg_temp as $$
@@ -77,9 +64,14 @@ declare
     v_key identity.api_keys;
     v_member identity.memberships;
     v_chain chains;
+    v_anchor timestamptz := (select anchor from credits.calendar_of(p_organization_id));
     v_row record;
     v_entry record;
     v_leg smallint := 0;
+    v_limit limits;
+    v_balance uuid;
+    v_amount bigint;
+    v_period record;
 begin
     select * into v_organization from identity.organizations where organization_id = p_organization_id;
     if p_api_key_id <> v_zero then
@@ -106,7 +98,7 @@ begin
     v_chain.leg_pool_ids := '{}'; v_chain.leg_filters := '{}'; v_chain.is_strict := false;
     v_chain.entry_ids := '{}'; v_chain.entry_starts := '{}'; v_chain.entry_metrics := '{}'; v_chain.entry_legs := '{}'; v_chain.entry_filters := '{}';
 
-    perform credits.open_period(a.organization_id, a.allocation_id, 'allocation', true, a.amount_micros, a.period, v_organization.zone, p_now)
+    perform credits.open_period(a.organization_id, a.allocation_id, 'allocation', true, a.amount_micros, a.period, v_organization.zone, v_anchor, p_now)
     from allocations a
     where a.organization_id = p_organization_id and a.user_id = p_user_id and a.kind = 'capped' and a.ended_at is null;
     -- Legs: restricted pools first, then personal, then shared; an empty one is skipped while another has something for the same models.
@@ -157,23 +149,27 @@ begin
     end if;
 
     for v_row in
-        select l.limit_id as id, array_position(array['credits', 'calls', 'tokens'], l.metric) - 1 as metric, l.model_filter, l.is_strict,
-               t.period_start, t.period_end
-        from limits l
-        cross join lateral credits.open_period(l.organization_id, l.limit_id, 'limit', l.action = 'stops', l.amount, l.period,
-            v_organization.zone, p_now) t
-        where l.organization_id = p_organization_id and l.ended_at is null
-          and (l.scope = 'organization' or (l.scope = 'user' and l.scope_id = p_user_id) or (l.scope = 'key' and l.scope_id in (p_api_key_id, v_key.original_api_key_id))
-               or (l.scope = 'team' and l.scope_id = v_chain.team_id) or (l.scope = 'department' and l.scope_id = v_chain.department_id))
-        order by 1
+        select * from credits.limits_on(p_organization_id, nullif(p_user_id, v_zero), nullif(p_api_key_id, v_zero),
+            coalesce(v_key.original_api_key_id, nullif(p_api_key_id, v_zero)), v_member.team_id, v_member.department_id,
+            v_chain.team_id, v_chain.department_id) o
+        order by (o.set_limit).limit_id, o.subject_id
     loop
-        v_chain.entry_ids := v_chain.entry_ids || v_row.id;
-        v_chain.entry_starts := v_chain.entry_starts || v_row.period_start;
-        v_chain.entry_metrics := v_chain.entry_metrics || v_row.metric::smallint;
+        v_limit := v_row.set_limit;
+        v_balance := coalesce(v_limit.balance_id, credits.counter_of(v_limit, v_row.subject_id, p_now));
+        v_amount := v_limit.amount + credits.raised(p_organization_id, v_balance);
+        select t.period_start, t.period_end into v_period
+        from credits.open_period(p_organization_id, v_balance, 'limit', v_limit.action <> 'warns', v_amount, v_limit.period,
+            v_organization.zone, v_anchor, p_now) t;
+        -- What was changed for everybody, or for those of a team, reaches a balance when it is next looked at.
+        update balances set limit_amount = v_amount, excess_amount = greatest(0, used_amount + held_amount - v_amount)
+        where organization_id = p_organization_id and balance_id = v_balance and period_start = v_period.period_start and limit_amount <> v_amount;
+        v_chain.entry_ids := v_chain.entry_ids || v_balance;
+        v_chain.entry_starts := v_chain.entry_starts || v_period.period_start;
+        v_chain.entry_metrics := v_chain.entry_metrics || (array_position(array['credits', 'calls', 'tokens'], v_limit.metric) - 1)::smallint;
         v_chain.entry_legs := v_chain.entry_legs || 0::smallint;
-        v_chain.entry_filters := v_chain.entry_filters || v_row.model_filter;
-        v_chain.valid_until := least(v_chain.valid_until, v_row.period_end);
-        v_chain.is_strict := v_chain.is_strict or v_row.is_strict;
+        v_chain.entry_filters := v_chain.entry_filters || v_limit.model_filter;
+        v_chain.valid_until := least(v_chain.valid_until, v_period.period_end);
+        v_chain.is_strict := v_chain.is_strict or v_limit.is_strict;
     end loop;
 
     v_chain.is_plain := v_leg = 1 and v_chain.leg_filters[1] is null and 0 = all (v_chain.entry_metrics)
