@@ -12,7 +12,7 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
-from tests.credits.people import INSERT_KEY, INSERT_MEMBER, INSERT_ORGANIZATION, INSERT_TEAM
+from tests.credits.people import INSERT_DEPARTMENT, INSERT_KEY, INSERT_MEMBER, INSERT_ORGANIZATION, INSERT_TEAM
 
 from bursar.clock import uuid7
 from bursar.credits.moves import MOVE_BATCH, Action, Move, Outcome, Verdict, as_arguments, as_call, as_verdicts
@@ -99,11 +99,17 @@ class Scene:
         """A row of this organization and moment."""
         self.conn.execute(sql, {"org": self.organization, "now": self.now, **columns})
 
-    def user(self, *, team: UUID | None = None) -> UUID:
+    def user(self, *, team: UUID | None = None, department: UUID | None = None) -> UUID:
         """A new active member."""
         user = uuid7()
-        self.insert(INSERT_MEMBER, id=user, email=f"{user.hex}@x.example", team=team, department=None)
+        self.insert(INSERT_MEMBER, id=user, email=f"{user.hex}@x.example", team=team, department=department)
         return user
+
+    def department(self) -> UUID:
+        """A new department."""
+        department = uuid7()
+        self.insert(INSERT_DEPARTMENT, id=department, name=department.hex)
+        return department
 
     def team(self) -> UUID:
         """A new team."""
@@ -171,12 +177,20 @@ class Scene:
         period: str = "none",
         when_empty: str = "stops",
         oversubscribe: bool = False,
+        carry: int = 0,
     ) -> UUID:
         """A user's share of a pool."""
         return self.call(  # type: ignore[no-any-return]
-            "select credits.allocate(%s, %s, %s, %s, %s, %s, %s, %s, %s, null, %s, %s)",
+            "select credits.allocate(%s, %s, %s, %s, %s, %s, %s, %s, %s, null, %s, %s, %s)",
             self.organization, uuid7(), pool, user, kind, period, amount, when_empty, oversubscribe, uuid7().hex,
-            self.now,
+            self.now, carry,
+        )  # fmt: skip
+
+    def reallocate(self, share: UUID, to: UUID | None, amount: int | None = None, *, key: str | None = None) -> int:
+        """Give away what a share has left; how much that was."""
+        return self.call(  # type: ignore[no-any-return]
+            "select credits.reallocate(%s, %s, %s, %s, %s, %s)",
+            self.organization, share, to, amount, key or uuid7().hex, self.now,
         )  # fmt: skip
 
     def end_share(self, share: UUID) -> None:
@@ -194,12 +208,57 @@ class Scene:
         models: str | None = None,
         action: str = "stops",
         strict: bool = False,
+        each: bool = False,
+        within: tuple[str | None, UUID | None] = (None, None),
     ) -> UUID:
-        """A cap."""
+        """A cap; each: a default for each one of the scope, or of a team or department."""
         return self.call(  # type: ignore[no-any-return]
-            "select credits.set_limit(%s, %s, %s, %s, %s, %s, %s, %s, %s, null, %s, %s)",
-            self.organization, uuid7(), scope, of, metric, models, period, amount, action, self.now, strict,
+            "select credits.set_limit(%s, %s, %s, %s, %s, %s, %s, %s, %s, null, %s, %s, %s, %s, %s)",
+            self.organization, uuid7(), scope, of, metric, models, period, amount, action, self.now, strict, each,
+            *within,
         )  # fmt: skip
+
+    def end_limit(self, limit: UUID) -> None:
+        """Lift a cap."""
+        self.call("select credits.end_limit(%s, %s, %s)", self.organization, limit, self.now)
+
+    def raise_(
+        self,
+        limit: UUID,
+        amount: int,
+        *,
+        of: UUID | None = None,
+        starts: datetime | None = None,
+        ends: datetime | None = None,
+        key: str | None = None,
+    ) -> UUID:
+        """More than a limit gives; for a day where no end is told."""
+        return self.call(  # type: ignore[no-any-return]
+            "select credits.raise_limit(%s, %s, %s, %s, %s, %s, %s, null, null, %s, %s)",
+            self.organization, uuid7(), limit, of, amount, starts, ends or self.now + timedelta(days=1),
+            key or uuid7().hex, self.now,
+        )  # fmt: skip
+
+    def request(
+        self, limit: UUID, user: UUID, amount: int, *, of: UUID | None = None, until: datetime | None = None
+    ) -> UUID:
+        """A member asks for more, for a day where no end is told."""
+        return self.call(  # type: ignore[no-any-return]
+            "select credits.request_raise(%s, %s, %s, %s, %s, %s, %s, 'why not', %s, %s)",
+            self.organization, uuid7(), limit, of, user, amount, until or self.now + timedelta(days=1), uuid7().hex,
+            self.now,
+        )  # fmt: skip
+
+    def decide(self, request: UUID, *, approve: bool, amount: int | None = None) -> UUID | None:
+        """Decide a request; the raise."""
+        return self.call(  # type: ignore[no-any-return]
+            "select credits.decide_request(%s, %s, %s, %s, %s, null, null, null, %s)",
+            self.organization, request, approve, uuid7(), amount, self.now,
+        )  # fmt: skip
+
+    def fold(self) -> None:
+        """Nothing but time passes."""
+        self.call("select credits.fold(%s, %s)", self.organization, self.now)
 
     # ------------------------------------------------------------------ moves
 

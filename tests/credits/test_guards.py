@@ -12,6 +12,7 @@ import psycopg
 import pytest
 from tests.credits import test_alone as alone
 from tests.credits import test_hopeless as hopeless
+from tests.credits import test_limits as limits
 from tests.credits import test_rules as rules
 from tests.credits import test_tenancy as tenancy
 from tests.credits.conftest import scratch_database
@@ -162,9 +163,9 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     (
         "set_limit",
-        "perform credits.set_current_limit(p_organization_id, v_id, p_amount, v_now);",
-        "",
-        rules.test_a_limit_lowered_below_its_use_blocks_until_it_is_raised_again,
+        "if v_balance is not null and p_amount is not null then",
+        "if false then",
+        limits.test_a_lowered_limit_gives_no_running_call_more,
     ),
     (
         "set_limit",
@@ -174,7 +175,7 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     (
         "build_chain",
-        "v_chain.is_strict or v_row.is_strict",
+        "v_chain.is_strict or v_limit.is_strict",
         "v_chain.is_strict",
         rules.test_a_strict_limit_takes_no_guess_and_nothing_of_it_stays,
     ),
@@ -319,15 +320,15 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     (
         "fold_pool",
-        "select coalesce(min(next_event_at), 'infinity') from pools",
+        "select min(next_event_at) from pools",
         "select timestamptz 'infinity' from pools",
         rules.test_grants_are_spendable_from_their_first_instant_until_just_before_their_last,
     ),
     # chains
     (
-        "period_start",
-        "when s.start <= p_at then s.start",
-        "when true then s.start",
+        "period_around",
+        "if v_local at time zone p_zone > p_at then",
+        "if false then",
         rules.test_a_limit_first_used_while_midnight_comes_twice_counts_for_the_day_before,
     ),
     (
@@ -335,6 +336,221 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
         "if found then",
         "if false then",
         rules.test_a_new_zone_gives_nobody_a_fresh_limit_before_the_period_ends,
+    ),
+    # periods, defaults, raises, renewals
+    (
+        "period_around",
+        "+ make_interval(months => nr)) at time zone p_zone;",
+        "at time zone p_zone) + make_interval(months => nr);",
+        limits.test_a_cycle_begins_at_the_same_time_by_the_clocks_of_the_zone,
+    ),
+    (
+        "period_around",
+        "if (v_anchor + make_interval(months => nr)) at time zone p_zone > p_at then",
+        "if false then",
+        limits.test_a_limit_per_cycle_begins_anew_with_the_subscriptions_month,
+    ),
+    (
+        "limits_on",
+        "not r.is_default or r.nr = 1",
+        "true",
+        limits.test_of_several_defaults_the_narrowest_holds,
+    ),
+    (
+        "limits_on",
+        "when l.within_scope = 'team' then 1 when l.within_scope = 'department' then 2 else 3 end",
+        "when l.within_scope = 'team' then 2 when l.within_scope = 'department' then 1 else 3 end",
+        limits.test_of_several_defaults_the_narrowest_holds,
+    ),
+    (
+        "limits_on",
+        "case when not l.is_default then 0",
+        "case when not l.is_default then 9",
+        limits.test_a_limit_of_ones_own_takes_a_defaults_place_and_goes_on_counting,
+    ),
+    (
+        "limits_on",
+        "partition by l.scope, l.metric, l.period, l.model_filter, l.action = 'warns'",
+        "partition by l.scope",
+        limits.test_a_limit_of_ones_own_of_another_kind_leaves_the_default_in_place,
+    ),
+    ("limits_on", "r.amount is not null and", "", limits.test_of_several_defaults_the_narrowest_holds),
+    ("limits_on", "or p.subject_id is not null", "or true", limits.test_a_service_key_is_no_member),
+    (
+        "build_chain",
+        "and period_start = v_period.period_start and limit_amount <> v_amount",
+        "and false",
+        limits.test_a_default_that_is_changed_holds_for_everybody_at_once,
+    ),
+    (
+        "build_chain",
+        "+ credits.raised(p_organization_id, v_balance)",
+        "",
+        limits.test_a_raise_reaches_into_every_period_of_its_time,
+    ),
+    (
+        "set_limit",
+        "+ credits.raised(p_organization_id, v_balance)",
+        "",
+        limits.test_raises_add_up_and_stay_when_the_limit_changes,
+    ),
+    (
+        "set_limit",
+        "v_balance := coalesce(v_balance, v_id);",
+        "v_balance := v_id;",
+        limits.test_a_limit_of_ones_own_takes_a_defaults_place_and_goes_on_counting,
+    ),
+    (
+        "set_limit",
+        "and (action = 'warns') = (p_action = 'warns')",
+        "and action = p_action",
+        limits.test_only_a_limit_that_asks_is_asked_about_and_only_by_members,
+    ),
+    (
+        "fold_due_pools",
+        "perform credits.fold_limits(p_organization_id, p_now);",
+        "",
+        limits.test_a_raise_that_ended_gives_no_running_call_more,
+    ),
+    (
+        "fold_pool",
+        "least(next_limit_event_at, (select min(next_event_at) from pools where organization_id = p_organization_id))",
+        "(select min(next_event_at) from pools where organization_id = p_organization_id)",
+        limits.test_a_renewed_share_is_renewed_though_grants_came_later,
+    ),
+    (
+        "follow_raises",
+        "least(ends_at, ended_at) <= p_now",
+        "ends_at <= p_now",
+        limits.test_raises_add_up_and_stay_when_the_limit_changes,
+    ),
+    (
+        "await_limits",
+        "when 'scheduled' then least(r.starts_at, r.ended_at)",
+        "when 'scheduled' then null",
+        limits.test_a_raise_begins_and_ends_at_its_very_instant,
+    ),
+    (
+        "give_raise",
+        "p_ends_at <= greatest(p_starts_at, p_now)",
+        "false",
+        limits.test_a_raise_without_time_or_amount_is_none,
+    ),
+    (
+        "give_raise",
+        "perform credits.require_amount(p_amount, 1);",
+        "",
+        limits.test_a_raise_without_time_or_amount_is_none,
+    ),
+    ("raise_limit", "if v_stored is not null then", "if false then", limits.test_a_raise_is_given_once_for_one_key),
+    (
+        "target_of",
+        "if not exists (",
+        "if false and not exists (",
+        limits.test_one_member_is_raised_above_everybodys_default,
+    ),
+    (
+        "target_of",
+        "if v_limit.balance_id is null or v_limit.amount is null then",
+        "if false then",
+        limits.test_one_member_is_raised_above_everybodys_default,
+    ),
+    (
+        "end_raise",
+        "and state <> 'ended'",
+        "",
+        limits.test_raises_add_up_and_stay_when_the_limit_changes,
+    ),
+    (
+        "request_raise",
+        "v_target.action <> 'asks'",
+        "false",
+        limits.test_only_a_limit_that_asks_is_asked_about_and_only_by_members,
+    ),
+    (
+        "request_raise",
+        "and user_id = p_user_id and status = 'active'",
+        "",
+        limits.test_only_a_limit_that_asks_is_asked_about_and_only_by_members,
+    ),
+    (
+        "request_raise",
+        "and state = 'open' and lapses_at > v_now",
+        "and false",
+        limits.test_a_limit_that_asks_stops_until_somebody_approves,
+    ),
+    ("decide_request", "v_row.lapses_at <= v_now", "false", limits.test_what_is_denied_or_lapsed_changes_nothing),
+    (
+        "decide_request",
+        "v_row.state <> 'open'",
+        "false",
+        limits.test_a_limit_that_asks_stops_until_somebody_approves,
+    ),
+    (
+        "renew_shares",
+        "+ least(d.spare, d.carry_micros)::bigint",
+        "+ d.spare::bigint",
+        limits.test_a_share_carries_over_what_is_left_up_to_its_bound,
+    ),
+    (
+        "renew_shares",
+        "+ (this.nr - first.nr)::numeric * a.amount_micros",
+        "",
+        limits.test_days_that_nobody_looked_at_are_renewed_as_if_somebody_had,
+    ),
+    (
+        "renew_shares",
+        "b.used_amount + b.held_amount as opening",
+        "b.used_amount as opening",
+        limits.test_what_runs_over_the_renewal_counts_for_the_period_in_which_it_began,
+    ),
+    (
+        "renew_shares",
+        "perform credits.set_pool_limit(p_organization_id, v_pool, 0);",
+        "",
+        limits.test_a_reserved_share_is_renewed_at_its_very_instant_and_what_was_left_lapses,
+    ),
+    (
+        "renew_shares",
+        "perform credits.limits_changed(p_organization_id);",
+        "",
+        limits.test_a_renewed_share_that_was_left_out_while_empty_pays_again,
+    ),
+    (
+        "close_allocation",
+        "renews_at = 'infinity'",
+        "renews_at = renews_at",
+        limits.test_a_renewed_share_changes_its_size_and_ends,
+    ),
+    (
+        "reallocate",
+        "if v_amount > v_left then",
+        "if false then",
+        limits.test_what_a_share_has_left_is_given_to_another_or_back,
+    ),
+    (
+        "reallocate",
+        "if v_stored is not null then",
+        "if false then",
+        limits.test_what_a_share_has_left_is_given_to_another_or_back,
+    ),
+    (
+        "reallocate",
+        "p_to_allocation_id = p_allocation_id or",
+        "",
+        limits.test_what_a_share_has_left_is_given_to_another_or_back,
+    ),
+    (
+        "reallocate",
+        "and pool_id = v_pool",
+        "",
+        limits.test_what_a_share_has_left_is_given_to_another_or_back,
+    ),
+    (
+        "reallocate",
+        "perform credits.set_pool_limit(p_organization_id, v_pool, 0);",
+        "",
+        limits.test_what_a_share_has_left_is_given_to_another_or_back,
     ),
     (
         "open_period",
@@ -379,14 +595,14 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     (
         "build_chain",
-        "v_chain.valid_until := least(v_chain.valid_until, v_row.period_end);",
+        "v_chain.valid_until := least(v_chain.valid_until, v_period.period_end);",
         "",
         rules.test_a_limit_is_fresh_in_the_very_instant_its_period_begins,
     ),
     (
-        "build_chain",
-        "(p_api_key_id, v_key.original_api_key_id)",
-        "(p_api_key_id)",
+        "limits_on",
+        "('key', p_original_key_id, p_original_key_id),",
+        "",
         rules.test_a_rotated_key_stays_under_the_limit_of_the_key_it_replaces,
     ),
     (

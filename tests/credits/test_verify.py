@@ -12,7 +12,7 @@ from bursar.credits.pools import pool_for
 from bursar.credits.verify import CHECKS, INVARIANTS, Finding, verify
 
 # What is broken by hand, and the invariant that must notice. The organization has two grants, of which one will expire,
-# a share of 20 for somebody, a cap and a capped share, a charge of 7 and an open hold of 10.
+# a share of 20 for somebody, a cap with a raise to come and a capped share, a charge of 7 and an open hold of 10.
 FAULTS = {
     "periods_do_not_overlap": """
         insert into credits.balances (organization_id, balance_id, period_start, period_end, kind, limit_amount)
@@ -45,6 +45,17 @@ FAULTS = {
     "parts_add_up_to_their_pool": "update credits.balances set used_amount = used_amount - 1 where kind = 'open'",
     "open_part_is_what_nobody_claims": "update credits.balances set limit_amount = 90 where kind = 'open'",
     "shares_have_their_size": "update credits.allocations set amount_micros = 21 where kind = 'reserved'",
+    "renewals_follow_each_other": """
+        insert into credits.allocation_periods (organization_id, allocation_id, period_start, period_end,
+            opening_micros)
+        select organization_id, allocation_id, now(), now() + interval '1 hour', 0
+        from credits.allocations where kind = 'reserved'""",
+    "raises_are_in_their_limits": "update credits.raises set state = 'active' where true",
+    "raises_follow_their_requests": """
+        insert into credits.limit_requests (organization_id, limit_request_id, balance_id, limit_id, user_id, amount,
+            until_at, reason, created_at, lapses_at, state, decided_at)
+        select organization_id, gen_random_uuid(), balance_id, limit_id, gen_random_uuid(), 1, now(), 'x', now(), now(),
+            'approved', now() from credits.raises where true""",
     "grants_add_up": "update credits.grant_states set left_micros = left_micros - 1 where true",
     "burns_tile": "update credits.pools set poured_micros = poured_micros + 1 where true",
     "left_is_the_limit_beyond_the_pour": "update credits.grant_states set left_micros = 0 where true",
@@ -75,6 +86,8 @@ COMMANDS = (
     " null, 'a cap')",
     "select credits.allocate(%(org)s, gen_random_uuid(), %(pool)s, gen_random_uuid(), 'reserved', 'none', 20, 'stops',"
     " false, null, 'a share')",
+    "select credits.raise_limit(%(org)s, gen_random_uuid(), limit_id, null, 5, statement_timestamp() + interval"
+    " '1 hour', statement_timestamp() + interval '2 hours', null, null, 'a raise') from credits.limits",
 )
 
 

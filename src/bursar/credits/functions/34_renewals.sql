@@ -27,8 +27,8 @@ comment on function credits.await_limits is 'Sets when the next raise starts or 
 create or replace function credits.begin_renewals(p_organization_id uuid, p_allocation_id uuid, p_now timestamptz) returns void
 language plpgsql volatile set search_path = credits, pg_temp as $$
 begin
-    update allocations a set renews_at = p.ends_at
-    from credits.calendar_of(p_organization_id) c cross join lateral credits.period_around(a.period, c.zone, c.anchor, p_now) p
+    update allocations a set renews_at = (
+        select p.ends_at from credits.calendar_of(p_organization_id) c cross join lateral credits.period_around(a.period, c.zone, c.anchor, p_now) p)
     where a.organization_id = p_organization_id and a.allocation_id = p_allocation_id and a.period <> 'none';
     if found then
         insert into allocation_periods (organization_id, allocation_id, period_start, period_end, opening_micros)
