@@ -73,8 +73,8 @@ language sql stable security definer set search_path = credits, pg_temp as $$
     select o.id, o.metric, o.period, o.amount, coalesce(b.used_amount, 0), coalesce(b.held_amount, 0), coalesce(b.excess_amount, 0),
         case when isfinite(b.period_end) then b.period_end end
     from (
-        select l.limit_id as id, l.metric, l.period, l.amount, l.created_at from limits l
-        where l.organization_id = p_organization_id and l.ended_at is null
+        select coalesce(l.balance_id, l.limit_id) as id, l.metric, l.period, l.amount, l.created_at from limits l
+        where l.organization_id = p_organization_id and l.ended_at is null and l.amount is not null
         union all
         select a.allocation_id, 'credits', a.period, a.amount_micros, a.created_at from allocations a
         where a.organization_id = p_organization_id and a.ended_at is null) o
