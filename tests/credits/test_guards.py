@@ -904,6 +904,12 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     (
         "move_batch",
+        "or b.used_amount - d.used + b.held_amount + d.held > b.limit_amount",
+        "",
+        rules.test_a_hold_that_alone_kept_an_ended_share_frees_the_open_part_when_nothing_is_charged,
+    ),
+    (
+        "move_batch",
         "if v_over_ids is not null then",
         "if false then",
         rules.test_ending_a_share_gives_its_rest_and_later_its_hold_back_to_the_open_part,
@@ -953,15 +959,68 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
 ]
 
-# The same for what move_one decides by itself: a hold or deduction asked alone.
+# The same for what move_one decides by itself: a hold, settle or deduction asked alone.
 ALONE: list[tuple[str, str, str, Rule]] = [
     (
         "move_one",
-        "if v_due > v_now then",
-        "if true then",
+        "elsif v_due > v_now then",
+        "else",
         rules.test_grants_are_spendable_from_their_first_instant_until_just_before_their_last,
     ),
-    ("move_one", "p_key is null and", "", rules.test_the_same_key_and_body_has_one_effect_and_one_answer),
+    (
+        "move_one",
+        "and exists (select from commands k",
+        "and false and exists (select from commands k",
+        rules.test_the_same_key_and_body_has_one_effect_and_one_answer,
+    ),
+    (
+        "move_one",
+        "and exists (select from commands k",
+        "and p_action <> 3 and exists (select from commands k",
+        alone.test_of_a_known_key_the_settle_answers_as_it_did,
+    ),
+    ("move_one", "p_body_hash is not null and", "", alone.test_what_has_no_sense_is_refused),
+    ("move_one", "and length(p_key) between 1 and 255", "", alone.test_what_has_no_sense_is_refused),
+    (
+        "move_one",
+        "if v_due > v_now and p_action = 3 then",
+        "if p_action = 3 then",
+        rules.test_what_an_expired_grant_holds_for_a_running_call_stays_payable_until_it_ends,
+    ),
+    (
+        "move_one",
+        "(h.flags | p_flags) & 66 = 0",
+        "(h.flags | p_flags) & 64 = 0",
+        alone.test_a_settle_goes_on_as_it_was_held,
+    ),
+    ("move_one", "(h.flags | p_flags) & 66 = 0", "p_flags & 66 = 0", alone.test_a_settle_goes_on_as_it_was_held),
+    ("move_one", "(h.flags | p_flags) & 66 = 0", "h.flags & 66 = 0", alone.test_expiry_ends_no_lease_that_goes_on),
+    ("move_one", "and h.model is not distinct from p_model", "", alone.test_a_settle_goes_on_as_it_was_held),
+    (
+        "move_one",
+        "and c.chain_id = h.chain_id and c.is_plain",
+        "and c.chain_id = h.chain_id",
+        alone.test_a_settle_counts_where_calls_are_counted,
+    ),
+    (
+        "move_one",
+        "excess_amount = greatest(0, used_amount + p_amount + held_amount - s.held - limit_amount)",
+        "excess_amount = excess_amount",
+        rules.test_a_settle_above_its_hold_is_charged_in_full_and_blocks_what_follows,
+    ),
+    (
+        "move_one",
+        "if v_took.over_ids is not null then",
+        "if false then",
+        rules.test_ending_a_share_gives_its_rest_and_later_its_hold_back_to_the_open_part,
+    ),
+    ("move_one", "b.excess_amount > 0 or", "", rules.test_a_share_over_its_limit_claims_what_it_used),
+    (
+        "move_one",
+        "or b.used_amount - p_amount + b.held_amount + s.held > b.limit_amount",
+        "",
+        rules.test_a_hold_that_alone_kept_an_ended_share_frees_the_open_part_when_nothing_is_charged,
+    ),
     (
         "move_one",
         "least(p_amount, p_tokens, p_cost, p_mark) >= 0",
@@ -976,7 +1035,7 @@ ALONE: list[tuple[str, str, str, Rule]] = [
         alone.test_what_has_no_sense_is_refused,
     ),
     ("move_one", "and p_flags >= 0", "", alone.test_what_has_no_sense_is_refused),
-    ("move_one", "and (p_action = 5 or p_lease > 0)", "", alone.test_what_has_no_sense_is_refused),
+    ("move_one", "and (p_action > 1 or p_lease > 0)", "", alone.test_what_has_no_sense_is_refused),
     ("move_one", "cardinality(p_usage) = credits.usage_width()", "true", alone.test_usage_that_is_no_usage_is_refused),
     ("move_one", "and 0 <= all (p_usage)", "", alone.test_usage_that_is_no_usage_is_refused),
     ("move_one", "c.is_plain and", "", rules.test_calls_and_tokens_are_limited_like_credits),
@@ -988,8 +1047,8 @@ ALONE: list[tuple[str, str, str, Rule]] = [
     ),
     (
         "move_one",
-        "elsif v_took.n > 0 then",
-        "elsif false then",
+        "set held_amount = held_amount - p_amount + v_used, used_amount = used_amount - v_used",
+        "set held_amount = held_amount",
         alone.test_what_was_taken_is_given_back_where_another_balance_has_no_room,
     ),
     (

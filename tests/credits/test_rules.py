@@ -319,6 +319,17 @@ def test_ending_a_share_gives_its_rest_and_later_its_hold_back_to_the_open_part(
     assert scene.findings() == []
 
 
+def test_a_hold_that_alone_kept_an_ended_share_frees_the_open_part_when_nothing_is_charged(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    scene.grant(pool, 100)
+    share = scene.share(pool, user, 60)
+    request = scene.hold(25, user)
+    scene.end_share(share)
+    scene.settle(request, 0)
+    assert scene.balance(scene.open_part(pool)).limit == 100
+    assert scene.findings() == []
+
+
 def test_late_use_of_an_ended_share_comes_off_the_open_part(scene: Scene) -> None:
     pool, user = scene.pool(), scene.user()
     own = scene.pool("personal", owner=user)

@@ -69,6 +69,7 @@ class Outcome(IntEnum):
 
 
 OUTCOMES: Final = tuple(Outcome)  # by number
+_ALONE: Final = (Action.AUTHORIZE, Action.SETTLE, Action.DEDUCT)
 _IN_FAVOR: Final = (Outcome.ACCEPTED, Outcome.KNOWN)
 
 
@@ -196,9 +197,9 @@ def as_scalars(move: Move, at: datetime | None = None) -> list[Any]:
 def as_call(moves: Sequence[Move], at: datetime | None = None) -> tuple[str, list[Any]]:
     """The statement that decides these moves, with its arguments; its rows are read by `as_verdicts`.
 
-    One hold or deduction alone goes without arrays, which is most of what it costs.
+    One alone goes without arrays, which is most of what it costs.
     """
-    if len(moves) == 1 and moves[0].action in (Action.AUTHORIZE, Action.DEDUCT):
+    if len(moves) == 1 and moves[0].action in _ALONE:
         return MOVE_ONE, as_scalars(moves[0], at)
     return MOVE_BATCH, as_arguments(moves, at)
 

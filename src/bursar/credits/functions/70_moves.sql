@@ -27,6 +27,7 @@ declare
     v_take_pools uuid[];
     v_take_positions bigint[];
     v_take_micros bigint[];
+    v_row record;
 begin
     if 1 = any (p_actions) then
         insert into credits.holds (organization_id, request_id, chain_id, is_sent, leg, leg_micros, amount_micros, tokens, floor_micros, progress_micros,
@@ -175,11 +176,19 @@ begin
 
     if array_remove(p_keys, null) <> '{}' then
         -- A released or expired request had no outcome: its key may be used again. Whatever lies under a key that was found free goes.
-        delete from credits.commands k
-        using unnest(p_organization_ids, p_keys, p_actions, p_request_ids, p_outcomes, p_details) w(org, key, action, request_id, outcome, detail)
-        where k.organization_id = w.org and k.idempotency_key = w.key
-          and (k.kept_until <= p_now or case when w.action = 4 then w.outcome in (-1, 9) and k.request_id = w.request_id
-                                             else w.outcome in (-1, 1, 9) or (w.outcome = 6 and w.detail <> 'request_invalid') end);
+        -- Each key is looked up by itself (offset 0 keeps it so): a plan made while there were few commands would read them all ever after.
+        for v_row in
+            select w.org, w.key
+            from unnest(p_organization_ids, p_keys, p_actions, p_request_ids, p_outcomes, p_details) w(org, key, action, request_id, outcome, detail)
+            cross join lateral (
+                select c.kept_until, c.request_id from credits.commands c
+                where c.organization_id = w.org and c.idempotency_key = w.key offset 0
+            ) k
+            where k.kept_until <= p_now or case when w.action = 4 then w.outcome in (-1, 9) and k.request_id = w.request_id
+                                                else w.outcome in (-1, 1, 9) or (w.outcome = 6 and w.detail <> 'request_invalid') end
+        loop
+            delete from credits.commands where organization_id = v_row.org and idempotency_key = v_row.key;
+        end loop;
         insert into credits.commands (organization_id, idempotency_key, body_hash, request_id, outcome, answered_at, kept_until)
         select w.org, w.key, w.body_hash, w.request_id,
             jsonb_build_object('outcome', greatest(w.outcome, 0), 'request_id', w.request_id, 'detail', w.detail, 'binding_id', w.binding_id,
@@ -427,8 +436,11 @@ begin
                 select w.place, k.outcome, k.body_hash = w.body_hash as same,
                        first_value(w.place) over twins as elder, first_value(w.body_hash) over twins = w.body_hash as same_as_elder
                 from unnest(p_organization_ids, p_keys, p_body_hashes, p_actions) with ordinality w(org, key, body_hash, action, place)
-                left join commands k on k.organization_id = w.org and k.idempotency_key = w.key and k.kept_until > v_now
-                    and not credits.came_to_nothing(k)
+                left join lateral (
+                    select k.outcome, k.body_hash from commands k
+                    where k.organization_id = w.org and k.idempotency_key = w.key and k.kept_until > v_now and not credits.came_to_nothing(k)
+                    offset 0  -- as in post_batch
+                ) k on true
                 where w.key is not null and w.action <> 4 and v_details[w.place] is distinct from 'request_invalid'
                 window twins as (partition by w.org, w.key order by w.place)
                 order by w.place

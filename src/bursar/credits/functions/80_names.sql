@@ -57,7 +57,8 @@ comment on function credits.end_holds is 'Ends at most so many holds, whose leas
 
 -- move_one: a batch of one, for whoever acts for the organization that is set. One alone spends most of its time on what batches share, so a
 -- hold or deduction on a plain chain, which asks credits of a few balances and nothing else, is decided here by the same rules (is_plain_way,
--- has_room) without arrays; and whatever is not plain, or lacks room, by move_batch.
+-- has_room) without arrays; so is the settle of a hold that is on a plain chain and goes on as it was placed. Whatever is not plain, or lacks
+-- room, or has an idempotency key under which anything lies, goes to move_batch.
 create or replace function credits.move_one(
     p_organization_id uuid, p_action smallint, p_request_id uuid, p_user_id uuid, p_api_key_id uuid, p_amount bigint, p_tokens bigint,
     p_cost bigint, p_usage integer[], p_mark bigint, p_lease integer, p_flags integer, p_provider text, p_model text, p_price_version_id uuid,
@@ -80,16 +81,48 @@ begin
     if session_user <> 'bursar_lane' then
         perform credits.require_tenant(p_organization_id);
     end if;
-    if p_action in (1, 5) and p_key is null and p_flags >= 0 and p_request_id is not null and least(p_amount, p_tokens, p_cost, p_mark) >= 0
-       and greatest(p_amount, p_tokens, p_cost, p_mark) <= credits.most_micros() and (p_action = 5 or p_lease > 0)
+    if p_action in (1, 3, 5) and (p_key is null or (p_body_hash is not null and length(p_key) between 1 and 255)) and p_flags >= 0 and p_request_id is not null and least(p_amount, p_tokens, p_cost, p_mark) >= 0
+       and greatest(p_amount, p_tokens, p_cost, p_mark) <= credits.most_micros() and (p_action > 1 or p_lease > 0)
        and cardinality(p_usage) = credits.usage_width() and 0 <= all (p_usage) then
         select next_event_at, limits_version into v_due, v_version from gates where organization_id = p_organization_id for no key update;
         v_now := case when p_at is null then clock_timestamp() else credits.now_under_gate(p_at) end;
-        if v_due > v_now then
+        if v_due > v_now and p_key is not null
+           and exists (select from commands k where k.organization_id = p_organization_id and k.idempotency_key = p_key) then
+            v_due := '-infinity';  -- whether it is the same command is looked at there
+        end if;
+        if v_due > v_now and p_action = 3 then
+            with gone as materialized (
+                delete from holds h
+                using chains c
+                where h.organization_id = p_organization_id and h.request_id = p_request_id and (h.flags | p_flags) & 66 = 0
+                  and h.model is not distinct from p_model and c.organization_id = h.organization_id and c.chain_id = h.chain_id and c.is_plain
+                returning h.amount_micros as held, c.organization_id as org, c.chain_id, c.user_id, c.api_key_id, c.team_id, c.department_id,
+                    c.department_name, c.leg_pool_ids[1] as pool_id, c.entry_ids, c.entry_starts
+            ), moved as (
+                update balances b set used_amount = used_amount + p_amount, held_amount = held_amount - s.held,
+                    excess_amount = greatest(0, used_amount + p_amount + held_amount - s.held - limit_amount)
+                from (select g.org, g.held, unnest(g.entry_ids) as id, unnest(g.entry_starts) as start from gone g) s
+                where b.organization_id = s.org and b.balance_id = s.id and b.period_start = s.start
+                returning b.organization_id as org, b.balance_id as id, case when b.kind = 'pool' then b.used_amount - p_amount end as base,
+                    case when b.stops then greatest(0, b.limit_amount - b.used_amount - b.held_amount) end as room,
+                    b.kind = 'allocation' and (b.excess_amount > 0 or b.used_amount - p_amount + b.held_amount + s.held > b.limit_amount) as is_over
+            ), m as (
+                select min(room) as room, max(base) as base, array_agg(org) filter (where is_over) as over_orgs,
+                    array_agg(id) filter (where is_over) as over_ids
+                from moved
+            )
+            select * into v_took from gone, m;
+            if found then
+                if v_took.over_ids is not null then
+                    perform credits.reopen_parts(v_took.over_orgs, v_took.over_ids);
+                end if;
+                v_used := p_amount;
+            end if;
+        elsif v_due > v_now then
             v_used := case p_action when 5 then p_amount else 0 end;
             with c as materialized (
-                select c.organization_id as org, c.chain_id, c.team_id, c.department_id, c.department_name, c.leg_pool_ids[1] as pool_id,
-                    c.entry_ids, c.entry_starts, cardinality(c.entry_ids) as entries
+                select 0::bigint as held, c.organization_id as org, c.chain_id, c.user_id, c.api_key_id, c.team_id, c.department_id,
+                    c.department_name, c.leg_pool_ids[1] as pool_id, c.entry_ids, c.entry_starts, cardinality(c.entry_ids) as entries
                 from chains c
                 where c.organization_id = p_organization_id and c.user_id = coalesce(p_user_id, v_zero)
                   and c.api_key_id = coalesce(p_api_key_id, v_zero) and c.replaced_at is null
@@ -108,40 +141,49 @@ begin
                 select array_agg(balance_id) as ids, array_agg(period_start) as starts, min(room) as room, max(base) as base, count(*) as n from moved
             )
             select * into v_took from c, m;
-            if v_took.n = v_took.entries then
-                if p_action = 5 then
-                    insert into ledger.attribution (organization_id, request_id, booked_at, used_at, kind, user_id, api_key_id, provider_key_id,
-                        provider, model, team_id, department_id, department_name, conversation_id, chain_id, price_version_id, pool_id,
-                        position_micros, charged_micros, hold_micros, provider_cost_nano_usd, customer_cost_nano_usd, flags, input_tokens,
-                        cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens, output_tokens, reasoning_tokens, audio_input_tokens,
-                        audio_output_tokens, image_input_tokens, image_output_tokens, images, web_searches, audio_milliseconds, characters,
-                        requests, file_searches, code_sessions)
-                    values (p_organization_id, p_request_id, v_now, coalesce(p_used_at, v_now), 0, nullif(p_user_id, v_zero),
-                        nullif(p_api_key_id, v_zero), p_provider_key_id, p_provider, p_model, v_took.team_id, v_took.department_id,
-                        v_took.department_name, p_conversation_id, v_took.chain_id, p_price_version_id, v_took.pool_id, v_took.base, p_amount, 0,
-                        p_cost, 0, p_flags & ~49, p_usage[1], p_usage[2], p_usage[3], p_usage[4], p_usage[5], p_usage[6], p_usage[7], p_usage[8],
-                        p_usage[9], p_usage[10], p_usage[11], p_usage[12], p_usage[13], p_usage[14], p_usage[15], p_usage[16], p_usage[17]);
-                else
-                    perform credits.post_batch(array[p_organization_id], array[p_action], array[p_request_id], array[p_amount], array[p_tokens],
-                        array[p_cost], p_usage, array[p_mark], array[p_lease], array[p_flags], array[p_provider], array[p_model],
-                        array[p_price_version_id], array[p_provider_key_id], array[p_conversation_id], null, null, null, array[v_took.chain_id],
-                        array[1::smallint], array[-1::smallint], null, null, null, null, null, null, null, null, null, null, null, null, null, null,
-                        v_now);
-                end if;
-                return row(1, 0::smallint, p_request_id, p_amount - v_used, v_used, v_took.room, null::uuid, null::text)::credits.verdict;
-            elsif v_took.n > 0 then  -- somewhere there is no room: nothing was asked yet, and move_batch finds out who refuses
+            if v_took.n < v_took.entries then  -- somewhere there is no room: nothing was asked yet, and move_batch finds out who refuses
                 update balances b set held_amount = held_amount - p_amount + v_used, used_amount = used_amount - v_used,
                     excess_amount = greatest(0, used_amount + held_amount - p_amount - limit_amount)
                 from unnest(v_took.ids, v_took.starts) s(id, start)
                 where b.organization_id = p_organization_id and b.balance_id = s.id and b.period_start = s.start;
+                v_used := null;
+            elsif not found then
+                v_used := null;
             end if;
         end if;
     end if;
-    select * into strict v_verdict from credits.move_batch(p_organization_id, array[p_organization_id], array[p_action], array[p_request_id],
-        array[p_user_id], array[p_api_key_id], array[p_amount], array[p_tokens], array[p_cost], p_usage, array[p_mark], array[p_lease], array[p_flags],
-        array[p_provider], array[p_model], array[p_price_version_id], array[p_provider_key_id], array[p_conversation_id], array[p_used_at],
-        array[p_key], array[p_body_hash], p_at);
-    return v_verdict;
+    if v_used is null then
+        select * into strict v_verdict from credits.move_batch(p_organization_id, array[p_organization_id], array[p_action], array[p_request_id],
+            array[p_user_id], array[p_api_key_id], array[p_amount], array[p_tokens], array[p_cost], p_usage, array[p_mark], array[p_lease],
+            array[p_flags], array[p_provider], array[p_model], array[p_price_version_id], array[p_provider_key_id], array[p_conversation_id],
+            array[p_used_at], array[p_key], array[p_body_hash], p_at);
+        return v_verdict;
+    end if;
+    if p_action = 1 then
+        perform credits.post_batch(array[p_organization_id], array[p_action], array[p_request_id], array[p_amount], array[p_tokens],
+            array[p_cost], p_usage, array[p_mark], array[p_lease], array[p_flags], array[p_provider], array[p_model],
+            array[p_price_version_id], array[p_provider_key_id], array[p_conversation_id], null, array[p_key], array[p_body_hash],
+            array[v_took.chain_id], array[1::smallint], array[-1::smallint], null, null, null, null, null, null, null, null, null, null, null,
+            null, null, null, v_now);
+        return row(1, 0::smallint, p_request_id, p_amount, 0, v_took.room, null::uuid, null::text)::credits.verdict;
+    end if;
+    insert into ledger.attribution (organization_id, request_id, booked_at, used_at, kind, user_id, api_key_id, provider_key_id, provider, model,
+        team_id, department_id, department_name, conversation_id, chain_id, price_version_id, pool_id, position_micros, charged_micros, hold_micros,
+        provider_cost_nano_usd, customer_cost_nano_usd, flags, input_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens,
+        output_tokens, reasoning_tokens, audio_input_tokens, audio_output_tokens, image_input_tokens, image_output_tokens, images, web_searches,
+        audio_milliseconds, characters, requests, file_searches, code_sessions)
+    values (p_organization_id, p_request_id, v_now, coalesce(p_used_at, v_now), 0, nullif(v_took.user_id, v_zero), nullif(v_took.api_key_id, v_zero),
+        p_provider_key_id, p_provider, p_model, v_took.team_id, v_took.department_id, v_took.department_name, p_conversation_id, v_took.chain_id,
+        p_price_version_id, v_took.pool_id, v_took.base, p_amount, v_took.held, p_cost, 0, p_flags & ~49, p_usage[1], p_usage[2], p_usage[3],
+        p_usage[4], p_usage[5], p_usage[6], p_usage[7], p_usage[8], p_usage[9], p_usage[10], p_usage[11], p_usage[12], p_usage[13], p_usage[14],
+        p_usage[15], p_usage[16], p_usage[17]);
+    if p_key is not null then
+        insert into commands (organization_id, idempotency_key, body_hash, request_id, outcome, answered_at, kept_until)
+        values (p_organization_id, p_key, p_body_hash, p_request_id,
+            jsonb_build_object('outcome', 0, 'request_id', p_request_id, 'detail', null, 'binding_id', null, 'held_micros', 0, 'charged_micros', p_amount),
+            v_now, v_now + interval '35 days');
+    end if;
+    return row(1, 0::smallint, p_request_id, 0, p_amount, v_took.room, null::uuid, null::text)::credits.verdict;
 end $$;
 comment on function credits.move_one is 'A batch of one for the organization that is set';
 
