@@ -152,13 +152,70 @@ class Scene:
         priority: int = 100,
         free: bool = False,
         key: str | None = "",
+        paid: int = 0,
+        rolls: tuple[int, int] | None = None,
+        rolls_until: datetime | None = None,
     ) -> UUID:
-        """Credits into a pool."""
+        """Credits into a pool. paid: nano-dollars; rolls: least and most that goes on at its end, until rolls_until."""
         return self.call(  # type: ignore[no-any-return]
-            "select credits.add_grant(%s, %s, %s, 'purchase', %s, %s::smallint, %s, 0, %s, %s, null, null, %s, %s)",
-            self.organization, uuid7(), pool, amount, priority, free, starts, expires,
-            uuid7().hex if key == "" else key, self.now,
+            "select credits.add_grant(%s, %s, %s, 'purchase', %s, %s::smallint, %s, %s, %s, %s, null, null, %s, %s,"
+            " %s, %s, %s)",
+            self.organization, uuid7(), pool, amount, priority, free, paid, starts, expires,
+            uuid7().hex if key == "" else key, self.now, *(rolls or (None, None)), rolls_until,
         )  # fmt: skip
+
+    def schedule(
+        self,
+        pool: UUID,
+        amount: int,
+        unit: str = "month",
+        *,
+        every: int = 1,
+        anchor: datetime | None = None,
+        zone: str = "UTC",
+        lasts: timedelta | None = None,
+        is_lasting: bool = False,
+        ends: datetime | None = None,
+        rolls: tuple[int, int] | None = None,
+        paid: int = 0,
+        key: str | None = None,
+    ) -> UUID:
+        """Grants that come again."""
+        return self.call(  # type: ignore[no-any-return]
+            "select credits.add_schedule(%s, %s, %s, 'plan', %s, 100::smallint, false, %s, %s, %s, %s, %s, %s, %s, %s,"
+            " %s, %s, null, null, %s, %s)",
+            self.organization, uuid7(), pool, amount, paid, zone, anchor, unit, every, lasts, is_lasting, ends,
+            *(rolls or (None, None)), key or uuid7().hex, self.now,
+        )  # fmt: skip
+
+    def cancel(self, schedule: UUID) -> None:
+        """No more grants of a schedule."""
+        self.call("select credits.cancel_schedule(%s, %s, %s)", self.organization, schedule, self.now)
+
+    def transfer(self, from_pool: UUID, to_pool: UUID, amount: int | None, *, key: str | None = None) -> list[UUID]:
+        """Credits of one pool go to another; the grants that came of it."""
+        return self.call(  # type: ignore[no-any-return]
+            "select credits.transfer_credits(%s, %s, %s, %s, null, null, %s, %s)",
+            self.organization, from_pool, to_pool, amount, key or uuid7().hex, self.now,
+        )  # fmt: skip
+
+    def refund(self, request: UUID, amount: int | None = None, *, key: str | None = None) -> int:
+        """What a request was charged goes back; how much that was."""
+        return self.call(  # type: ignore[no-any-return]
+            "select credits.refund_charge(%s, %s, %s, null, null, %s, %s)",
+            self.organization, request, amount, key or uuid7().hex, self.now,
+        )  # fmt: skip
+
+    def switch(self, to: str, *, key: str | None = None) -> dict[str, int]:
+        """Pools become personal or shared."""
+        return self.call(  # type: ignore[no-any-return]
+            "select credits.switch_pools(%s, %s, null, %s, %s)",
+            self.organization, to, key or uuid7().hex, self.now,
+        )  # fmt: skip
+
+    def wake(self) -> None:
+        """Whoever takes the gate folds what is due."""
+        self.release(uuid7())
 
     def void(self, grant: UUID, *, key: str | None = None) -> int:
         """Take back what a grant has left; how much that was."""
@@ -324,6 +381,24 @@ class Scene:
         """(used, held) of a balance."""
         row = self.balance(balance)
         return row.used, row.held
+
+    def grants(self, pool: UUID) -> list[tuple[Any, ...]]:
+        """(source, amount, left, state) of the grants of a pool, in burn order."""
+        return self.admin(
+            "select g.source, g.amount_micros, s.left_micros, s.state from credits.grants g "
+            "join credits.grant_states s using (organization_id, grant_id) "
+            "where g.organization_id = %s and g.pool_id = %s "
+            "order by g.priority, g.expires_at, g.is_free desc, g.effective_at, g.created_at, g.grant_id",
+            self.organization, pool,
+        )  # fmt: skip
+
+    def entries(self, *kinds: str) -> list[tuple[Any, ...]]:
+        """(kind, amount, value) of the ledger's lines of these kinds, as they happened."""
+        return self.admin(
+            "select kind, amount, value_nano_usd from ledger.entries where organization_id = %s and kind = any (%s) "
+            "order by happened_at, booked_at, kind, amount",
+            self.organization, list(kinds),
+        )  # fmt: skip
 
     def charges(self, request: UUID) -> list[tuple[Any, ...]]:
         """(kind, charged, pool, flags) of the attribution rows of a request, in the order of booking."""

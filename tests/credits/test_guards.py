@@ -11,6 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 from tests.credits import test_alone as alone
+from tests.credits import test_grants as grants
 from tests.credits import test_hopeless as hopeless
 from tests.credits import test_limits as limits
 from tests.credits import test_rules as rules
@@ -266,7 +267,8 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     (
         "pour",
-        "case when state = 'ended' then 'active' else state end",
+        "case when state not in ('ended', 'spent') then state when v_grant.expires_at <= p_at then 'lingering' "
+        "else 'active' end",
         "state",
         rules.test_credit_given_back_to_an_expired_grant_cannot_be_spent_again,
     ),
@@ -290,7 +292,7 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     (
         "expire_grants",
-        "and h.placed_at < v_row.expires_at",
+        "and h.placed_at < v_grant.expires_at",
         "",
         rules.test_a_hold_placed_after_the_expiry_keeps_nothing_of_the_grant,
     ),
@@ -323,6 +325,194 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
         "select min(next_event_at) from pools",
         "select timestamptz 'infinity' from pools",
         rules.test_grants_are_spendable_from_their_first_instant_until_just_before_their_last,
+    ),
+    # transfers
+    (
+        "room_of_pool",
+        ", o.limit_amount - o.used_amount - o.held_amount",
+        "",
+        grants.test_a_transfer_never_moves_what_is_held_or_reserved,
+    ),
+    ("room_of_pool", "- b.held_amount", "", grants.test_a_transfer_of_everything_takes_what_there_is),
+    (
+        "divide",
+        "v_kept := least(v_row.left_micros, v_held);",
+        "v_kept := 0;",
+        grants.test_a_transfer_never_moves_what_is_held_or_reserved,
+    ),
+    (
+        "divide",
+        "and next_event_at <= p_now",
+        "and false",
+        grants.test_what_is_due_in_the_other_pool_happens_before_credits_arrive_there,
+    ),
+    (
+        "transfer_credits",
+        "if v_stored is not null then",
+        "if false then",
+        grants.test_a_transfer_with_the_same_key_moves_once,
+    ),
+    (
+        "transfer_credits",
+        "v_from.model_filter is not null and",
+        "false and",
+        grants.test_restricted_credits_stay_restricted,
+    ),
+    (
+        "transfer_credits",
+        "if p_amount_micros > v_room then",
+        "if false then",
+        grants.test_a_transfer_never_moves_what_is_held_or_reserved,
+    ),
+    # refunds
+    (
+        "refund_charge",
+        "if v_left > v_charged - v_skip or v_left = 0 then",
+        "if false then",
+        grants.test_no_more_is_refunded_than_was_charged,
+    ),
+    (
+        "refund_charge",
+        "if v_stored is not null then",
+        "if false then",
+        grants.test_no_more_is_refunded_than_was_charged,
+    ),
+    (
+        "refund_charge",
+        "v_part := least(v_skip, v_end - v_draws.starts[i]);",
+        "v_part := 0;",
+        grants.test_a_refund_goes_back_to_the_grants_that_paid_last_first,
+    ),
+    (
+        "refund_charge",
+        "delete from estimates where organization_id = p_organization_id and request_id = p_request_id;",
+        "",
+        grants.test_a_refund_makes_an_estimate_final,
+    ),
+    (
+        "refund_charge",
+        "kind = 'shared' and closed_at is not null",
+        "false",
+        grants.test_a_refund_of_a_charge_before_the_switch_goes_to_who_asked,
+    ),
+    (
+        "return_to_grant",
+        "if p_grant.expires_at <= p_now then",
+        "if false then",
+        grants.test_what_comes_back_to_an_expired_grant_expires,
+    ),
+    (
+        "return_draw",
+        "b.micros - coalesce(e.micros, 0)",
+        "b.micros",
+        grants.test_no_grant_gets_back_more_than_it_paid,
+    ),
+    (
+        "give_room_back",
+        "and v_row.legs = 1",
+        "",
+        grants.test_the_open_part_gets_back_what_a_share_that_goes_on_there_took,
+    ),
+    (
+        "give_room_back",
+        "used_amount = used_amount - v_row.refunded,",
+        "used_amount = used_amount,",
+        grants.test_caps_and_shares_have_refunded_room_again,
+    ),
+    ("draws_of", "v_left := -v_row.micros;", "v_left := 0;", grants.test_corrections_are_refunded_with_their_request),
+    (
+        "settle_again",
+        "and a.kind < 2",
+        "",
+        grants.test_a_refund_makes_an_estimate_final,
+    ),
+    # roll-over
+    (
+        "rolls_over",
+        "greatest(p_grant.min_rollover_micros, p_left)",
+        "p_left",
+        grants.test_at_its_end_a_grant_rolls_over_within_its_bounds,
+    ),
+    (
+        "rolls_over",
+        "case when p_grant.max_rollover_micros is null then 0",
+        "case when false then 0",
+        grants.test_without_bounds_nothing_rolls_over,
+    ),
+    (
+        "end_grant",
+        "case when p_before is null then 0 else credits.rolls_over(p_grant, p_before) end",
+        "0",
+        grants.test_what_a_hold_frees_after_the_end_rolls_over_within_the_same_bounds,
+    ),
+    (
+        "end_grant",
+        "if p_grant.rollover_expires_at <= p_at then",
+        "if false then",
+        grants.test_what_is_freed_after_the_time_of_the_roll_over_expires,
+    ),
+    (
+        "pour",
+        "when state = 'active' and v_grant.min_rollover_micros > 0 then 'spent'",
+        "",
+        grants.test_at_its_end_a_grant_rolls_over_within_its_bounds,
+    ),
+    ("void_grant", "or v_state.state = 'spent'", "", grants.test_a_voided_grant_makes_up_nothing),
+    # schedules
+    (
+        "add_schedule",
+        "exit when v_next >= v_now;",
+        "exit when v_next > v_now;",
+        grants.test_a_schedule_ends_at_its_end_and_when_it_is_canceled,
+    ),
+    (
+        "make_occurrences",
+        "case when v_next < ends_at then v_next else 'infinity' end",
+        "v_next",
+        grants.test_a_schedule_ends_at_its_end_and_when_it_is_canceled,
+    ),
+    (
+        "cancel_schedule",
+        "next_at = 'infinity'",
+        "next_at = next_at",
+        grants.test_a_schedule_ends_at_its_end_and_when_it_is_canceled,
+    ),
+    (
+        "add_schedule",
+        "if v_next >= coalesce(p_ends_at, 'infinity') then",
+        "if false then",
+        grants.test_a_schedule_with_the_same_key_is_one,
+    ),
+    # the switch
+    (
+        "switch_pools",
+        "if v_row.excess_amount > 0 then",
+        "if false then",
+        grants.test_an_organization_that_owes_does_not_switch,
+    ),
+    (
+        "spread_over_members",
+        "else floor(v_total::numeric * c.rest / v_claimed)::bigint",
+        "else c.rest",
+        grants.test_shares_larger_than_the_pool_get_their_part_of_it,
+    ),
+    (
+        "sweep_pool",
+        "and (exists (select from ledger.attribution a where",
+        "and (true or exists (select from ledger.attribution a where",
+        grants.test_who_used_more_than_was_held_before_the_switch_pays_it_from_the_new_pool,
+    ),
+    (
+        "reopen_pool",
+        "delete from sweeps where organization_id = p_organization_id and pool_id = v_pool.pool_id;",
+        "",
+        grants.test_back_and_forth_nothing_is_lost,
+    ),
+    (
+        "fold_pool",
+        "case when v_is_needed then '-infinity' else v_at end",
+        "v_at",
+        grants.test_what_an_open_hold_frees_after_the_switch_goes_to_who_held_it,
     ),
     # chains
     (

@@ -11,10 +11,12 @@ from bursar import db
 from bursar.clock import uuid7
 from bursar.credits.moves import Action
 
-# What the application may call in the schema credits. The second kind only computes: it reads no table.
+# What the application may call in the schema credits. The second kind only computes, or reads with the caller's rights.
 COMMANDS = {
     "add_credits_to_pool",
     "add_grant",
+    "add_schedule",
+    "cancel_schedule",
     "allocate",
     "allocate_credits_to_user",
     "authorize",
@@ -35,14 +37,30 @@ COMMANDS = {
     "open_pool",
     "raise_limit",
     "reallocate",
+    "refund_charge",
     "release",
     "request_raise",
     "set_cycle",
     "set_limit",
     "settle",
+    "switch_pools",
+    "transfer_credits",
     "void_grant",
 }
-CALCULATIONS = {"calendar_of", "hash_of", "no_usage", "period_around", "period_end", "period_start"}
+CALCULATIONS = {
+    "burn_reason",
+    "calendar_of",
+    "hash_of",
+    "no_usage",
+    "period_around",
+    "period_end",
+    "period_start",
+    "revenue_of_requests",
+    "stretches",
+    "value_taken",
+    "value_upto",
+    "value_within",
+}
 LANES = {"move_batch", "move_one", "expire_holds"}
 TABLES = """
     select n.nspname || '.' || c.relname from pg_class c join pg_namespace n on n.oid = c.relnamespace
@@ -100,6 +118,7 @@ class Victim(Scene):
         self.granted = self.grant(self.shared, 1000)
         self.allocated = self.share(self.shared, self.someone, 100)
         self.limited = self.limit(500, scope="user", of=self.someone)
+        self.scheduled = self.schedule(self.shared, 10)
         self.held = self.hold(20, self.someone)
         self.deduct(10, self.someone)
         chain = "select chain_id from credits.chains where organization_id = %s"
@@ -127,6 +146,13 @@ def _argument(name: str, kind: str, victim: Victim, organization: UUID) -> Any:
         "p_request_id": victim.held,
         "p_chain_id": victim.chain,
         "p_api_key_id": None,
+        "p_from_pool_id": victim.shared,
+        "p_to_pool_id": victim.shared,
+        "p_schedule_id": victim.scheduled,
+        "p_to": "personal",
+        "p_zone": "UTC",
+        "p_unit": "month",
+        "p_lasts": "1 month",
         "p_kind": "reserved",
         "p_source": "purchase",
         "p_scope": "organization",

@@ -57,6 +57,18 @@ FAULTS = {
         select organization_id, gen_random_uuid(), balance_id, limit_id, gen_random_uuid(), 1, now(), 'x', now(), now(),
             'approved', now() from credits.raises where true""",
     "grants_add_up": "update credits.grant_states set left_micros = left_micros - 1 where true",
+    "money_adds_up": "update credits.grant_states set value_left_nano_usd = value_left_nano_usd + 1 where true",
+    "refunds_are_what_came_back": """
+        insert into ledger.attribution (organization_id, request_id, booked_at, used_at, kind, charged_micros,
+            hold_micros, provider_cost_nano_usd)
+        select organization_id, request_id, booked_at + interval '1 second', used_at, 2, -1, 0, 0
+        from ledger.attribution where true""",
+    "rolled_over_within_bounds": """
+        insert into credits.grants (organization_id, grant_id, pool_id, source, amount_micros, effective_at,
+            parent_grant_id, created_at)
+        select organization_id, gen_random_uuid(), pool_id, 'roll_over', 1, effective_at, grant_id, created_at
+        from credits.grants where true""",
+    "closed_pools_are_empty": "update credits.pools set closed_at = created_at where true",
     "burns_tile": "update credits.pools set poured_micros = poured_micros + 1 where true",
     "left_is_the_limit_beyond_the_pour": "update credits.grant_states set left_micros = 0 where true",
     "events_are_awaited": "update credits.pools set next_event_at = 'infinity' where true",

@@ -162,6 +162,10 @@ with draws as (
     select t.organization_id, a.chain_id, t.pool_id, t.charged_micros
     from ledger.attribution_takes t
     join ledger.attribution a on a.organization_id = t.organization_id and a.request_id = t.request_id and a.booked_at = t.booked_at
+    union all  -- less what was refunded
+    select e.organization_id, a.chain_id, e.to_id, -e.amount
+    from ledger.entries e join ledger.attribution a on a.organization_id = e.organization_id and a.request_id = e.from_id and a.kind = 0
+    where e.from_kind = 'usage'
 ), used as (
     select d.organization_id, e.id, e.start, sum(d.micros) as amount
     from draws d
@@ -208,7 +212,7 @@ cross join lateral (
 where o.limit_amount <> greatest(0, b.limit_amount - s.claimed)
 
 -- name: shares_have_their_size
--- A reserved share's limit is its size, with what its period opened with, carried over and was given or took; an ended one has none.
+-- A reserved share's limit is its size, with what refunds gave back to it, what its period opened with, carried over and was given or took; an ended one has none.
 select a.organization_id, 'allocation ' || a.allocation_id as subject, s.size::text as expected, b.limit_amount::text as found
 from credits.allocations a
 join credits.balances b on b.organization_id = a.organization_id and b.balance_id = a.allocation_id
@@ -216,7 +220,7 @@ left join lateral (
     select opening_micros + carried_micros + adjusted_micros as micros from credits.allocation_periods p
     where p.organization_id = a.organization_id and p.allocation_id = a.allocation_id order by period_start desc limit 1
 ) p on true
-cross join lateral (select case when a.ended_at is null then greatest(0, a.amount_micros + coalesce(p.micros, 0)) else 0 end as size) s
+cross join lateral (select case when a.ended_at is null then greatest(0, a.amount_micros + a.refunded_micros + coalesce(p.micros, 0)) else 0 end as size) s
 where a.kind = 'reserved' and b.limit_amount <> s.size
 
 -- name: renewals_follow_each_other
@@ -263,24 +267,79 @@ group by q.organization_id, q.limit_request_id, q.state
 having count(r.raise_id) <> (q.state = 'approved')::int
 
 -- name: grants_add_up
--- A grant is what it has left, what was burnt of it, what expired and what was voided; the ledger brought in all of it or nothing yet.
+-- What came into a grant, refunds too, is what it has left and what was burnt of it, expired, was voided or went on; the ledger brought in all of it or nothing yet.
 select g.organization_id, 'grant ' || g.grant_id || ' (' || s.state || ')' as subject, g.amount_micros::text as expected,
-    s.left_micros || ' left, ' || coalesce(b.burnt, 0) || ' burnt, ' || coalesce(e.gone, 0) || ' gone, ' || coalesce(e.booked, 0) || ' booked' as found
+    s.left_micros || ' left, ' || coalesce(b.burnt, 0) || ' burnt, ' || coalesce(e.gone, 0) + coalesce(m.gone, 0) || ' gone, '
+        || coalesce(e.booked, 0) || ' booked, ' || coalesce(e.refunded, 0) || ' refunded' as found
 from credits.grants g
 join credits.grant_states s on s.organization_id = g.organization_id and s.grant_id = g.grant_id
 left join (
     select organization_id, grant_id, sum(end_micros - start_micros) as burnt from credits.burns group by 1, 2
 ) b on b.organization_id = g.organization_id and b.grant_id = g.grant_id
 left join (
-    select organization_id, grant_id, sum(amount) filter (where kind in ('grant', 'forgiveness')) as booked,
-        sum(amount) filter (where kind in ('expiry', 'void')) as gone
+    select organization_id, grant_id, sum(amount) filter (where kind in ('grant', 'forgiveness', 'roll_over', 'transfer', 'transfer_in')) as booked,
+        sum(amount) filter (where kind in ('expiry', 'void', 'transfer_out')) as gone, sum(amount) filter (where kind = 'refund') as refunded
     from ledger.entries group by 1, 2
 ) e on e.organization_id = g.organization_id and e.grant_id = g.grant_id
+left join (
+    select organization_id, from_grant_id, sum(amount) as gone from ledger.entries where from_grant_id is not null group by 1, 2
+) m on m.organization_id = g.organization_id and m.from_grant_id = g.grant_id
 where case when e.booked is null
-    then coalesce(b.burnt, 0) <> 0 or coalesce(e.gone, 0) <> 0 or s.left_micros <> case s.state when 'ended' then 0 else g.amount_micros end
-         or s.state not in ('scheduled', 'ended')
-    else e.booked <> g.amount_micros or g.amount_micros <> s.left_micros + coalesce(b.burnt, 0) + coalesce(e.gone, 0) or s.state = 'scheduled' end
+    then coalesce(b.burnt, 0) <> 0 or coalesce(e.gone, 0) + coalesce(m.gone, 0) + coalesce(e.refunded, 0) <> 0
+         or s.left_micros <> case s.state when 'ended' then 0 else g.amount_micros end or s.state not in ('scheduled', 'ended')
+    else e.booked <> g.amount_micros or s.state = 'scheduled'
+         or g.amount_micros + coalesce(e.refunded, 0) <> s.left_micros + coalesce(b.burnt, 0) + coalesce(e.gone, 0) + coalesce(m.gone, 0) end
    or (s.state in ('active', 'lingering')) <> (s.left_micros > 0 and e.booked is not null)
+
+-- name: money_adds_up
+-- The money paid for a grant, nothing for a complimentary one, is what is still in it and what went along with what was burnt, expired, was voided or went on, less what refunds brought back.
+select g.organization_id, 'grant ' || g.grant_id as subject, case when g.is_free then 0 else g.cost_basis_nano_usd end::text as expected,
+    s.value_left_nano_usd || ' left, ' || coalesce(b.value, 0) || ' burnt, ' || coalesce(e.gone, 0) + coalesce(m.gone, 0) || ' gone, '
+        || coalesce(e.refunded, 0) || ' refunded' as found
+from credits.grants g
+join credits.grant_states s on s.organization_id = g.organization_id and s.grant_id = g.grant_id
+left join (
+    select organization_id, grant_id, sum(value_nano_usd) as value from credits.burns group by 1, 2
+) b on b.organization_id = g.organization_id and b.grant_id = g.grant_id
+left join (
+    select organization_id, grant_id, sum(value_nano_usd) filter (where kind in ('expiry', 'void', 'transfer_out')) as gone,
+        sum(value_nano_usd) filter (where kind = 'refund') as refunded, bool_or(kind in ('grant', 'forgiveness', 'roll_over', 'transfer', 'transfer_in')) as is_booked
+    from ledger.entries group by 1, 2
+) e on e.organization_id = g.organization_id and e.grant_id = g.grant_id
+left join (
+    select organization_id, from_grant_id, sum(value_nano_usd) as gone from ledger.entries where from_grant_id is not null group by 1, 2
+) m on m.organization_id = g.organization_id and m.from_grant_id = g.grant_id
+where case when g.is_free then 0 else g.cost_basis_nano_usd end + coalesce(e.refunded, 0)
+    <> s.value_left_nano_usd + coalesce(b.value, 0) + coalesce(e.gone, 0) + coalesce(m.gone, 0)
+  and (e.is_booked or s.state <> 'ended')
+
+-- name: refunds_are_what_came_back
+-- What a request was refunded is what came back to grants of it, and no more than it was charged.
+select a.organization_id, 'request ' || a.request_id as subject, a.refunded || ' of at most ' || a.charged as expected, coalesce(e.amount, 0)::text as found
+from (
+    select organization_id, request_id, coalesce(-sum(charged_micros) filter (where kind = 2), 0) as refunded,
+        coalesce(sum(charged_micros) filter (where kind < 2), 0) as charged
+    from ledger.attribution group by 1, 2 having bool_or(kind = 2)
+) a
+full join (
+    select organization_id, from_id as request_id, sum(amount) as amount from ledger.entries where from_kind = 'usage' group by 1, 2
+) e on e.organization_id = a.organization_id and e.request_id = a.request_id
+where a.refunded is distinct from e.amount or a.refunded > a.charged
+
+-- name: rolled_over_within_bounds
+-- What rolled over of a grant is not beyond its bounds.
+select g.organization_id, 'grant ' || g.grant_id as subject, 'from ' || g.min_rollover_micros || ' to ' || g.max_rollover_micros as expected, c.amount::text as found
+from credits.grants g
+join (
+    select organization_id, parent_grant_id, sum(amount_micros) as amount from credits.grants where source = 'roll_over' group by 1, 2
+) c on c.organization_id = g.organization_id and c.parent_grant_id = g.grant_id
+where g.max_rollover_micros is null or c.amount not between g.min_rollover_micros and g.max_rollover_micros
+
+-- name: closed_pools_are_empty
+-- A pool that is closed has nothing to spare but what open holds on it need.
+select p.organization_id, 'pool ' || p.pool_id as subject, '0 available' as expected, b.limit_amount - b.used_amount - b.held_amount || ' available' as found
+from credits.pools p join credits.balances b on b.organization_id = p.organization_id and b.balance_id = p.pool_id
+where p.closed_at is not null and b.limit_amount > b.used_amount + b.held_amount and p.next_event_at > '-infinity'
 
 -- name: burns_tile
 -- The stretches that grants paid lead from 0 to what was poured without gap or overlap, and no further than what was used.
@@ -301,14 +360,22 @@ from credits.pools p join credits.balances b on b.organization_id = p.organizati
 where p.poured_micros > b.used_amount
 
 -- name: events_are_awaited
--- A pool wakes at its grants' next start or end, at once while a grant lingers; the gate wakes with the first of its pools, raises and renewals.
+-- A pool wakes at its grants' next start or end and at its schedules' next grant, at once while a grant lingers or a hold keeps it from closing; the gate wakes with the first of its pools, raises and renewals.
 select p.organization_id, 'pool ' || p.pool_id as subject, coalesce(s.at, 'infinity')::text as expected, p.next_event_at::text as found
 from credits.pools p
 left join (
-    select s.organization_id, s.pool_id,
-        min(case s.state when 'scheduled' then g.effective_at when 'active' then g.expires_at when 'lingering' then '-infinity' end) as at
-    from credits.grant_states s join credits.grants g on g.organization_id = s.organization_id and g.grant_id = s.grant_id
-    where s.state <> 'ended' group by 1, 2
+    select organization_id, pool_id, min(at) as at
+    from (
+        select s.organization_id, s.pool_id,
+            case s.state when 'scheduled' then g.effective_at when 'active' then g.expires_at when 'spent' then g.expires_at else '-infinity' end as at
+        from credits.grant_states s join credits.grants g on g.organization_id = s.organization_id and g.grant_id = s.grant_id
+        where s.state <> 'ended'
+        union all
+        select organization_id, pool_id, next_at from credits.grant_schedules
+        union all
+        select organization_id, pool_id, '-infinity' from credits.sweeps
+    ) events
+    group by 1, 2
 ) s on s.organization_id = p.organization_id and s.pool_id = p.pool_id
 where p.next_event_at > coalesce(s.at, 'infinity')
 union all

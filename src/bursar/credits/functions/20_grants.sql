@@ -46,6 +46,45 @@ begin
 end $$;
 comment on function credits.reopen_parts is 'Sets the open parts of the pools of some reserved shares anew';
 
+-- value_upto: the money paid for the first micros of a grant; what lies between two such sums is the value of a stretch, so that no
+-- rounding is ever lost: the last micro has the rest.
+create or replace function credits.value_upto(p_basis bigint, p_amount bigint, p_micros bigint) returns bigint
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
+    select floor(p_basis::numeric * p_micros / p_amount)::bigint;
+$$;
+comment on function credits.value_upto is 'Money paid for the first micros of a grant, nano-dollars, rounded down';
+
+-- value_taken: the money that leaves a grant with its next micros. Complimentary credits take none along.
+create or replace function credits.value_taken(p_grant credits.grants, p_left bigint, p_value_left bigint, p_take bigint) returns bigint
+language sql immutable set search_path = credits, pg_temp as $$
+    select case when p_take = 0 then 0 when p_take = p_left then p_value_left
+        else least(p_value_left, greatest(0, p_value_left - (p_grant.cost_basis_nano_usd
+            - credits.value_upto(p_grant.cost_basis_nano_usd, p_grant.amount_micros, p_grant.amount_micros - p_left + p_take)))) end;
+$$;
+comment on function credits.value_taken is 'Money that leaves a grant with its next micros, nano-dollars';
+
+-- value_within: the value of the first micros of a stretch that a grant paid.
+create or replace function credits.value_within(p_grant credits.grants, p_from bigint, p_length bigint, p_value bigint, p_micros bigint) returns bigint
+language sql immutable set search_path = credits, pg_temp as $$
+    select case when p_micros >= p_length then p_value else least(p_value,
+        credits.value_upto(p_grant.cost_basis_nano_usd, p_grant.amount_micros, p_from + greatest(0, p_micros))
+        - credits.value_upto(p_grant.cost_basis_nano_usd, p_grant.amount_micros, p_from)) end;
+$$;
+comment on function credits.value_within is 'Value of the first micros of a stretch that a grant paid, nano-dollars';
+
+-- burn_reason: why one grant burns before the next in burn order.
+create or replace function credits.burn_reason(p_grant credits.grants, p_next credits.grants) returns text
+language sql immutable set search_path = credits, pg_temp as $$
+    select case when p_next.grant_id is null then 'only'
+        when p_grant.priority <> p_next.priority then 'priority'
+        when p_grant.expires_at <> p_next.expires_at then 'expiry'
+        when p_grant.is_free <> p_next.is_free then 'free_before_paid'
+        when p_grant.effective_at <> p_next.effective_at then 'effective'
+        when p_grant.created_at <> p_next.created_at then 'created'
+        else 'id' end;
+$$;
+comment on function credits.burn_reason is 'Why a grant burns before the next: priority, expiry, free_before_paid, effective, created, id; only: there is no next';
+
 -- pour: attribute a pool's use since the last pour to its active grants, in burn order; what no grant covers waits for the next one.
 create or replace function credits.pour(p_organization_id uuid, p_pool_id uuid, p_at timestamptz) returns void
 language plpgsql volatile set search_path = credits, pg_temp as $$
@@ -53,67 +92,140 @@ declare
     v_used bigint;
     v_poured bigint;
     v_take bigint;
+    v_value bigint;
+    v_grant grants;
     v_row record;
 begin
     select b.used_amount, p.poured_micros into strict v_used, v_poured
     from pools p join balances b on b.organization_id = p.organization_id and b.balance_id = p.pool_id
     where p.organization_id = p_organization_id and p.pool_id = p_pool_id;
+    if v_poured = v_used then
+        return;
+    end if;
 
-    -- A correction may have taken use back: the last credits burnt return first, to the grants that paid them.
+    -- A correction may have taken use back: the last credits burnt return first, to the grants that paid them, with the money they had taken.
     while v_poured > v_used loop
         select * into strict v_row from burns
         where organization_id = p_organization_id and pool_id = p_pool_id and end_micros = v_poured;
+        select * into strict v_grant from grants where organization_id = p_organization_id and grant_id = v_row.grant_id;
         v_take := least(v_poured - v_used, v_row.end_micros - v_row.start_micros);
+        v_value := v_row.value_nano_usd;
         if v_take = v_row.end_micros - v_row.start_micros then
             delete from burns where organization_id = p_organization_id and pool_id = p_pool_id and start_micros = v_row.start_micros;
         else
-            update burns set end_micros = end_micros - v_take
+            v_value := v_value - credits.value_within(v_grant, v_row.grant_from_micros, v_row.end_micros - v_row.start_micros, v_value,
+                v_row.end_micros - v_row.start_micros - v_take);
+            update burns set end_micros = end_micros - v_take, value_nano_usd = value_nano_usd - v_value
             where organization_id = p_organization_id and pool_id = p_pool_id and start_micros = v_row.start_micros;
         end if;
         -- A grant that had ended is active again; where it has expired, the fold that follows books what came back as expired.
-        update grant_states set left_micros = left_micros + v_take, ended_at = null,
-            state = case when state = 'ended' then 'active' else state end
+        update grant_states set left_micros = left_micros + v_take, value_left_nano_usd = value_left_nano_usd + v_value, ended_at = null,
+            state = case when state not in ('ended', 'spent') then state when v_grant.expires_at <= p_at then 'lingering' else 'active' end
         where organization_id = p_organization_id and grant_id = v_row.grant_id;
         v_poured := v_poured - v_take;
     end loop;
 
     for v_row in
-        select s.grant_id, s.left_micros
+        select g as grants, lead(g) over burn_order as next, row_number() over burn_order as nr, s.left_micros, s.value_left_nano_usd
         from grant_states s join grants g on g.organization_id = s.organization_id and g.grant_id = s.grant_id
         where s.organization_id = p_organization_id and s.pool_id = p_pool_id and s.state in ('active', 'lingering') and s.left_micros > 0
-        order by g.priority, g.expires_at, g.is_free desc, g.effective_at, g.created_at, g.grant_id
+        window burn_order as (order by g.priority, g.expires_at, g.is_free desc, g.effective_at, g.created_at, g.grant_id)
+        order by nr
     loop
         exit when v_poured >= v_used;
+        v_grant := v_row.grants;
         v_take := least(v_row.left_micros, v_used - v_poured);
-        insert into burns (organization_id, pool_id, start_micros, end_micros, grant_id, poured_at)
-        values (p_organization_id, p_pool_id, v_poured, v_poured + v_take, v_row.grant_id, p_at);
-        update grant_states set left_micros = left_micros - v_take,
-            state = case when left_micros = v_take then 'ended' else state end,
-            ended_at = case when left_micros = v_take then p_at end
-        where organization_id = p_organization_id and grant_id = v_row.grant_id;
+        v_value := credits.value_taken(v_grant, v_row.left_micros, v_row.value_left_nano_usd, v_take);
+        insert into burns (organization_id, pool_id, start_micros, end_micros, grant_id, poured_at, grant_from_micros, value_nano_usd, reason)
+        values (p_organization_id, p_pool_id, v_poured, v_poured + v_take, v_grant.grant_id, p_at,
+                v_grant.amount_micros - v_row.left_micros, v_value, credits.burn_reason(v_grant, v_row.next));
+        -- One that must make up a least roll-over still has its end before it.
+        update grant_states set left_micros = left_micros - v_take, value_left_nano_usd = value_left_nano_usd - v_value,
+            state = case when left_micros > v_take then state when state = 'active' and v_grant.min_rollover_micros > 0 then 'spent' else 'ended' end,
+            ended_at = case when left_micros = v_take and not (state = 'active' and v_grant.min_rollover_micros > 0) then p_at end
+        where organization_id = p_organization_id and grant_id = v_grant.grant_id;
         v_poured := v_poured + v_take;
     end loop;
     update pools set poured_micros = v_poured where organization_id = p_organization_id and pool_id = p_pool_id;
 end $$;
 comment on function credits.pour is 'Pours a pool''s use since the last pour over its active grants in burn order';
 
--- expire_grants: at p_at, book as expired what grants past their end have left, less what open holds placed before still need.
+-- rolls_over: of what a grant has left at its end, how much goes on.
+create or replace function credits.rolls_over(p_grant credits.grants, p_left bigint) returns bigint
+language sql immutable set search_path = credits, pg_temp as $$
+    select case when p_grant.max_rollover_micros is null then 0
+        else least(p_grant.max_rollover_micros, greatest(p_grant.min_rollover_micros, p_left)) end;
+$$;
+comment on function credits.rolls_over is 'How much of a grant goes on at its end: min(most, max(least, left)); without bounds nothing';
+
+-- end_grant: what a grant has left at its end leaves it: as much as its bounds say rolls over into a grant of its own, the rest expires.
+-- p_lapse: what is left now and no hold needs. p_before: what lapsed earlier, when holds that had kept the rest ended; null: this is its end.
+-- Returns by how much the pool changes: less what expired, more what makes up a least roll-over.
+create or replace function credits.end_grant(
+    p_grant credits.grants, p_lapse bigint, p_before bigint, p_left bigint, p_value_left bigint, p_at timestamptz, p_now timestamptz
+) returns bigint
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_rolls bigint := credits.rolls_over(p_grant, coalesce(p_before, 0) + p_lapse)
+        - case when p_before is null then 0 else credits.rolls_over(p_grant, p_before) end;
+    v_kept bigint;
+    v_value bigint;
+    v_lost_value bigint;
+    v_new uuid := gen_random_uuid();
+begin
+    if p_grant.rollover_expires_at <= p_at then
+        v_rolls := 0;
+    end if;
+    v_kept := least(p_lapse, v_rolls);
+    v_value := credits.value_taken(p_grant, p_left, p_value_left, v_kept);
+    v_lost_value := credits.value_taken(p_grant, p_left - v_kept, p_value_left - v_value, p_lapse - v_kept);
+    if v_rolls > 0 then
+        insert into grants (organization_id, grant_id, pool_id, source, amount_micros, priority, is_free, cost_basis_nano_usd, effective_at,
+                            expires_at, parent_grant_id, reason, created_at, created_by)
+        values (p_grant.organization_id, v_new, p_grant.pool_id, 'roll_over', v_rolls, p_grant.priority, p_grant.is_free, v_value, p_at,
+                p_grant.rollover_expires_at, p_grant.grant_id, p_grant.reason, p_at, p_grant.created_by);
+        insert into grant_states (organization_id, grant_id, pool_id, state, left_micros, value_left_nano_usd)
+        values (p_grant.organization_id, v_new, p_grant.pool_id, 'active', v_rolls, v_value);
+    end if;
+    insert into ledger.entries (organization_id, entry_id, booked_at, happened_at, kind, from_kind, from_id, to_kind, to_id, amount, grant_id,
+                                from_grant_id, value_nano_usd, reason)
+    select p_grant.organization_id, gen_random_uuid(), p_now, p_grant.expires_at, e.kind, e.from_kind, e.from_id, e.to_kind, e.to_id,
+        e.amount, e.grant_id, e.from_grant_id, e.value, e.reason
+    from (values
+        ('roll_over', 'grant', p_grant.grant_id, 'grant', v_new, v_kept, v_new, p_grant.grant_id, v_value, 'rolled over'),
+        ('grant', 'issuance', null, 'pool', p_grant.pool_id, v_rolls - v_kept, v_new, null, 0, 'makes up the least roll-over'),
+        ('expiry', 'pool', p_grant.pool_id, 'expired', null, p_lapse - v_kept, p_grant.grant_id, null, v_lost_value, 'grant expired')
+    ) e(kind, from_kind, from_id, to_kind, to_id, amount, grant_id, from_grant_id, value, reason)
+    where e.amount > 0;
+    update grant_states set left_micros = left_micros - p_lapse, lapsed_micros = lapsed_micros + p_lapse,
+        value_left_nano_usd = value_left_nano_usd - v_value - v_lost_value,
+        state = case when left_micros > p_lapse then 'lingering' else 'ended' end,
+        ended_at = case when left_micros > p_lapse then null else p_at end
+    where organization_id = p_grant.organization_id and grant_id = p_grant.grant_id;
+    return v_rolls - p_lapse;
+end $$;
+comment on function credits.end_grant is 'Rolls over what a grant''s bounds say of what it has left at its end, and expires the rest';
+
+-- expire_grants: at p_at, what grants past their end have left goes on or expires, less what open holds placed before still need.
 create or replace function credits.expire_grants(p_organization_id uuid, p_pool_id uuid, p_at timestamptz, p_now timestamptz) returns void
 language plpgsql volatile set search_path = credits, pg_temp as $$
 declare
     v_row record;
+    v_grant grants;
     v_held bigint;
     v_before bigint := 0;   -- left of the grants that burn before this one
     v_keep bigint;
-    v_lost bigint := 0;
+    v_delta bigint := 0;
+    v_one bigint;
 begin
     for v_row in
-        select s.grant_id, s.left_micros, g.expires_at
+        select g as grants, s.left_micros, s.value_left_nano_usd, case when s.state = 'lingering' then s.lapsed_micros end as lapsed
         from grant_states s join grants g on g.organization_id = s.organization_id and g.grant_id = s.grant_id
-        where s.organization_id = p_organization_id and s.pool_id = p_pool_id and s.state in ('active', 'lingering')
+        where s.organization_id = p_organization_id and s.pool_id = p_pool_id and s.state in ('active', 'lingering', 'spent')
         order by g.priority, g.expires_at, g.is_free desc, g.effective_at, g.created_at, g.grant_id
     loop
-        if v_row.expires_at > p_at then
+        v_grant := v_row.grants;
+        if v_grant.expires_at > p_at then
             v_before := v_before + v_row.left_micros;
             continue;
         end if;
@@ -122,26 +234,21 @@ begin
         from holds h
         join chains c on c.organization_id = h.organization_id and c.chain_id = h.chain_id
         cross join lateral unnest(c.leg_pool_ids) with ordinality l(pool_id, leg)
-        where h.organization_id = p_organization_id and h.placed_at < v_row.expires_at and l.pool_id = p_pool_id
+        where h.organization_id = p_organization_id and h.placed_at < v_grant.expires_at and l.pool_id = p_pool_id
           and (h.leg_micros is not null or h.leg = l.leg);
         v_keep := least(v_row.left_micros, greatest(0, v_held - v_before));
-        if v_keep < v_row.left_micros then
-            insert into ledger.entries (organization_id, entry_id, booked_at, happened_at, kind, from_kind, from_id, to_kind, amount, grant_id, reason)
-            values (p_organization_id, gen_random_uuid(), p_now, v_row.expires_at, 'expiry', 'pool', p_pool_id, 'expired',
-                    v_row.left_micros - v_keep, v_row.grant_id, 'grant expired');
-        end if;
-        v_lost := v_lost + v_row.left_micros - v_keep;
         v_before := v_before + v_keep;
-        update grant_states set left_micros = v_keep,
-            state = case when v_keep > 0 then 'lingering' else 'ended' end,
-            ended_at = case when v_keep > 0 then null else p_at end
-        where organization_id = p_organization_id and grant_id = v_row.grant_id;
+        v_one := credits.end_grant(v_grant, v_row.left_micros - v_keep, v_row.lapsed, v_row.left_micros, v_row.value_left_nano_usd, p_at, p_now);
+        v_delta := v_delta + v_one;
+        if v_one > 0 then
+            perform credits.limits_changed(p_organization_id);  -- chains had left the pool out while it was empty
+        end if;
     end loop;
-    if v_lost > 0 then
-        perform credits.set_pool_limit(p_organization_id, p_pool_id, -v_lost);
+    if v_delta <> 0 then
+        perform credits.set_pool_limit(p_organization_id, p_pool_id, v_delta);
     end if;
 end $$;
-comment on function credits.expire_grants is 'Books what is left of expired grants, keeping what holds placed before the expiry still need';
+comment on function credits.expire_grants is 'Ends grants past their end: what is left rolls over or expires, keeping what holds placed before the end still need';
 
 -- activate_grants: at p_at, scheduled grants whose time has come become spendable; each is one ledger entry.
 create or replace function credits.activate_grants(p_organization_id uuid, p_pool_id uuid, p_at timestamptz, p_now timestamptz) returns void
@@ -154,10 +261,11 @@ begin
         where s.organization_id = p_organization_id and s.pool_id = p_pool_id and s.state = 'scheduled' and g.effective_at <= p_at
         order by g.effective_at, g.created_at, g.grant_id
     loop
-        insert into ledger.entries (organization_id, entry_id, booked_at, happened_at, kind, from_kind, from_id, to_kind, to_id, amount, grant_id, actor_id, reason)
+        insert into ledger.entries (organization_id, entry_id, booked_at, happened_at, kind, from_kind, from_id, to_kind, to_id, amount, grant_id, actor_id, reason,
+                                    value_nano_usd)
         values (p_organization_id, gen_random_uuid(), p_now, greatest(v_row.effective_at, v_row.created_at),
                 case v_row.source when 'forgiveness' then 'forgiveness' else 'grant' end, 'issuance', null, 'pool', p_pool_id,
-                v_row.amount_micros, v_row.grant_id, v_row.created_by, v_row.reason);
+                v_row.amount_micros, v_row.grant_id, v_row.created_by, v_row.reason, case when v_row.is_free then 0 else v_row.cost_basis_nano_usd end);
         update grant_states set state = 'active' where organization_id = p_organization_id and grant_id = v_row.grant_id;
         perform credits.set_pool_limit(p_organization_id, p_pool_id, v_row.amount_micros);
         perform credits.limits_changed(p_organization_id);  -- chains had left the pool out while it was empty
@@ -171,15 +279,18 @@ create or replace function credits.fold_pool(p_organization_id uuid, p_pool_id u
 language plpgsql volatile set search_path = credits, pg_temp as $$
 declare
     v_at timestamptz;
+    v_is_needed boolean;
 begin
     loop
-        select min(case s.state when 'scheduled' then g.effective_at when 'active' then g.expires_at end) into v_at
+        select least(min(case s.state when 'scheduled' then g.effective_at when 'active' then g.expires_at when 'spent' then g.expires_at end),
+            (select min(next_at) from grant_schedules where organization_id = p_organization_id and pool_id = p_pool_id)) into v_at
         from grant_states s join grants g on g.organization_id = s.organization_id and g.grant_id = s.grant_id
-        where s.organization_id = p_organization_id and s.pool_id = p_pool_id and s.state in ('scheduled', 'active');
+        where s.organization_id = p_organization_id and s.pool_id = p_pool_id and s.state in ('scheduled', 'active', 'spent');
         v_at := coalesce(v_at, 'infinity');
         exit when v_at > p_now;
         perform credits.pour(p_organization_id, p_pool_id, v_at);  -- use until then is paid by the grants there were until then
         perform credits.expire_grants(p_organization_id, p_pool_id, v_at, p_now);
+        perform credits.make_occurrences(p_organization_id, p_pool_id, v_at);
         perform credits.activate_grants(p_organization_id, p_pool_id, v_at, p_now);
     end loop;
     if exists (select 1 from grant_states where organization_id = p_organization_id and pool_id = p_pool_id and state = 'lingering') then
@@ -189,11 +300,14 @@ begin
             v_at := '-infinity';  -- due again in every batch until the holds that need it have ended
         end if;
     end if;
-    update pools set next_event_at = v_at where organization_id = p_organization_id and pool_id = p_pool_id;
+    v_is_needed := credits.sweep_pool(p_organization_id, p_pool_id, p_now);
+    -- A closed pool is due as long as open holds need its credits.
+    update pools set next_event_at = case when v_is_needed then '-infinity' else v_at end
+    where organization_id = p_organization_id and pool_id = p_pool_id;
     update gates set next_event_at = least(next_limit_event_at, (select min(next_event_at) from pools where organization_id = p_organization_id))
     where organization_id = p_organization_id;
 end $$;
-comment on function credits.fold_pool is 'Applies a pool''s time events up to now: pours use, books expiries, starts grants';
+comment on function credits.fold_pool is 'Applies a pool''s time events up to now: pours use, ends grants, makes those of schedules, starts grants';
 
 create or replace function credits.fold_due_pools(p_organization_id uuid, p_now timestamptz) returns void
 language plpgsql volatile set search_path = credits, pg_temp as $$
@@ -229,7 +343,26 @@ begin
 end $$;
 comment on function credits.open_organization is 'Gives an organization its gate row; calling again changes nothing';
 
--- open_pool: the pool of a kind (and owner, and filter); the open one if there is one already.
+-- reopen_pool: the pool of a kind, owner and filter if there is or was one; a closed one is open again, and keeps what it has.
+create or replace function credits.reopen_pool(p_organization_id uuid, p_kind text, p_owner_user_id uuid, p_model_filter text) returns uuid
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_pool pools;
+begin
+    select * into v_pool from pools
+    where organization_id = p_organization_id and kind = p_kind and owner_user_id is not distinct from p_owner_user_id
+      and model_filter is not distinct from p_model_filter
+    order by closed_at desc nulls first limit 1;
+    if v_pool.closed_at is not null then
+        update pools set closed_at = null where organization_id = p_organization_id and pool_id = v_pool.pool_id;
+        delete from sweeps where organization_id = p_organization_id and pool_id = v_pool.pool_id;
+        perform credits.limits_changed(p_organization_id);
+    end if;
+    return v_pool.pool_id;
+end $$;
+comment on function credits.reopen_pool is 'The pool of a kind, owner and filter, opened again where it was closed; null: there was none';
+
+-- open_pool: the pool of a kind (and owner, and filter); the one that there is already.
 create or replace function credits.open_pool(
     p_organization_id uuid, p_pool_id uuid, p_kind text, p_owner_user_id uuid, p_name text, p_model_filter text default null,
     p_at timestamptz default null
@@ -240,10 +373,8 @@ declare
     v_pool uuid;
     v_open uuid;
 begin
-    select pool_id into v_pool from pools
-    where organization_id = p_organization_id and kind = p_kind and owner_user_id is not distinct from p_owner_user_id
-      and model_filter is not distinct from p_model_filter and closed_at is null;
-    if found then
+    v_pool := credits.reopen_pool(p_organization_id, p_kind, p_owner_user_id, p_model_filter);
+    if v_pool is not null then
         return v_pool;
     end if;
     if p_kind = 'shared' then
@@ -256,19 +387,45 @@ begin
     perform credits.limits_changed(p_organization_id);
     return p_pool_id;
 end $$;
-comment on function credits.open_pool is 'Opens a pool of a kind, or returns the open one';
+comment on function credits.open_pool is 'Opens a pool of a kind, or returns the one that there is';
+
+-- require_bounds: both bounds of a roll-over or none.
+create or replace function credits.require_bounds(p_min_micros bigint, p_max_micros bigint) returns void
+language plpgsql immutable set search_path = credits, pg_temp as $$
+begin
+    if p_min_micros is null and p_max_micros is null then
+        return;
+    end if;
+    if p_min_micros is null or p_max_micros is null or p_min_micros > p_max_micros or p_min_micros < 0 then
+        raise exception 'a roll-over has a least and a most amount, the first not above the second' using errcode = 'BR400';
+    end if;
+    perform credits.require_amount(p_max_micros, 0);
+end $$;
+comment on function credits.require_bounds is 'Refuses (BR400) bounds of a roll-over that make no sense';
+
+-- await_grant: a grant that was inserted waits for its start.
+create or replace function credits.await_grant(p_organization_id uuid, p_grant_id uuid) returns void
+language sql volatile set search_path = credits, pg_temp as $$
+    insert into grant_states (organization_id, grant_id, pool_id, state, left_micros, value_left_nano_usd)
+    select organization_id, grant_id, pool_id, 'scheduled', amount_micros, case when is_free then 0 else cost_basis_nano_usd end
+    from grants where organization_id = p_organization_id and grant_id = p_grant_id;
+$$;
+comment on function credits.await_grant is 'Lets a new grant wait for its start';
 
 -- add_grant: credits into a pool, spendable on [effective, expires). One ledger entry when it takes effect.
 create or replace function credits.add_grant(
     p_organization_id uuid, p_grant_id uuid, p_pool_id uuid, p_source text, p_amount_micros bigint, p_priority smallint,
     p_is_free boolean, p_cost_basis_nano_usd bigint, p_effective_at timestamptz, p_expires_at timestamptz, p_reason text,
-    p_created_by uuid, p_idempotency_key text, p_at timestamptz default null
+    p_created_by uuid, p_idempotency_key text, p_at timestamptz default null, p_min_rollover_micros bigint default null,
+    p_max_rollover_micros bigint default null, p_rollover_expires_at timestamptz default null
 ) returns uuid
 language plpgsql volatile security definer set search_path = credits, pg_temp as $$
 declare
     v_now timestamptz := credits.lock_gate(p_organization_id, p_at);
-    v_hash bytea := credits.hash_of('add_grant', p_pool_id::text, p_source, p_amount_micros::text, p_priority::text, p_is_free::text,
-        p_cost_basis_nano_usd::text, extract(epoch from p_effective_at)::text, extract(epoch from p_expires_at)::text, p_reason);
+    v_hash bytea := credits.hash_of(variadic array['add_grant', p_pool_id::text, p_source, p_amount_micros::text, p_priority::text, p_is_free::text,
+        p_cost_basis_nano_usd::text, extract(epoch from p_effective_at)::text, extract(epoch from p_expires_at)::text, p_reason]
+        || case when p_max_rollover_micros is not null then array[p_min_rollover_micros::text, p_max_rollover_micros::text,
+            extract(epoch from p_rollover_expires_at)::text] end);
     v_stored jsonb := credits.stored_outcome(p_organization_id, p_idempotency_key, v_hash, v_now);
 begin
     if v_stored is not null then
@@ -281,12 +438,16 @@ begin
     if coalesce(p_expires_at, 'infinity') <= greatest(v_now, p_effective_at) then
         raise exception 'the grant would have expired before it can be spent' using errcode = 'BR400';
     end if;
-    insert into grants (organization_id, grant_id, pool_id, source, amount_micros, priority, is_free, cost_basis_nano_usd,
-                        effective_at, expires_at, reason, created_at, created_by)
+    perform credits.require_bounds(p_min_rollover_micros, p_max_rollover_micros);
+    if p_max_rollover_micros is not null and (p_expires_at is null or coalesce(p_rollover_expires_at, 'infinity') <= p_expires_at) then
+        raise exception 'what rolls over needs an expiry, and one of its own after it' using errcode = 'BR400';
+    end if;
+    insert into grants (organization_id, grant_id, pool_id, source, amount_micros, priority, is_free, cost_basis_nano_usd, effective_at, expires_at,
+                        min_rollover_micros, max_rollover_micros, rollover_expires_at, reason, created_at, created_by)
     values (p_organization_id, p_grant_id, p_pool_id, p_source, p_amount_micros, p_priority, p_is_free, p_cost_basis_nano_usd,
-            coalesce(p_effective_at, v_now), coalesce(p_expires_at, 'infinity'), p_reason, v_now, p_created_by);
-    insert into grant_states (organization_id, grant_id, pool_id, state, left_micros)
-    values (p_organization_id, p_grant_id, p_pool_id, 'scheduled', p_amount_micros);
+            coalesce(p_effective_at, v_now), coalesce(p_expires_at, 'infinity'), p_min_rollover_micros, p_max_rollover_micros,
+            coalesce(p_rollover_expires_at, 'infinity'), p_reason, v_now, p_created_by);
+    perform credits.await_grant(p_organization_id, p_grant_id);
     perform credits.fold_pool(p_organization_id, p_pool_id, v_now);
     perform credits.store_outcome(p_organization_id, p_idempotency_key, v_hash, jsonb_build_object('grant_id', p_grant_id), v_now);
     return p_grant_id;
@@ -305,6 +466,7 @@ declare
     v_state grant_states;
     v_room bigint;
     v_taken bigint;
+    v_value bigint;
 begin
     if v_stored is not null then
         return (v_stored ->> 'voided_micros')::bigint;
@@ -317,20 +479,23 @@ begin
     select * into v_state from grant_states where organization_id = p_organization_id and grant_id = p_grant_id;
     if v_state.state = 'scheduled' then
         v_taken := v_state.left_micros;  -- it never reached the pool: nothing to book
+        v_value := v_state.value_left_nano_usd;
     else
         select greatest(0, limit_amount - used_amount - held_amount) into strict v_room
         from balances where organization_id = p_organization_id and balance_id = v_state.pool_id;
         v_taken := case when v_state.state = 'ended' then 0 else least(v_state.left_micros, v_room) end;
+        select credits.value_taken(g, v_state.left_micros, v_state.value_left_nano_usd, v_taken) into strict v_value
+        from grants g where g.organization_id = p_organization_id and g.grant_id = p_grant_id;
         if v_taken > 0 then
             insert into ledger.entries (organization_id, entry_id, booked_at, happened_at, kind, from_kind, from_id, to_kind, amount,
-                                        grant_id, actor_id, reason, idempotency_key)
+                                        grant_id, value_nano_usd, actor_id, reason, idempotency_key)
             values (p_organization_id, gen_random_uuid(), v_now, v_now, 'void', 'pool', v_state.pool_id, 'voided', v_taken,
-                    p_grant_id, p_created_by, p_reason, p_idempotency_key);
+                    p_grant_id, v_value, p_created_by, p_reason, p_idempotency_key);
             perform credits.set_pool_limit(p_organization_id, v_state.pool_id, -v_taken);
         end if;
     end if;
-    if v_taken > 0 then
-        update grant_states set left_micros = left_micros - v_taken,
+    if v_taken > 0 or v_state.state = 'spent' then
+        update grant_states set left_micros = left_micros - v_taken, value_left_nano_usd = value_left_nano_usd - v_value,
             state = case when left_micros = v_taken then 'ended' else state end,
             ended_at = case when left_micros = v_taken then v_now end
         where organization_id = p_organization_id and grant_id = p_grant_id;

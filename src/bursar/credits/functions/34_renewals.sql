@@ -1,9 +1,9 @@
 -- Reserved shares that are renewed, and the time events of limits.
 
--- share_size: the limit of a reserved share: its size, and where it is renewed what its period began with.
+-- share_size: the limit of a reserved share: its size, what refunds gave back to it, and where it is renewed what its period began with.
 create or replace function credits.share_size(p_organization_id uuid, p_allocation_id uuid) returns bigint
 language sql stable set search_path = credits, pg_temp as $$
-    select greatest(0, a.amount_micros + coalesce((
+    select greatest(0, a.amount_micros + a.refunded_micros + coalesce((
         select p.opening_micros + p.carried_micros + p.adjusted_micros from allocation_periods p
         where p.organization_id = a.organization_id and p.allocation_id = a.allocation_id order by p.period_start desc limit 1), 0))
     from allocations a where a.organization_id = p_organization_id and a.allocation_id = p_allocation_id;

@@ -188,7 +188,7 @@ begin
         return;
     end if;
     select case when count(*) > 0 then 3 end, sum(a.charged_micros) into outcome, charged_micros
-    from ledger.attribution a where a.organization_id = p_organization_id and a.request_id = p_request_id;
+    from ledger.attribution a where a.organization_id = p_organization_id and a.request_id = p_request_id and a.kind < 2;  -- refunds are no answer
 end $$;
 comment on function credits.settle_again is 'Settles a request that was booked before: corrects an estimate, or tells what was charged';
 

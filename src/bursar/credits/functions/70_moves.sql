@@ -464,7 +464,7 @@ begin
             for v_row in
                 select w.place, a.charged from unnest(p_organization_ids, p_request_ids, p_actions, p_flags) with ordinality w(org, request_id, action, flags, place)
                 cross join lateral (select sum(charged_micros)::bigint as charged, count(*) as rows from ledger.attribution
-                                    where organization_id = w.org and request_id = w.request_id) a
+                                    where organization_id = w.org and request_id = w.request_id and kind < 2) a
                 where w.action in (1, 5) and w.flags & 32 = 32 and a.rows > 0
                   and (v_outcomes[w.place] = -1 or (v_outcomes[w.place] = 6 and v_details[w.place] <> 'request_invalid'))
             loop

@@ -160,3 +160,6 @@ comment on column credits.sweeps.request_id is 'The request that holds credits o
 comment on column credits.sweeps.kept_micros is 'What it held there when the pool closed';
 comment on column credits.sweeps.to_pool_id is 'The pool that gets what it frees';
 call tenancy.protect('credits.sweeps', 'select', 'select, insert, update, delete');
+
+-- It has arguments more now.
+drop function if exists credits.add_grant(uuid, uuid, uuid, text, bigint, smallint, boolean, bigint, timestamptz, timestamptz, text, uuid, text, timestamptz);
