@@ -23,8 +23,12 @@ from bursar.credits.front import OPERATIONS
 from bursar.gateway import api as gateway_api
 from bursar.gateway import opening
 from bursar.identity import api as identity_api
+from bursar.identity.organizations import OrganizationNotFound
+from bursar.identity.principals import InvalidApiKey
+from bursar.identity.sessions import NotSignedIn
 from bursar.problems import (
     MEDIA_TYPE,
+    BodyTooLarge,
     FieldError,
     InternalError,
     InvalidRequest,
@@ -32,6 +36,7 @@ from bursar.problems import (
     NotFound,
     Problem,
     WrongMethod,
+    documents,
     of_exception,
 )
 from bursar.settings import Settings
@@ -116,12 +121,35 @@ class App(FastAPI):
         else:
             await around(hot, scope, receive, send)
 
+    def openapi(self) -> dict[str, Any]:
+        """The document, with what any route of its kind may answer beside the refusals that it names itself."""
+        if self.openapi_schema is None:
+            for path, operations in super().openapi()["paths"].items():
+                for described in operations.values():
+                    _add_common_refusals(path, described)
+        return super().openapi()
+
     def _of(self, scope: Scope) -> ASGI | None:
         """What answers a hot path; None: FastAPI does."""
         path = scope["path"]
         if path in OPERATIONS:
             return self.state.credits if scope["method"] == "POST" else None
         return self.state.gateway if is_gateway(path) else None
+
+
+def _add_common_refusals(path: str, operation: dict[str, Any]) -> None:
+    common: list[type[Problem]] = [InvalidRequest]
+    if path.startswith("/api/"):
+        common += [NotSignedIn, InvalidApiKey]
+    if "{org}" in path:
+        common.append(OrganizationNotFound)
+    if "requestBody" in operation:
+        common += [MalformedBody, BodyTooLarge]
+    answers = operation["responses"]
+    for status, refusals in documents(*common).items():
+        # FastAPI's own 422 is in a form that nothing here answers in.
+        if MEDIA_TYPE not in answers.get(str(status), {}).get("content", {}):
+            answers[str(status)] = refusals
 
 
 def answer(request: Request, problem: Problem) -> Response:

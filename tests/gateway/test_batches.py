@@ -484,6 +484,12 @@ async def test_only_files_for_batches_are_taken_and_only_for_their_path(payer: P
         await chat(payer).batches.create(input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h")
 
 
+async def test_the_demo_refuses_a_form_that_it_cannot_read(payer: Payer) -> None:
+    async with httpx2.AsyncClient(base_url=payer.base_url, headers={"authorization": f"Bearer {payer.key}"}) as http:
+        parts: Any = [("purpose", (None, "batch")), ("note", (None, b"\xff")), ("file", ("a.jsonl", lines(1)))]
+        assert (await http.post("/v1/files", files=parts)).status_code == 400
+
+
 async def test_a_model_that_is_not_allowed_is_not_allowed_in_batches(payer: Payer) -> None:
     async with payer.org.tenant() as conn:
         await add_model_rule(

@@ -80,7 +80,7 @@ async def test_no_batch_breaks_the_gateway(payer: Payer, path: str) -> None:
             assert_well_answered(answer, body)
             statuses[answer.status_code] += 1
 
-        await try_each(examples, max(60, figure("requests") // 16), call)
+        await try_each(examples, max(60, figure("other requests") // 16), call)
     await assert_nothing_is_charged(payer)
     assert sum(count for status, count in statuses.items() if status >= 400) > 10
     print(path, statuses)
@@ -109,7 +109,7 @@ async def test_no_file_breaks_the_gateway(payer: Payer) -> None:
             assert_well_answered(answer, (name, others, noise))
             statuses[answer.status_code] += 1
 
-        await try_each(examples, max(60, figure("requests") // 16), call)
+        await try_each(examples, max(60, figure("other requests") // 16), call)
     await assert_nothing_is_charged(payer)
     assert statuses[200] > 0
     print(statuses)
@@ -130,6 +130,6 @@ async def test_no_id_and_no_method_breaks_the_gateway(payer: Payer) -> None:
             assert_well_answered(answer, example)
             statuses[answer.status_code] += 1
 
-        await try_each(examples, max(200, figure("requests") // 4), call)
+        await try_each(examples, max(200, figure("other requests") // 4), call)
     await assert_nothing_is_charged(payer)
     print(statuses)

@@ -5,9 +5,11 @@ import json
 import os
 import random
 import re
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -29,7 +31,7 @@ from bursar.gateway import opening
 from bursar.money import Micros
 from bursar.settings import Settings
 
-REQUESTS = figure("requests")
+REQUESTS, OTHER_REQUESTS = figure("requests"), figure("other requests")
 CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
 CALL: dict[str, Any] = {"model": "demo-1", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}
 TELLTALES = re.compile(r"Traceback|psycopg|\.py\b|relation \"|SELECT |select \w+ from|/home/|/root/|errcode|plpgsql")
@@ -332,7 +334,7 @@ async def test_no_call_of_a_model_breaks_the_gateway_and_each_that_is_answered_i
             if answer.status_code == 200:
                 answered.add(answer.headers["x-request-id"])
 
-        await try_each(examples, max(100, REQUESTS // 8), call)
+        await try_each(examples, max(100, OTHER_REQUESTS // 8), call)
     charged = await payer.rows("select request_id, charged_micros from ledger.attribution")
     assert {f"req_{row[0].hex}" for row in charged} == answered
     assert all(row[1] > 0 for row in charged), "never free by accident"
@@ -396,7 +398,7 @@ async def test_no_charge_breaks_and_each_that_is_accepted_is_booked_as_it_was_an
             if answer.status_code == 200 and answer.json()["state"] == "held":
                 await http.post("/api/v1/credits/release", json={"request_id": answer.json()["request_id"]})
 
-        await try_each(changes, max(30, REQUESTS // 40), charge)
+        await try_each(changes, max(30, OTHER_REQUESTS // 40), charge)
         for name in NOBODY_SAYS:
             for value in (None, CHARGE["amount"]):
                 answer = await http.post(f"/api/v1/credits/{operation}", json={"request_id": held_of(0), name: value})
@@ -412,6 +414,29 @@ async def test_no_charge_breaks_and_each_that_is_accepted_is_booked_as_it_was_an
 def held_of(number: int) -> str:
     """The id of a hold that nobody placed."""
     return f"req_{number:032x}"
+
+
+# -- what the document says
+
+
+@pytest.mark.skipif(not IS_FULL, reason="takes a quarter of an hour: make promises")
+async def test_every_answer_is_one_that_the_document_describes(payer: Payer, tmp_path: Path) -> None:
+    """As schemathesis makes them of the document: wanted and unwanted values, alone and one after another."""
+    config = tmp_path / "schemathesis.toml"
+    config.write_text(f'[parameters]\norg = "{payer.org.slug}"\n')
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    process = await asyncio.create_subprocess_exec(
+        *(str(Path(sys.executable).with_name("schemathesis")), "--config-file", str(config)),
+        *("run", f"{payer.base_url}/api/openapi.json", "--checks", checks, "--max-examples", "1000"),
+        *("--seed", str(SEED), "--no-color", "--continue-on-failure", "--generation-database", "none"),
+        *("--header", f"Authorization: Bearer {(await payer.org.key(payer.org.admin)).text}"),
+        cwd=tmp_path,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    said, _ = await process.communicate()
+    tell(said.decode()[-600:])
+    assert process.returncode == 0, said.decode()
 
 
 # -- what a client library never sends

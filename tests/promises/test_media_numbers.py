@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.gateway import sounds
 from tests.gateway.conftest import Payer
 from tests.promises.figures import SEED, figure
-from tests.promises.test_inputs import REQUESTS, assert_well_answered, json_values, try_each
+from tests.promises.test_inputs import OTHER_REQUESTS, assert_well_answered, json_values, try_each
 from tests.promises.test_numbers import LIST, half_up
 
 from bursar.money import Micros, format_credits
@@ -293,7 +293,7 @@ async def _try(
         if answer.status_code == 200:
             answered.add(answer.headers["x-request-id"])
 
-    await try_each(example, max(100, REQUESTS // 8), call)
+    await try_each(example, max(100, OTHER_REQUESTS // 8), call)
     charged = await payer.rows("select request_id, charged_micros from ledger.attribution")
     assert {f"req_{row[0].hex}" for row in charged} == answered
     assert all(row[1] > 0 for row in charged), "never free by accident"

@@ -72,7 +72,10 @@ class DemoBatches:
     # -------------------------------------------------------------------------------- OpenAI's files
 
     async def _upload(self, request: web.Request) -> web.Response:
-        form = await request.post()
+        try:
+            form = await request.post()
+        except ValueError:  # no form, or a field that is no text
+            return _error(400, "openai")
         file = form.get("file")
         if not isinstance(file, web.FileField):
             return _error(400, "openai")

@@ -40,7 +40,15 @@ async def confirm_sign_in(token: str) -> HTMLResponse:
     return HTMLResponse(_CONFIRM, headers=_HEADERS)
 
 
-@router.post("/sign-in/{token}", status_code=303, response_class=RedirectResponse, responses=documents(LinkNotValid))
+@router.post(
+    "/sign-in/{token}",
+    status_code=303,
+    response_class=RedirectResponse,
+    responses={
+        **documents(guards.CrossSiteRequest),
+        LinkNotValid.status: {"description": f"Gone: {LinkNotValid.code}", "content": {"text/html": {}}},
+    },
+)
 async def use_sign_in_link(request: Request, token: str) -> Response:
     """Use the link up, begin a session and go to the person's organization."""
     # Nobody signs others in as himself through a page of his own.
@@ -61,7 +69,9 @@ async def use_sign_in_link(request: Request, token: str) -> Response:
     return response
 
 
-@router.post("/sign-out", status_code=303, response_class=RedirectResponse)
+@router.post(
+    "/sign-out", status_code=303, response_class=RedirectResponse, responses=documents(guards.CrossSiteRequest)
+)
 async def end_session(request: Request) -> RedirectResponse:
     """End the session at once. Signing out twice is no fault."""
     guards.check_same_origin(request)
@@ -77,7 +87,7 @@ async def end_session(request: Request) -> RedirectResponse:
     "/session/organization/{org}",
     status_code=303,
     response_class=RedirectResponse,
-    responses=documents(NotSignedIn, OrganizationNotFound),
+    responses=documents(NotSignedIn, OrganizationNotFound, guards.CrossSiteRequest),
 )
 async def choose_organization(
     request: Request, org: str, person: Annotated[SignedIn, Depends(signed_in)]
