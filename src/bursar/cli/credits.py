@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 from uuid import UUID
 
 import typer
@@ -12,7 +12,7 @@ from bursar.audit.events import OPERATOR
 from bursar.cli.output import Column, JsonOption, print_fields, print_rows
 from bursar.cli.scope import OrgOption, department_of, every_page, key_of, member_of, team_of, within
 from bursar.clock import in_utc, uuid7
-from bursar.credits import grants, limits, pools
+from bursar.credits import forecasts, grants, limits, pools
 from bursar.credits.limits import AllocationKind, LimitAction, Metric, Period, Scope, WhenEmpty
 from bursar.credits.top_ups import forgive_debt
 from bursar.identity.memberships import Membership, list_memberships
@@ -47,14 +47,20 @@ def _shown(micros: Any) -> str:
 
 
 @app.command()
-def show(org: OrgOption, as_json: JsonOption = False) -> None:
-    """Show what is available, used and held in each pool, in credits.
+def show(
+    org: OrgOption,
+    with_forecast: Annotated[bool, typer.Option("--forecast/--no-forecast", help="Tell how long they last.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what is available, used and held in each pool, in credits, and how long that is likely to last.
 
     Examples: `bursar credits show --org acme`, `bursar credits show --org acme --json`
     """
 
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> list[dict[str, Any]]:
-        found = await pools.list_pools(conn, organization_id=organization.organization_id)
+        own = {"organization_id": organization.organization_id}
+        found = await pools.list_pools(conn, **own)
+        told = {each.id: each for each in await forecasts.forecast_pools(conn, **own)} if with_forecast else {}
         names = await _names(conn, organization)
         return [
             {
@@ -66,13 +72,80 @@ def show(org: OrgOption, as_json: JsonOption = False) -> None:
                 "held": format_credits(pool.held_micros),
                 "overage": format_credits(pool.excess_micros),
                 "pool_id": f"pool_{pool.pool_id.hex}",
+                "forecast": _dates(told.get(pool.pool_id)),
             }
             for pool in found
         ]
 
     columns = [Column("pool", "Pool"), Column("kind", "Kind"), Column("owner", "Owner")]
     columns += [Column(key, key.capitalize(), right=True) for key in ("available", "used", "held", "overage")]
-    print_rows(within(org, work), columns, as_json=as_json, empty="No pool yet: `bursar credits add` opens one.")
+    rows = within(org, work)
+    print_rows(rows, columns, as_json=as_json, empty="No pool yet: `bursar credits add` opens one.")
+    for row in () if as_json else rows:
+        if row["forecast"] and row["forecast"]["likely"]:
+            told = row["forecast"]
+            until = told["last"] or "later"
+            typer.echo(f"{row['pool']}: likely used up on {told['likely']} (80 %: {told['first']} to {until})")
+
+
+def _dates(each: forecasts.Expected | None) -> dict[str, Any] | None:
+    """When a pool is likely to be used up, for people and programs."""
+    if each is None:
+        return None
+    told = each.forecast
+    return {"likely": told.likely, "first": told.first, "last": told.last, "reason": told.reason}
+
+
+@app.command("forecast")
+def show_forecast(org: OrgOption, as_json: JsonOption = False) -> None:
+    """Say when pools, shares and caps are likely to be used up, and between which dates with 80 %.
+
+    Examples: `bursar credits forecast --org acme`, `bursar credits forecast --org acme --json`
+    """
+
+    async def work(conn: db.Connection, database: db.Database, organization: Organization) -> list[dict[str, Any]]:
+        own = {"organization_id": organization.organization_id}
+        found = [*await forecasts.forecast_pools(conn, **own), *await forecasts.forecast_budgets(conn, **own)]
+        names = await _names(conn, organization)
+        return [_expected(each, names) for each in found]
+
+    columns = [Column("what", "What"), Column("of", "Of"), Column("available", "Available", right=True)]
+    columns += [Column("per_day", "Per day", right=True), Column("likely", "Likely"), Column("first", "From")]
+    columns += [Column("last", "To"), Column("note", "")]
+    print_rows(within(org, work), columns, as_json=as_json, empty="There is nothing to be used up.")
+
+
+def _expected(each: forecasts.Expected, names: dict[UUID, str]) -> dict[str, Any]:
+    def amount(value: int) -> str:
+        return format_credits(Micros(value)) if each.metric == "credits" else str(value)
+
+    told = each.forecast
+    per_day = told.per_day // 10_000 * 10_000 if each.metric == "credits" else told.per_day
+    return {
+        "what": each.name if each.kind == "pool" else f"{each.name} per {each.period}".removesuffix(" per none"),
+        "of": names.get(each.scope_id, str(each.scope_id)) if each.scope_id else "",
+        "metric": each.metric,
+        "available": amount(each.available),
+        "per_day": amount(per_day),
+        "likely": told.likely,
+        "first": told.first,
+        "last": told.last,
+        "resets_on": each.resets_on,
+        "reason": told.reason,
+        "note": FORECAST_NOTES[told.reason] if told.reason else "",
+        "id": f"{ {'pool': 'pool', 'limit': 'lim', 'allocation': 'all'}[each.kind] }_{each.id.hex}",
+    }
+
+
+FORECAST_NOTES: Final = {
+    "too_short": "used for less than four weeks: too short to tell",
+    "too_thin": "used on too few days to tell",
+    "silent": "not used for two weeks",
+    "lasts": "may last for more than two years",
+    "reset_first": "may begin anew first",
+    "not_counted": "tokens are not forecast",
+}
+"""Why there is no date, or no last one."""
 
 
 @app.command()

@@ -382,3 +382,79 @@ where t.top_up_id is not null
 -- name: decide_top_up
 select t.top_up_id, t.pool_id, t.amount_micros, t.state, t.requested_at, t.decided_at, t.paid_nano_usd, t.reference, t.reason, t.grant_id
 from credits.decide_top_up(%(organization_id)s, %(top_up_id)s, %(succeeded)s, %(paid_nano_usd)s, %(reference)s, %(reason)s) t
+
+-- name: forecast_now
+select clock_timestamp() as at, zone from identity.organizations where organization_id = %(organization_id)s
+
+-- name: forecast_pool_use
+-- What each pool paid, by local day of use before today; what further pools paid of a request is taken from the first.
+with span as (
+    select o.organization_id, o.zone, date_trunc('day', clock_timestamp() at time zone o.zone) as today
+    from identity.organizations o where o.organization_id = %(organization_id)s
+), paid as (
+    select a.used_at, a.request_id, a.booked_at, a.pool_id, a.charged_micros as micros
+    from span s join ledger.attribution a on a.organization_id = s.organization_id
+    where a.kind in (0, 1) and a.pool_id is not null
+      and a.used_at >= (s.today - interval '60 days') at time zone s.zone and a.used_at < s.today at time zone s.zone
+), takes as (
+    select p.used_at, p.pool_id as first_id, t.pool_id, t.charged_micros as micros
+    from paid p join ledger.attribution_takes t
+        on t.organization_id = %(organization_id)s and t.request_id = p.request_id and t.booked_at = p.booked_at
+)
+select (e.used_at at time zone s.zone)::date as day, e.pool_id, sum(e.micros)::bigint as credits
+from span s cross join (
+    select used_at, pool_id, micros from paid
+    union all select used_at, pool_id, micros from takes
+    union all select used_at, first_id, -micros from takes) e
+group by 1, 2
+
+-- name: forecast_use
+-- Who used how much, by local day before today.
+select (a.used_at at time zone o.zone)::date as day, a.user_id, a.api_key_id, a.team_id, a.department_id, a.model,
+    sum(a.charged_micros)::bigint as credits, count(*) filter (where a.kind = 0) as calls
+from identity.organizations o join ledger.attribution a on a.organization_id = o.organization_id
+where o.organization_id = %(organization_id)s and a.kind in (0, 1)
+  and a.used_at >= (date_trunc('day', clock_timestamp() at time zone o.zone) - interval '60 days') at time zone o.zone
+  and a.used_at < date_trunc('day', clock_timestamp() at time zone o.zone) at time zone o.zone
+group by 1, 2, 3, 4, 5, 6
+
+-- name: forecast_grants
+-- What grants have left now, as pouring now would have it: use that is not poured yet burns in the same order.
+with left_now as (
+    select g.pool_id, p.name as pool_name, s.left_micros, g.effective_at, case when isfinite(g.expires_at) then g.expires_at end as expires_at,
+        g.priority, g.is_free, g.created_at, g.grant_id, s.state,
+        b.used_amount - p.poured_micros as unpoured,
+        sum(s.left_micros) filter (where s.state in ('active', 'lingering'))
+            over (partition by g.pool_id order by g.priority, g.expires_at, g.is_free desc, g.effective_at, g.created_at, g.grant_id) as upto
+    from credits.grants g
+    join credits.grant_states s on s.organization_id = g.organization_id and s.grant_id = g.grant_id
+    join credits.pools p on p.organization_id = g.organization_id and p.pool_id = g.pool_id and p.closed_at is null
+    join credits.balances b on b.organization_id = p.organization_id and b.balance_id = p.pool_id and b.period_start = '-infinity'
+    where g.organization_id = %(organization_id)s and s.state in ('scheduled', 'active', 'lingering')
+      and g.expires_at > clock_timestamp()
+)
+select pool_id, pool_name, effective_at, expires_at,
+    case when state = 'scheduled' then left_micros
+         else least(left_micros, greatest(0, upto - unpoured))::bigint end as left_micros
+from left_now
+order by pool_id, priority, expires_at nulls last, is_free desc, effective_at, created_at, grant_id
+
+-- name: forecast_budgets
+-- Caps that stop and shares, with the room they have now; one that nobody has met in this period yet has all of it.
+select o.kind, o.id, o.scope, o.scope_id, o.metric, o.period, o.model_filter,
+    greatest(0, o.amount - coalesce(b.used_amount + b.held_amount, 0)) as available,
+    case when o.period <> 'none' then coalesce(b.period_end, credits.period_end(o.period, z.zone, clock_timestamp())) end as resets_at,
+    coalesce(array(
+        select distinct a.model from ledger.attribution a
+        where o.model_filter is not null and a.organization_id = %(organization_id)s and a.used_at > clock_timestamp() - interval '61 days'
+          and a.model like o.model_filter), '{}') as counts_model
+from (
+    select 'limit' as kind, l.limit_id as id, l.scope, l.scope_id, l.metric, l.period, l.model_filter, l.amount, l.created_at
+    from credits.limits l where l.organization_id = %(organization_id)s and l.ended_at is null and l.action <> 'warns'
+    union all
+    select 'allocation', a.allocation_id, 'user', a.user_id, 'credits', a.period, null, a.amount_micros, a.created_at
+    from credits.allocations a where a.organization_id = %(organization_id)s and a.ended_at is null) o
+join identity.organizations z on z.organization_id = %(organization_id)s
+left join credits.balances b on b.organization_id = %(organization_id)s and b.balance_id = o.id
+    and b.period_start <= clock_timestamp() and b.period_end > clock_timestamp()
+order by o.created_at, o.id

@@ -1,0 +1,92 @@
+"""Forecasts of plain series: what is told, and when nothing is."""
+
+from datetime import date, timedelta
+
+import pytest
+
+from bursar.credits.forecasts import Credit, Forecast, forecast
+
+TODAY = date(2026, 6, 15)  # a Monday
+WORKING_WEEK = (100, 100, 100, 100, 100, 0, 0)
+
+
+def weeks(count: int, week: tuple[int, ...] = WORKING_WEEK) -> list[int]:
+    """The same week again and again, until yesterday."""
+    return list(week) * count
+
+
+def test_a_steady_use_is_told_to_the_week() -> None:
+    told = forecast(weeks(8), [Credit(2250)], today=TODAY)
+    assert told.first is not None
+    assert told.likely is not None
+    assert told.last is not None
+    assert told.first <= told.likely <= told.last
+    assert abs((told.likely - (TODAY + timedelta(days=30))).days) <= 3  # four weeks of 500, then two and a half days
+    assert (told.last - told.first).days <= 14
+    assert told.per_day == 71
+
+
+def test_the_same_past_gives_the_same_dates() -> None:
+    assert forecast(weeks(6), [Credit(3000)], today=TODAY) == forecast(weeks(6), [Credit(3000)], today=TODAY)
+
+
+def test_nothing_is_used_up_on_a_weekend_on_which_nobody_works() -> None:
+    told = forecast(weeks(8), [Credit(900)], today=TODAY)
+    days = {day.weekday() for day in (told.first, told.likely, told.last) if day}
+    assert days <= {0, 1, 2, 3, 4}
+
+
+def test_an_uneven_past_gives_a_wider_interval() -> None:
+    uneven = [used * (4 if n // 7 % 2 else 1) for n, used in enumerate(weeks(8))]
+    wide, narrow = (forecast(days, [Credit(8000)], today=TODAY) for days in (uneven, weeks(8)))
+    assert _relative_width(wide) > 2 * _relative_width(narrow)
+
+
+def _relative_width(told: Forecast) -> float:
+    assert told.first is not None
+    assert told.last is not None
+    return (told.last - told.first) / (told.first - TODAY)
+
+
+def test_growth_brings_the_end_nearer() -> None:
+    growing = [used * (10 + n // 7) for n, used in enumerate(weeks(8))]
+    level = [used * 27 // 2 for used in weeks(8)]  # as much in all
+    sooner, later = (forecast(days, [Credit(60_000)], today=TODAY).likely for days in (growing, level))
+    assert sooner is not None
+    assert later is not None
+    assert sooner < later
+
+
+def test_credits_that_end_or_begin_are_counted() -> None:
+    ends = forecast(weeks(8), [Credit(10**9, ends=10)], today=TODAY)
+    assert (ends.first, ends.last) == (TODAY + timedelta(days=10),) * 2
+    gap = forecast(weeks(8), [Credit(500), Credit(10**6, begins=21)], today=TODAY)
+    assert gap.likely is not None
+    assert gap.likely < TODAY + timedelta(days=21)
+    no_gap = forecast(weeks(8), [Credit(500, ends=30), Credit(10**9, begins=3)], today=TODAY)
+    assert no_gap.first is None
+    assert no_gap.reason == "lasts"
+
+
+def test_a_budget_that_begins_anew_first_has_no_date() -> None:
+    assert forecast(weeks(8), [Credit(5000)], today=TODAY, resets_on=TODAY + timedelta(days=7)).reason == "reset_first"
+    soon = forecast(weeks(8), [Credit(250)], today=TODAY, resets_on=TODAY + timedelta(days=7))
+    assert soon.likely == TODAY + timedelta(days=2)
+
+
+def test_what_is_used_up_already_is_used_up_today() -> None:
+    assert forecast(weeks(8), [Credit(0)], today=TODAY).likely == TODAY
+
+
+@pytest.mark.parametrize(
+    ("days", "reason"),
+    [
+        ([], "too_short"),
+        (weeks(3), "too_short"),
+        (weeks(8, (100, 0, 0, 0, 0, 0, 0)), "too_thin"),
+        (weeks(6) + [0] * 14, "silent"),
+    ],
+)
+def test_nothing_is_told_from_a_past_that_says_nothing(days: list[int], reason: str) -> None:
+    told = forecast(days, [Credit(1000)], today=TODAY)
+    assert (told.likely, told.first, told.last, told.reason) == (None, None, None, reason)
