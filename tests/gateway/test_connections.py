@@ -169,7 +169,7 @@ async def test_a_small_answer_that_unpacks_to_very_much_is_refused(
     calls: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upstream, "MOST_ANSWER_BYTES", 3_000_000)
-    packed = gzip.compress(bytes(50_000_000, mtime=0))
+    packed = gzip.compress(bytes(50_000_000), mtime=0)
     head = OK + b"content-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(packed)
     async with listening(saying(head + packed, stays=True)) as target:
         with pytest.raises(UpstreamBroken, match="too large"):
