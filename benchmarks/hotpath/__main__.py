@@ -12,7 +12,7 @@ from typing import Any, Final
 import psycopg
 import uvloop
 
-from benchmarks.hotpath import books, groups, http, pgledger, report
+from benchmarks.hotpath import books, caps, groups, http, pgledger, report
 from benchmarks.hotpath.groups import Plan, Server
 from bursar.db.connections import role_dsn
 from bursar.db.embedded import EmbeddedServer
@@ -33,6 +33,9 @@ def main() -> None:
         folder = Path(name)
         folder.chmod(0o711)  # as root, the server runs as another user
         with _server(folder) as server:
+            if plan.only_caps:
+                report.show(_with_caps(plan, server), _about(plan, server))
+                return
             print(f"opening {plan.organizations:,} organizations …", flush=True)
             ready = books.open_books(
                 server.admin, server.simulator, users=USERS, exhausted=EXHAUSTED, organizations=plan.organizations
@@ -40,6 +43,7 @@ def main() -> None:
             ledger = _pgledger(plan, server, ready)
             rows = uvloop.run(groups.callers(plan, server, ready, ledger))
             rows += groups.floors(plan, server, ready)
+            rows += _with_caps(plan, server)
             if plan.filled:
                 rows += groups.filled(plan, server, ready)
             about = _about(plan, server)
@@ -62,11 +66,12 @@ def _plan() -> Plan:
         help="also measure on a ledger that has this many rows before (10,000,000; takes minutes and 6 GB of disk)",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="1,000 organizations, 1 s a case, 3 rounds, never filled")
+    parser.add_argument("--only-caps", action="store_true", help="measure what caps cost, print it, write nothing")
     given = parser.parse_args()
     usual = (given.callers, given.connections)
     if given.quick:
-        return Plan(1.0, 3, *usual, 1_000, given.pgledger, 0)
-    return Plan(given.seconds, given.rounds, *usual, 10_000, given.pgledger, given.filled)
+        return Plan(1.0, 3, *usual, 1_000, given.pgledger, 0, given.only_caps)
+    return Plan(given.seconds, given.rounds, *usual, 10_000, given.pgledger, given.filled, given.only_caps)
 
 
 @contextmanager
@@ -82,6 +87,14 @@ def _server(folder: Path) -> Iterator[Server]:
         yield Server(server.dsn, lane, simulator, server.pid)
     finally:
         server.stop()
+
+
+def _with_caps(plan: Plan, server: Server) -> list[report.Row]:
+    organizations = caps.open_organizations(server.admin, server.simulator, users=USERS)
+    work = caps.with_and_without(
+        server.lane, server.pid, organizations, callers=plan.callers, rounds=plan.rounds, seconds=plan.seconds
+    )
+    return uvloop.run(work)
 
 
 def _pgledger(plan: Plan, server: Server, ready: books.Books) -> groups.Pgledger | None:

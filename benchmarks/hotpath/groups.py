@@ -26,7 +26,10 @@ TRANSFERS: Final = "pgledger's transfers"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run. seconds: of one case, over all its rounds; filled: rows of a ledger that is full before, or 0."""
+    """What to run. seconds: of one case, over all its rounds; filled: rows of a ledger that is full before, or 0.
+
+    only_caps: measure what caps cost and nothing else.
+    """
 
     seconds: float
     rounds: int
@@ -35,6 +38,7 @@ class Plan:
     organizations: int
     pgledger: Path | None
     filled: int
+    only_caps: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,40 @@ from unnest(%(organization_ids)s::uuid[], %(pool_ids)s::uuid[]) as p(org, id)
 select count(credits.set_limit(org, gen_random_uuid(), %(scope)s, id, 'credits', null, 'month', micros, 'stops', null))
 from unnest(%(organization_ids)s::uuid[], %(ids)s::uuid[], %(micros)s::bigint[]) as c(org, id, micros)
 
+-- name: add_places
+-- Teams and departments of an organization, with its members spread over them.
+with new_departments as (
+    insert into identity.departments (organization_id, department_id, name, created_at)
+    select %(organization_id)s, gen_random_uuid(), 'Department ' || nr, clock_timestamp() from generate_series(1, %(departments)s) nr
+    returning department_id
+), new_teams as (
+    insert into identity.teams (organization_id, team_id, name, created_at)
+    select %(organization_id)s, gen_random_uuid(), 'Team ' || nr, clock_timestamp() from generate_series(1, %(teams)s) nr
+    returning team_id
+), numbered as (
+    select user_id, row_number() over (order by user_id) as nr from identity.memberships where organization_id = %(organization_id)s
+)
+update identity.memberships m set team_id = t.team_id, department_id = d.department_id
+from numbered n
+join (select team_id, row_number() over () as nr from new_teams) t on t.nr = 1 + n.nr %% %(teams)s
+join (select department_id, row_number() over () as nr from new_departments) d on d.nr = 1 + n.nr %% %(departments)s
+where m.organization_id = %(organization_id)s and m.user_id = n.user_id
+
+-- name: places
+select 'team' as scope, team_id as id from identity.teams where organization_id = %(organization_id)s
+union all
+select 'department', department_id from identity.departments where organization_id = %(organization_id)s
+
+-- name: add_grants_to_pool
+select count(credits.add_grant(%(organization_id)s, gen_random_uuid(), %(pool_id)s, 'purchase', %(micros)s, nr::smallint, false, 0, null,
+    clock_timestamp() + make_interval(years => nr), null, null, 'grant ' || nr))
+from generate_series(1, %(count)s) nr
+
+-- name: cap_each
+select count(credits.set_limit(%(organization_id)s, gen_random_uuid(), %(scope)s, id, 'credits', %(model)s, 'month', %(micros)s, 'stops', null,
+    null, false, %(is_default)s))
+from unnest(%(ids)s::uuid[]) id
+
 -- name: add_plain_balances
 insert into bench.balances (organization_id, balance_id, limit_micros)
 select org, id, %(micros)s from unnest(%(organization_ids)s::uuid[], %(balance_ids)s::uuid[]) as b(org, id)

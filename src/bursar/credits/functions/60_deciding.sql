@@ -129,7 +129,9 @@ begin
             select h.request_id from credits.holds h where p_chains is null and h.organization_id = w.org and h.request_id = w.request_id
         ) h on true
         cross join lateral (
-            select case when p_chains is not null then w.leg when c.is_plain then 1::smallint else credits.first_leg(c.leg_filters, w.model) end as leg
+            -- first_leg costs as much as all else for a request, and where there is one leg for every model it has nothing to find
+            select case when p_chains is not null then w.leg when c.is_plain or (cardinality(c.leg_filters) = 1 and c.leg_filters[1] is null)
+                        then 1::smallint else credits.first_leg(c.leg_filters, w.model) end as leg
         ) l
     ), plain as (
         select p_chains is null and bool_and(is_asked) and count(distinct request_id) = v_n as is_plain from r
