@@ -11,12 +11,13 @@ import structlog
 from prometheus_client import Counter
 
 from bursar import db
+from bursar.alerts import jobs as alerts_jobs
 from bursar.audit import jobs as audit_jobs
 from bursar.credits import jobs as credits_jobs
 from bursar.gateway import jobs as gateway_jobs
 from bursar.outbox import jobs as outbox_jobs
 
-JOBS: Final = (*audit_jobs.JOBS, *credits_jobs.JOBS, *gateway_jobs.JOBS, *outbox_jobs.JOBS)
+JOBS: Final = (*audit_jobs.JOBS, *credits_jobs.JOBS, *gateway_jobs.JOBS, *outbox_jobs.JOBS, *alerts_jobs.JOBS)
 FAILURES = Counter("bursar_job_failures_total", "Runs of periodic jobs that failed", ["job"])
 
 log = structlog.get_logger(__name__)

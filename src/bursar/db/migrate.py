@@ -31,6 +31,7 @@ LAYERS: Final = (
     "credits",
     "licenses",
     "usage",
+    "alerts",
     "gateway",
     "billing",
     "warehouse",

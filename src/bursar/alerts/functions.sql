@@ -1,0 +1,83 @@
+-- How far a balance is, by the rules that are about it. These act with the rights of who asks.
+
+-- default_rule: what is told where an organization has set nothing.
+create or replace function alerts.default_rule(p_watches text)
+returns table (rule_id uuid, measure text, thresholds bigint[], readers text[], addresses text[], collect_minutes integer)
+language sql immutable set search_path = alerts, pg_temp as $$
+    select r.rule_id, 'percent', r.thresholds, array['concerned'], '{}'::text[], 5
+    from (values
+        ('pool', '00000000-0000-7000-8000-0000000a1e01'::uuid, array[50, 80, 90, 100]::bigint[]),
+        ('allocation', '00000000-0000-7000-8000-0000000a1e02', array[90, 100]),
+        ('limit', '00000000-0000-7000-8000-0000000a1e03', array[50, 80, 90, 100])) r(watches, rule_id, thresholds)
+    where r.watches = p_watches;
+$$;
+comment on function alerts.default_rule is 'The rule for pools, shares or limits where an organization has none of its own';
+
+-- rules_for: the rules that are about one balance: its own, else the organization's, else the default.
+create or replace function alerts.rules_for(p_organization_id uuid, p_watches text, p_balance_id uuid)
+returns table (rule_id uuid, measure text, thresholds bigint[], readers text[], addresses text[], collect_minutes integer)
+language sql stable set search_path = alerts, pg_temp as $$
+    with own as (
+        select r.*, max((r.object_id is not null)::int) over () as most_special
+        from rules r
+        where r.organization_id = p_organization_id and r.ended_at is null and r.watches = p_watches
+          and (r.object_id is null or r.object_id = p_balance_id))
+    select o.rule_id, o.measure, o.thresholds, o.readers, o.addresses, o.collect_minutes
+    from own o where (o.object_id is not null)::int = o.most_special
+    union all
+    select d.* from alerts.default_rule(p_watches) d where not exists (select from own);
+$$;
+comment on function alerts.rules_for is 'The rules that are about one balance: its own, else the organization''s, else the default one';
+
+-- level: how many of a rule's thresholds are reached. p_filled: what 100 % is; nothing is reached of a limit of 0.
+create or replace function alerts.level(p_measure text, p_thresholds bigint[], p_filled bigint, p_left bigint) returns smallint
+language sql immutable set search_path = alerts, pg_temp as $$
+    select case when p_filled <= 0 then 0 else (
+        select count(*) from unnest(p_thresholds) t
+        where case p_measure when 'percent' then (p_filled - p_left)::numeric * 100 >= t::numeric * p_filled else p_left <= t end) end::smallint;
+$$;
+comment on function alerts.level is 'How many thresholds of a rule are reached';
+
+-- crossed: of some balances, those that are further than was told, or of which less has to be taken as told since their limit was raised.
+-- period_start is a text, since it may be -infinity. p_since: refusals since then count: a balance that refuses with a hundredth left is at 100 %.
+create or replace function alerts.crossed(p_organization_ids uuid[], p_balance_ids uuid[], p_period_starts timestamptz[], p_since timestamptz)
+returns table (
+    organization_id uuid, rule_id uuid, balance_id uuid, period_start text, watches text, measure text, thresholds bigint[], readers text[],
+    addresses text[], collect_minutes integer, limit_amount bigint, used_amount bigint, filled_amount bigint, left_amount bigint, period_end timestamptz,
+    stops boolean, level smallint, told_level smallint, told_limit bigint, base_level smallint
+)
+language sql stable set search_path = alerts, pg_temp as $$
+    select b.organization_id, r.rule_id, b.balance_id, b.period_start::text, b.kind, r.measure, r.thresholds, r.readers, r.addresses, r.collect_minutes,
+        b.limit_amount, b.used_amount, f.filled, f.rest, case when isfinite(b.period_end) then b.period_end end, b.stops, l.now, s.level, s.limit_amount, l.base
+    from unnest(p_organization_ids, p_balance_ids, p_period_starts) w(organization_id, balance_id, period_start)
+    join credits.balances b
+        on b.organization_id = w.organization_id and b.balance_id = w.balance_id and b.period_start = w.period_start and b.kind <> 'open'
+    cross join lateral (
+        -- Of a pool 100 % is what its present grants were; what earlier ones were is past.
+        select case when b.kind <> 'pool' then b.limit_amount else greatest(b.limit_amount - b.used_amount, (
+            select coalesce(sum(g.amount_micros), 0)::bigint
+            from credits.grant_states t
+            join credits.grants g on g.organization_id = t.organization_id and g.grant_id = t.grant_id
+            where t.organization_id = b.organization_id and t.pool_id = b.balance_id and t.state in ('active', 'lingering'))) end as filled,
+            greatest(0, b.limit_amount - b.used_amount) as rest) q
+    cross join lateral (
+        select q.filled, case when q.rest > 0 and q.rest * 100 <= q.filled and exists (
+            select from credits.unbilled_requests u
+            where u.organization_id = b.organization_id and u.happened_at > p_since and u.outcome = 'refused' and u.binding_id = b.balance_id)
+            then 0 else q.rest end as rest) f
+    cross join lateral alerts.rules_for(b.organization_id, b.kind, b.balance_id) r
+    left join reached s on s.organization_id = b.organization_id and s.rule_id = r.rule_id and s.balance_id = b.balance_id
+        and s.period_start = b.period_start
+    cross join lateral (
+        select alerts.level(r.measure, r.thresholds, f.filled, f.rest) as now,
+            case when s.level is null then 0::smallint
+                 when b.limit_amount > s.limit_amount then least(s.level, alerts.level(r.measure, r.thresholds,
+                    case when b.kind = 'pool' then greatest(f.filled, b.limit_amount - s.used_amount) else b.limit_amount end,
+                    greatest(0, b.limit_amount - s.used_amount)))
+                 else s.level end as base) l
+    where l.now > l.base or l.base < s.level;
+$$;
+comment on function alerts.crossed is 'Of some balances, those that are further than was told, or whose limit was raised since';
+
+revoke all on all functions in schema alerts from public;
+grant execute on all functions in schema alerts to bursar_app, bursar_platform;
