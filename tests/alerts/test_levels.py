@@ -420,3 +420,61 @@ async def _later(database: db.Database) -> None:
     """Time for another look."""
     async with await psycopg.AsyncConnection.connect(database.dsn("admin")) as conn:
         await conn.execute("update alerts.looks set looked_until = looked_until - interval '2 seconds'")
+
+
+async def test_a_default_is_told_for_each_one_that_it_counts_for(house: House) -> None:
+    await house.fund(1000)
+    other = House(house.org, await house.org.member())
+    async with house.org.tenant() as conn:
+        await set_limit(
+            conn,
+            scope=Scope.USER,
+            scope_id=None,
+            amount=100_000_000,
+            period=Period.DAY,
+            is_default=True,
+            **house.place,
+        )
+    await house.spend(85)
+    await other.spend(95)
+    await house.look()
+    told = await house.told("limit")
+    assert {(each.payload["user_id"], each.payload["threshold"]) for each in told} == {
+        (f"usr_{house.user.hex}", "80"),
+        (f"usr_{other.user.hex}", "90"),
+    }
+    assert await house.mailed() == {house.user, other.user}
+
+
+async def test_a_renewed_share_counts_from_its_renewal(house: House) -> None:
+    await house.fund(1000)
+    await house.share(100, period=Period.DAY)
+    await house.spend(95)
+    await house.look()
+    [told] = await house.told("allocation")
+    assert (told.payload["used"], told.payload["limit"]) == ("95", "100")
+    assert told.payload["resets_at"] is not None
+    async with await _admin(house) as conn:  # as if its day had passed
+        await conn.execute(
+            "update credits.allocation_periods set period_start = period_start - interval '1 day',"
+            " period_end = period_end - interval '1 day' where organization_id = %s",
+            [house.org.organization_id],
+        )
+        await conn.execute(
+            "update credits.allocations set renews_at = renews_at - interval '1 day' where organization_id = %s",
+            [house.org.organization_id],
+        )
+        await conn.execute(
+            "update credits.gates set next_limit_event_at = next_limit_event_at - interval '1 day',"
+            " next_event_at = next_event_at - interval '1 day' where organization_id = %s",
+            [house.org.organization_id],
+        )
+        await conn.execute(
+            "update alerts.reached set period_start = period_start - interval '1 day' where organization_id = %s",
+            [house.org.organization_id],
+        )
+    await house.spend(91)
+    await house.look()
+    told = (await house.told("allocation"))[-1]
+    assert (told.kind, told.payload["used"], told.payload["limit"]) == ("allocation.threshold", "91", "100")
+    assert len(await house.told("allocation")) == 2

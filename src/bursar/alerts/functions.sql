@@ -47,14 +47,21 @@ returns table (
     stops boolean, level smallint, told_level smallint, told_limit bigint, base_level smallint
 )
 language sql stable set search_path = alerts, pg_temp as $$
-    select b.organization_id, r.rule_id, b.balance_id, b.period_start::text, b.kind, r.measure, r.thresholds, r.readers, r.addresses, r.collect_minutes,
-        b.limit_amount, b.used_amount, f.filled, f.rest, case when isfinite(b.period_end) then b.period_end end, b.stops, l.now, s.level, s.limit_amount, l.base
+    select b.organization_id, r.rule_id, b.balance_id, o.period_start::text, b.kind, r.measure, r.thresholds, r.readers, r.addresses, r.collect_minutes,
+        b.limit_amount, b.used_amount, f.filled, f.rest, case when isfinite(o.period_end) then o.period_end end, b.stops, l.now, s.level, s.limit_amount, l.base
     from unnest(p_organization_ids, p_balance_ids, p_period_starts) w(organization_id, balance_id, period_start)
     join credits.balances b
         on b.organization_id = w.organization_id and b.balance_id = w.balance_id and b.period_start = w.period_start and b.kind <> 'open'
+    left join credits.allocations a on b.kind = 'allocation' and a.organization_id = b.organization_id and a.allocation_id = b.balance_id
+    left join credits.allocation_periods ap on ap.organization_id = a.organization_id and ap.allocation_id = a.allocation_id
+        and ap.period_end = a.renews_at
+    cross join lateral (
+        -- A share that is renewed has one row for ever: what it had used before its period is past.
+        select coalesce(ap.period_start, b.period_start) as period_start, coalesce(ap.period_end, b.period_end) as period_end,
+            coalesce(ap.opening_micros, 0) as before) o
     cross join lateral (
         -- Of a pool 100 % is what its present grants were; what earlier ones were is past.
-        select case when b.kind <> 'pool' then b.limit_amount else greatest(b.limit_amount - b.used_amount, (
+        select case when b.kind <> 'pool' then b.limit_amount - o.before else greatest(b.limit_amount - b.used_amount, (
             select coalesce(sum(g.amount_micros), 0)::bigint
             from credits.grant_states t
             join credits.grants g on g.organization_id = t.organization_id and g.grant_id = t.grant_id
@@ -67,12 +74,12 @@ language sql stable set search_path = alerts, pg_temp as $$
             then 0 else q.rest end as rest) f
     cross join lateral alerts.rules_for(b.organization_id, b.kind, b.balance_id) r
     left join reached s on s.organization_id = b.organization_id and s.rule_id = r.rule_id and s.balance_id = b.balance_id
-        and s.period_start = b.period_start
+        and s.period_start = o.period_start
     cross join lateral (
         select alerts.level(r.measure, r.thresholds, f.filled, f.rest) as now,
             case when s.level is null then 0::smallint
                  when b.limit_amount > s.limit_amount then least(s.level, alerts.level(r.measure, r.thresholds,
-                    case when b.kind = 'pool' then greatest(f.filled, b.limit_amount - s.used_amount) else b.limit_amount end,
+                    case when b.kind = 'pool' then greatest(f.filled, b.limit_amount - s.used_amount) else f.filled end,
                     greatest(0, b.limit_amount - s.used_amount)))
                  else s.level end as base) l
     where l.now > l.base or l.base < s.level;

@@ -74,7 +74,10 @@ with defined as (
     union all
     select organization_id, allocation_id from credits.allocations where organization_id = any (%(organization_ids)s) and ended_at is null
     union all
-    select organization_id, limit_id from credits.limits where organization_id = any (%(organization_ids)s) and ended_at is null),
+    select organization_id, balance_id from credits.limits
+    where organization_id = any (%(organization_ids)s) and ended_at is null and balance_id is not null
+    union
+    select organization_id, balance_id from credits.counters where organization_id = any (%(organization_ids)s)),
 present as (
     select d.organization_id, d.balance_id, b.period_start
     from defined d
@@ -105,23 +108,26 @@ returning object_id;
 
 -- name: subject
 -- What a balance is, whose, and what it does when it is full.
-select b.kind, coalesce(p.name, q.name) as pool_name, p.kind as pool_kind, a.when_empty, coalesce(l.scope, case when a.user_id is not null then 'user'
-        when p.owner_user_id is not null then 'user' else 'organization' end) as scope,
-    coalesce(l.metric, 'credits') as metric, l.model_filter, coalesce(l.period, a.period, 'none') as period,
-    coalesce(l.action, case when b.stops then 'stops' else 'warns' end) as action,
-    coalesce(p.owner_user_id, a.user_id, case l.scope when 'user' then l.scope_id when 'key' then k.user_id end) as user_id,
-    coalesce(k.name, t.name, d.name) as scope_name, coalesce(t.lead_user_id, mt.lead_user_id) as lead_user_id, o.slug, o.zone
+select b.kind, coalesce(p.name, q.name) as pool_name, p.kind as pool_kind, a.when_empty,
+    coalesce(l.scope, case when i.user_id is not null then 'user' else 'organization' end) as scope, coalesce(l.metric, 'credits') as metric,
+    l.model_filter, coalesce(l.period, a.period, 'none') as period, coalesce(l.action, case when b.stops then 'stops' else 'warns' end) as action,
+    i.user_id, coalesce(k.name, t.name, d.name) as scope_name, coalesce(t.lead_user_id, mt.lead_user_id) as lead_user_id, o.slug, o.zone
 from credits.balances b
 join identity.organizations o on o.organization_id = b.organization_id
 left join credits.pools p on p.organization_id = b.organization_id and p.pool_id = b.balance_id
 left join credits.allocations a on a.organization_id = b.organization_id and a.allocation_id = b.balance_id
 left join credits.pools q on q.organization_id = b.organization_id and (q.pool_id = a.pool_id or q.open_part_id = b.balance_id)
-left join credits.limits l on l.organization_id = b.organization_id and l.limit_id = b.balance_id
+left join credits.counters c on c.organization_id = b.organization_id and c.balance_id = b.balance_id
+left join lateral (
+    select l.scope, coalesce(l.scope_id, c.subject_id) as scope_id, l.metric, l.model_filter, l.period, l.action
+    from credits.limits l
+    where l.organization_id = b.organization_id and (l.balance_id = b.balance_id or l.limit_id = c.limit_id)
+    order by l.ended_at is not null, l.is_default, l.ended_at desc limit 1) l on true
 left join identity.api_keys k on l.scope = 'key' and k.organization_id = b.organization_id and k.api_key_id = l.scope_id
 left join identity.teams t on l.scope = 'team' and t.organization_id = b.organization_id and t.team_id = l.scope_id
 left join identity.departments d on l.scope = 'department' and d.organization_id = b.organization_id and d.department_id = l.scope_id
-left join identity.memberships m on m.organization_id = b.organization_id
-    and m.user_id = coalesce(p.owner_user_id, a.user_id, case l.scope when 'user' then l.scope_id when 'key' then k.user_id end)
+cross join lateral (select coalesce(p.owner_user_id, a.user_id, case l.scope when 'user' then l.scope_id when 'key' then k.user_id end) as user_id) i
+left join identity.memberships m on m.organization_id = b.organization_id and m.user_id = i.user_id
 left join identity.teams mt on mt.organization_id = m.organization_id and mt.team_id = m.team_id
 where b.organization_id = %(organization_id)s and b.balance_id = %(balance_id)s
 limit 1;
@@ -198,11 +204,16 @@ insert into alerts.rules (organization_id, rule_id, watches, object_id, measure,
 values (%(organization_id)s, %(rule_id)s, %(watches)s, %(object_id)s, %(measure)s, %(thresholds)s, %(readers)s, %(addresses)s,
     %(collect_minutes)s, %(created_by)s);
 
--- name: object_there
-select exists (
-    select from credits.balances where organization_id = %(organization_id)s and balance_id = %(object_id)s and kind = %(watches)s
-    union all select from credits.allocations where organization_id = %(organization_id)s and allocation_id = %(object_id)s and %(watches)s = 'allocation'
-    union all select from credits.limits where organization_id = %(organization_id)s and limit_id = %(object_id)s and %(watches)s = 'limit');
+-- name: balance_of
+-- The balance of a pool, share or limit, by the id that people know it by.
+select pool_id from credits.pools where organization_id = %(organization_id)s and pool_id = %(object_id)s and %(watches)s = 'pool'
+union all
+select allocation_id from credits.allocations
+where organization_id = %(organization_id)s and allocation_id = %(object_id)s and %(watches)s = 'allocation'
+union all
+select balance_id from credits.limits
+where organization_id = %(organization_id)s and %(object_id)s in (limit_id, balance_id) and balance_id is not null and %(watches)s = 'limit'
+limit 1;
 
 -- name: told
 select event_id, kind, object_kind, object_id, sequence, payload, happened_at

@@ -112,8 +112,8 @@ async def set_rule(
     """
     _check(thresholds, measure, readers, addresses, collect_minutes)
     place: dict[str, Any] = {"organization_id": organization_id, "watches": watches, "object_id": object_id}
-    if object_id is not None and not await db.fetch_value(conn, QUERIES.object_there, **place):
-        raise UnknownSubject("Those there are: bursar credits show, bursar credits allocations, bursar caps list")
+    if object_id is not None:
+        place["object_id"] = object_id = await _balance_of(conn, place)
     await db.execute(conn, QUERIES.end_rule, **place, measure=measure)
     rule_id = uuid7()
     await db.execute(
@@ -151,6 +151,8 @@ async def end_rules(
 ) -> int:
     """Take back what was set, so that the more general rule or the default is in force again; how many rules."""
     place: dict[str, Any] = {"organization_id": organization_id, "watches": watches, "object_id": object_id}
+    if object_id is not None:
+        place["object_id"] = await _balance_of(conn, place)
     async with conn.cursor() as cursor:
         await cursor.execute(QUERIES.end_rule, {**place, "measure": None})
         ended: list[UUID] = [row[0] for row in await cursor.fetchall()]
@@ -198,6 +200,19 @@ async def preview(
         Foreseen(threshold=each, times=row.times if row else 0, balances=row.balances if row else 0)
         for each, row in rows
     ]
+
+
+async def _balance_of(conn: db.Connection, place: dict[str, Any]) -> UUID:
+    """What a rule goes by: the balance of a pool, share or limit.
+
+    Raises:
+        UnknownSubject
+    """
+    found = await db.fetch_value(conn, QUERIES.balance_of, **place)
+    if found is None:
+        raise UnknownSubject("Those there are: bursar credits show, bursar credits allocations, bursar caps list")
+    assert isinstance(found, UUID)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import typer
 
 from bursar import __version__
 from bursar.cli import (
+    alerts,
     codes,
     credits,
     db,
@@ -28,6 +29,7 @@ from bursar.cli import (
     teams,
     top_ups,
     users,
+    webhooks,
 )
 from bursar.cli.exits import Exit, exit_code_of, explain
 from bursar.logs import configure_logs
@@ -48,6 +50,8 @@ NOUNS = {
     "codes": codes.app,
     "top-ups": top_ups.app,
     "seal": seal.app,
+    "alerts": alerts.app,
+    "webhooks": webhooks.app,
 }
 
 app = typer.Typer(

@@ -48,6 +48,10 @@ class Permission(StrEnum):
     LIMITS_TEAM = "limits:team"
     LIMITS_READ = "limits:read"
     LIMITS_WRITE = "limits:write"
+    ALERTS_READ = "alerts:read"
+    ALERTS_WRITE = "alerts:write"
+    WEBHOOKS_READ = "webhooks:read"
+    WEBHOOKS_WRITE = "webhooks:write"
     CODES_REDEEM = "codes:redeem"
     CODES_WRITE = "codes:write"
     REQUESTS_OWN = "requests:own"
@@ -83,6 +87,8 @@ _READS_ALL: Final = frozenset(
         _P.USAGE_READ,
         _P.CREDITS_READ,
         _P.LIMITS_READ,
+        _P.ALERTS_READ,
+        _P.WEBHOOKS_READ,
         _P.LICENSES_READ,
         _P.BILLING_READ,
         _P.EXPORT,
@@ -105,6 +111,8 @@ PERMISSIONS: Final[dict[Role, frozenset[Permission]]] = {
         _P.CREDITS_BUY,
         _P.CHARGES_WRITE,
         _P.LIMITS_WRITE,
+        _P.ALERTS_WRITE,
+        _P.WEBHOOKS_WRITE,
         _P.REQUESTS_DECIDE,
         _P.LICENSES_WRITE,
         _P.BILLING_WRITE,
@@ -117,13 +125,14 @@ PERMISSIONS: Final[dict[Role, frozenset[Permission]]] = {
     Role.AUDITOR: _READS_ALL | {_P.AUDIT_READ},
 }
 
-# A service key has no person behind it: it may what its organization's administrator may, but neither hand that on nor
-# see the margin.
+# A service key has no person behind it: it may what its organization's administrator may, but neither hand that on, nor
+# have events sent elsewhere, nor see the margin.
 SERVICE_KEY: Final = PERMISSIONS[Role.ORG_ADMIN] - {
     _P.PEOPLE_WRITE,
     _P.KEYS_WRITE,
     _P.KEYS_OWN,
     _P.CODES_REDEEM,
+    _P.WEBHOOKS_WRITE,
     _P.MARGIN_READ,
 }
 
