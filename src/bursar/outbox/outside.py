@@ -13,6 +13,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import Final
 
@@ -88,13 +89,19 @@ class Allowed:
         return cls(http=settings.webhooks_http, loopback=settings.webhooks_loopback)
 
 
+@cache
+def _usual_tls() -> ssl.SSLContext:
+    """The certificates that this machine trusts; read once, since that takes 30 ms and is asked for every second."""
+    return ssl.create_default_context()
+
+
 class Outside:
     """The client. tls: which certificates are believed; resolve: asks for the addresses of a name."""
 
     def __init__(self, allowed: Allowed, *, resolve: Resolve | None = None, tls: ssl.SSLContext | None = None) -> None:
         self._allowed = allowed
         self._resolve = resolve or _resolve
-        self._tls = tls or ssl.create_default_context()
+        self._tls = tls or _usual_tls()
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> int:
         """Post once; the status of the answer.
