@@ -1092,6 +1092,15 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
         "if false then",
         rules.test_whether_the_customers_own_key_pays_is_decided_when_the_hold_is_placed,
     ),
+    ("are_new", "count(*) = count(distinct w.key) and", "", rules.test_twins_in_one_batch_have_one_effect),
+    ("are_new", "w.body_hash is not null and", "", alone.test_what_has_no_sense_is_refused),
+    ("are_new", "length(w.key) between 1 and 255", "true", alone.test_what_has_no_sense_is_refused),
+    (
+        "are_new",
+        "and not exists (",
+        "and true is not null or exists (",
+        rules.test_the_same_key_and_body_has_one_effect_and_one_answer,
+    ),
     (
         "move_batch",
         "or b.used_amount - d.used + b.held_amount + d.held > b.limit_amount",

@@ -10,6 +10,19 @@ language sql stable set search_path = credits, pg_temp as $$
 $$;
 comment on function credits.came_to_nothing is 'Whether the request of a stored command left nothing behind, so that its key is free again';
 
+-- are_new: nothing is stored under the keys of a batch, and none comes twice: its requests can be decided like those without keys.
+create or replace function credits.are_new(p_organization_ids uuid[], p_keys text[], p_body_hashes bytea[]) returns boolean
+language plpgsql stable as $$
+begin
+    return (
+        select count(*) = count(distinct w.key) and bool_and(w.body_hash is not null and length(w.key) between 1 and 255
+            and not exists (select from credits.commands k where k.organization_id = w.org and k.idempotency_key = w.key))
+        from (select unnest(p_organization_ids) as org, unnest(p_keys) as key, unnest(p_body_hashes) as body_hash) w
+        where w.key is not null
+    );
+end $$;
+comment on function credits.are_new is 'Whether nothing is stored under the idempotency keys of a batch, which are all different';
+
 -- post_batch: write what move_batch decided: holds, attribution, requests that cost nothing, stored results; one insert each.
 create or replace function credits.post_batch(
     p_organization_ids uuid[], p_actions smallint[], p_request_ids uuid[], p_amounts bigint[], p_tokens bigint[], p_costs bigint[],
@@ -306,7 +319,8 @@ begin
     end if;
 
     -- (6) Most batches only hold and deduct, by chains that are current: one statement finds those and moves the demands.
-    if p_actions <@ array[1, 5]::smallint[] and coalesce(array_remove(p_keys, null), '{}') = '{}'
+    if p_actions <@ array[1, 5]::smallint[]
+       and (coalesce(array_remove(p_keys, null), '{}') = '{}' or credits.are_new(p_organization_ids, p_keys, p_body_hashes))
        and 0 <= all (p_amounts) and v_most >= all (p_amounts) and 0 <= all (p_tokens) and v_most >= all (p_tokens)
        and 0 <= all (p_costs) and v_most >= all (p_costs) and 0 <= all (p_marks) and v_most >= all (p_marks)
        and 0 <= all (p_flags) and (0 < all (p_leases) or not 1 = any (p_actions)) then
