@@ -51,8 +51,17 @@ CORRUPTIONS = {
     "up to where was poured": "update credits.pools set poured_micros = poured_micros + 1 where true",
     "when a pool wakes": "update credits.pools set next_event_at = 'infinity' where true",
     "when the gate wakes": "update credits.gates set next_event_at = 'infinity' where true",
-    "all balances": "update credits.balances set held_amount = 0, limit_amount = 1000, used_amount = 3 where true",
+    "all of some balances": "update credits.balances set held_amount = 0, limit_amount = 99, used_amount = 3"
+    " where kind <> 'allocation'",
 }  # fmt: skip
+# Charges that are booked while a pool's use is wrong have wrong positions, for good: that is the record itself.
+WHILE_CALLS_GO_ON = (
+    "limit of a pool",
+    "use of a cap",
+    "limit of an open part",
+    "what an open part holds",
+    "use of a share",
+)
 PLACES = {
     "{reserved}": "balance_id in (select allocation_id from credits.allocations where kind = 'reserved')",
     "{capped}": "balance_id in (select allocation_id from credits.allocations where kind = 'capped')",
@@ -60,11 +69,12 @@ PLACES = {
     "{burnt}": "state = 'ended'",
 }  # fmt: skip
 DERIVED = (
-    "select balance_id, period_start, limit_amount, used_amount, held_amount, excess_amount from credits.balances",
+    "select balance_id, period_start::text, limit_amount, used_amount, held_amount, excess_amount "
+    "from credits.balances",
     "select grant_id, state, left_micros from credits.grant_states",
     "select pool_id, start_micros, end_micros, grant_id from credits.burns",
-    "select pool_id, poured_micros, next_event_at from credits.pools",
-    "select next_event_at from credits.gates",
+    "select pool_id, poured_micros, next_event_at::text from credits.pools",
+    "select next_event_at::text from credits.gates",
 )
 
 
@@ -175,22 +185,23 @@ async def test_balances_are_mended_while_calls_go_on(broken: db.Database) -> Non
     stop = threading.Event()
 
     def drive(lane: Lane, seed: int) -> None:
-        traffic = Traffic(replaced, lane, users, random.Random(seed))
+        traffic = Traffic(scene, lane, users, random.Random(seed))
         while not stop.is_set():
             traffic.step()
         traffic.end()
 
-    replaced = scene
     dice = random.Random(5)
     with lanes(broken, 2) as connected, ThreadPoolExecutor(2) as threads:
         driving = [threads.submit(drive, lane, n) for n, lane in enumerate(connected)]
-        for _ in range(4):
-            for what in dice.sample(["limit of a pool", "use of a pool", "use of a cap", "limit of an open part"], 2):
-                corrupt(scene, what)
-            assert all(each.mended for each in await mend(broken, scene, apply=True))
-            async with broken.platform() as conn:
-                assert await verify(conn, organization_id=scene.organization) == []
-        stop.set()
+        try:
+            for _ in range(4):
+                for what in dice.sample(WHILE_CALLS_GO_ON, 2):
+                    corrupt(scene, what)
+                assert [each for each in await mend(broken, scene, apply=True) if not each.mended] == []
+                async with broken.platform() as conn:
+                    assert await verify(conn, organization_id=scene.organization) == []
+        finally:
+            stop.set()
         for each in driving:
             each.result()
     assert scene.findings() == []

@@ -68,6 +68,7 @@ app.command("serve")(serve.serve)
 app.command("why")(questions.why)
 app.command("explain")(questions.explain)
 app.command("verify")(questions.verify)
+app.command("repair")(questions.repair)
 app.command("simulate")(simulate.simulate)
 
 

@@ -7,6 +7,7 @@ from uuid import UUID
 import typer
 
 from bursar import db
+from bursar.audit.events import OPERATOR
 from bursar.cli.credits import credits_of
 from bursar.cli.exits import Exit
 from bursar.cli.output import Column, JsonOption, print_fields, print_json, print_rows, with_database
@@ -14,7 +15,10 @@ from bursar.cli.progress import bars
 from bursar.cli.scope import OrgOption, key_of, member_of, org_of, within
 from bursar.credits import explain as explaining
 from bursar.credits import why as asking
+from bursar.credits.repair import Difference
+from bursar.credits.repair import repair as repair_books
 from bursar.credits.verify import Finding, verify_all
+from bursar.credits.verify import verify as verify_books
 from bursar.gateway.allowances import ModelNotAllowed
 from bursar.gateway.desk import why_not
 from bursar.identity.organizations import Organization
@@ -173,6 +177,41 @@ def verify(
     columns += [Column("expected", "Expected", right=True), Column("found", "Found", right=True)]
     print_rows(found, columns, as_json=as_json, empty="The books agree.")
     return Exit.FAILED if found else Exit.DONE
+
+
+def repair(
+    org: Annotated[str | None, typer.Option("--org", help="One organization: its slug or id; all without it.")] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Mend them; without it they are only shown.")] = False,
+    as_json: JsonOption = False,
+) -> int:
+    """Show which balances differ from what ledger, attribution, holds and grants say, and mend them with --apply.
+
+    Never changes the ledger. Exit code 1 when a difference remains.
+
+    Examples: `bursar repair --org acme`, `bursar repair --org acme --apply`
+    """
+
+    async def work(database: db.Database) -> list[Difference]:
+        if org:
+            known = [await org_of(database, org)]
+        else:
+            async with database.platform() as conn:
+                known = sorted({each.organization_id for each in await verify_books(conn)})
+        found: list[Difference] = []
+        for each in known:
+            found += await repair_books(database, organization_id=each, by=OPERATOR, apply=apply)
+        return found
+
+    found = with_database(work)
+    columns = [
+        Column("mended", "", show=lambda value: "mended" if value else ""),
+        Column("repairable", "", show=lambda value: "" if value else "the record itself"),
+        *(Column(key, key.replace("_", " ").capitalize()) for key in ("invariant", "organization_id", "subject")),
+        Column("found", "Found", right=True),
+        Column("expected", "Expected", right=True),
+    ]
+    print_rows(found, columns, as_json=as_json, empty="The books agree.")
+    return Exit.DONE if all(each.mended for each in found) else Exit.FAILED
 
 
 def _request_id(text: str) -> UUID:

@@ -89,7 +89,8 @@ async def repair(database: db.Database, *, organization_id: UUID, by: Actor, app
     if not apply:
         async with database.platform() as conn:
             found = await verify(conn, organization_id=organization_id)
-        return [_difference(each, mended=False) for each in found]
+        names = {each.invariant for each in found}
+        return [_difference(each, mended=False, follows=FOLLOWS.get(each.invariant) in names) for each in found]
     async with await psycopg.AsyncConnection.connect(database.dsn("admin")) as conn:
         await conn.execute("set local role bursar_owner")
         await conn.execute("set local lock_timeout = '30s'")
@@ -109,7 +110,7 @@ async def repair(database: db.Database, *, organization_id: UUID, by: Actor, app
     return [*(_difference(each, mended=True) for each in mended), *(_difference(each, mended=False) for each in left)]
 
 
-def _difference(finding: Finding, *, mended: bool) -> Difference:
+def _difference(finding: Finding, *, mended: bool, follows: bool = False) -> Difference:
     return Difference(
         finding.invariant,
         finding.organization_id,
@@ -117,7 +118,7 @@ def _difference(finding: Finding, *, mended: bool) -> Difference:
         finding.expected,
         finding.found,
         mended=mended,
-        repairable=finding.invariant in MENDERS,
+        repairable=follows or finding.invariant in MENDERS,
     )
 
 
@@ -400,3 +401,6 @@ MENDERS: Final[dict[str, Mender]] = {
     "events_are_awaited": _wake,
 }
 """By invariant what mends an offence against it, in the order in which one follows from another."""
+
+FOLLOWS: Final = {"positions_tile": "pool_use_is_the_attribution"}
+"""Offences that may be nothing but another one's consequence."""
