@@ -30,6 +30,7 @@ from bursar.cli import (
     top_ups,
     users,
     webhooks,
+    whatif,
 )
 from bursar.cli.exits import Exit, exit_code_of, explain
 from bursar.logs import configure_logs
@@ -70,6 +71,7 @@ app.command("explain")(questions.explain)
 app.command("verify")(questions.verify)
 app.command("repair")(questions.repair)
 app.command("simulate")(simulate.simulate)
+app.command("whatif")(whatif.whatif)
 
 
 def _print_version(wanted: bool) -> None:

@@ -443,18 +443,20 @@ order by pool_id, priority, expires_at nulls last, is_free desc, effective_at, c
 -- Caps that stop and shares, with the room they have now; one that nobody has met in this period yet has all of it.
 select o.kind, o.id, o.scope, o.scope_id, o.metric, o.period, o.model_filter,
     greatest(0, o.amount - coalesce(b.used_amount + b.held_amount, 0)) as available,
-    case when o.period <> 'none' then coalesce(b.period_end, credits.period_end(o.period, z.zone, clock_timestamp())) end as resets_at,
+    case when o.period <> 'none' then coalesce(b.period_end, credits.period_end(o.period, z.zone, clock_timestamp(), z.anchor)) end as resets_at,
     coalesce(array(
         select distinct a.model from ledger.attribution a
         where o.model_filter is not null and a.organization_id = %(organization_id)s and a.used_at > clock_timestamp() - interval '61 days'
           and a.model like o.model_filter), '{}') as counts_model
 from (
-    select 'limit' as kind, l.limit_id as id, l.scope, l.scope_id, l.metric, l.period, l.model_filter, l.amount, l.created_at
-    from credits.limits l where l.organization_id = %(organization_id)s and l.ended_at is null and l.action <> 'warns'
+    select 'limit' as kind, l.limit_id as id, coalesce(l.balance_id, l.limit_id) as balance_id, l.scope, l.scope_id, l.metric, l.period,
+        l.model_filter, l.amount, l.created_at
+    from credits.limits l
+    where l.organization_id = %(organization_id)s and l.ended_at is null and l.action <> 'warns' and l.amount is not null and not l.is_default
     union all
-    select 'allocation', a.allocation_id, 'user', a.user_id, 'credits', a.period, null, a.amount_micros, a.created_at
+    select 'allocation', a.allocation_id, a.allocation_id, 'user', a.user_id, 'credits', a.period, null, a.amount_micros, a.created_at
     from credits.allocations a where a.organization_id = %(organization_id)s and a.ended_at is null) o
-join identity.organizations z on z.organization_id = %(organization_id)s
-left join credits.balances b on b.organization_id = %(organization_id)s and b.balance_id = o.id
+cross join credits.calendar_of(%(organization_id)s) z
+left join credits.balances b on b.organization_id = %(organization_id)s and b.balance_id = o.balance_id
     and b.period_start <= clock_timestamp() and b.period_end > clock_timestamp()
 order by o.created_at, o.id
