@@ -64,7 +64,7 @@ def whatif(
                 without_grants=frozenset(_ids(without_grant, "grt_")),
             )
         with bars("requests") as shown:
-            return await replay(
+            answer = await replay(
                 database,
                 organization_id=organization_id,
                 since=_instant(since, zone),
@@ -72,6 +72,8 @@ def whatif(
                 change=change,
                 progress=_progress(shown, org),
             )
+            shown.end(org)
+            return answer
 
     answer = with_database(work)
     if as_json:
