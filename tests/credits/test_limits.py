@@ -286,9 +286,9 @@ def test_a_raise_is_given_once_for_one_key(scene: Scene) -> None:
 def test_a_raise_without_time_or_amount_is_none(scene: Scene) -> None:
     user = scene.user()
     cap = scene.limit(10, scope="user", of=user)
-    with scene.refusal("BR444"):
+    with scene.refusal("BR464"):
         scene.raise_(cap, 5, ends=NOON)
-    with scene.refusal("BR444"):
+    with scene.refusal("BR464"):
         scene.raise_(cap, 5, starts=NOON + DAY, ends=NOON + DAY)
     with scene.refusal("BR400"):
         scene.raise_(cap, 0)
@@ -327,13 +327,13 @@ def test_a_limit_that_asks_stops_until_somebody_approves(scene: Scene) -> None:
     assert scene.deduct(1, user).outcome is REFUSED
     request = scene.request(cap, user, 20)
     assert scene.deduct(1, user).outcome is REFUSED, "asking is not having"
-    with scene.refusal("BR442"):
+    with scene.refusal("BR462"):
         scene.request(cap, user, 30)
     raised = scene.decide(request, approve=True, amount=5)
     assert raised is not None
     assert scene.deduct(5, user).outcome is ACCEPTED
     assert scene.deduct(1, user).outcome is REFUSED
-    with scene.refusal("BR443"):
+    with scene.refusal("BR463"):
         scene.decide(request, approve=True)
     assert not scene.findings()
 
@@ -346,7 +346,7 @@ def test_what_is_denied_or_lapsed_changes_nothing(scene: Scene) -> None:
     assert scene.deduct(11, user).outcome is REFUSED
     lapsing = scene.request(cap, user, 20, until=NOON + 30 * DAY)
     scene.now = NOON + 14 * DAY
-    with scene.refusal("BR443"):
+    with scene.refusal("BR463"):
         scene.decide(lapsing, approve=True)
     assert scene.deduct(11, user).outcome is REFUSED
     scene.decide(scene.request(cap, user, 20), approve=True)
@@ -357,12 +357,12 @@ def test_what_is_denied_or_lapsed_changes_nothing(scene: Scene) -> None:
 def test_only_a_limit_that_asks_is_asked_about_and_only_by_members(scene: Scene) -> None:
     user = scene.user()
     stops = scene.limit(10, scope="user", of=user)
-    with scene.refusal("BR441"):
+    with scene.refusal("BR461"):
         scene.request(stops, user, 5)
     assert scene.limit(10, scope="user", of=user, action="asks") == stops, "the same limit, which asks from now on"
     with scene.refusal("BR404"):
         scene.request(stops, scene.organization, 5)
-    with scene.refusal("BR444"):
+    with scene.refusal("BR464"):
         scene.request(stops, user, 5, until=NOON)
     scene.request(stops, user, 5)
 
@@ -489,7 +489,7 @@ def test_what_a_share_has_left_is_given_to_another_or_back(scene: Scene) -> None
     mine, theirs = scene.share(pool, one, 40), scene.share(pool, other, 20)
     assert scene.deduct(10, one).outcome is ACCEPTED
     scene.hold(5, one)
-    with scene.refusal("BR440"):
+    with scene.refusal("BR460"):
         scene.reallocate(mine, theirs, 26)
     assert scene.reallocate(mine, theirs, 15, key="k") == 15
     assert scene.reallocate(mine, theirs, 15, key="k") == 15, "once"

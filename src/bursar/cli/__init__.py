@@ -12,6 +12,7 @@ import typer
 from bursar import __version__
 from bursar.cli import (
     alerts,
+    caps,
     codes,
     credits,
     db,
@@ -47,7 +48,7 @@ NOUNS = {
     "departments": departments.app,
     "keys": keys.app,
     "credits": credits.app,
-    "caps": credits.caps,
+    "caps": caps.app,
     "codes": codes.app,
     "top-ups": top_ups.app,
     "seal": seal.app,

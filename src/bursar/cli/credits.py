@@ -1,6 +1,5 @@
-"""`bursar credits`: balances, grants and shares; `bursar caps`: limits on spending."""
+"""`bursar credits`: balances, grants and shares."""
 
-from collections.abc import Awaitable
 from datetime import datetime
 from typing import Annotated, Any, Final
 from uuid import UUID
@@ -9,20 +8,16 @@ import typer
 
 from bursar import db
 from bursar.audit.events import OPERATOR
-from bursar.cli.output import Column, JsonOption, print_fields, print_rows
-from bursar.cli.scope import OrgOption, department_of, every_page, key_of, member_of, team_of, within
+from bursar.cli.output import Column, DryRunOption, JsonOption, print_fields, print_rows
+from bursar.cli.scope import OrgOption, member_of, names_of, within
 from bursar.clock import in_utc, uuid7
 from bursar.credits import forecasts, grants, limits, pools
-from bursar.credits.limits import AllocationKind, LimitAction, Metric, Period, Scope, WhenEmpty
+from bursar.credits.limits import Allocation, AllocationKind, Period, WhenEmpty
 from bursar.credits.top_ups import forgive_debt
-from bursar.identity.memberships import Membership, list_memberships
 from bursar.identity.organizations import Organization
 from bursar.money import Micros, NotAnAmount, format_credits, parse_credits, parse_usd
 
 app = typer.Typer(help="Credits: balances, grants, shares of the pool.", no_args_is_help=True)
-caps = typer.Typer(
-    help="Caps on what a user, key, team, department or the organization may spend.", no_args_is_help=True
-)
 
 KeyOption = Annotated[str | None, typer.Option("--idempotency-key", help="Repeat safely: the same key has one effect.")]
 
@@ -61,7 +56,7 @@ def show(
         own = {"organization_id": organization.organization_id}
         found = await pools.list_pools(conn, **own)
         told = {each.id: each for each in await forecasts.forecast_pools(conn, **own)} if with_forecast else {}
-        names = await _names(conn, organization)
+        names = await names_of(conn, organization)
         return [
             {
                 "pool": pool.name,
@@ -106,7 +101,7 @@ def show_forecast(org: OrgOption, as_json: JsonOption = False) -> None:
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> list[dict[str, Any]]:
         own = {"organization_id": organization.organization_id}
         found = [*await forecasts.forecast_pools(conn, **own), *await forecasts.forecast_budgets(conn, **own)]
-        names = await _names(conn, organization)
+        names = await names_of(conn, organization)
         return [_expected(each, names) for each in found]
 
     columns = [Column("what", "What"), Column("of", "Of"), Column("available", "Available", right=True)]
@@ -288,7 +283,8 @@ def allocate(
     amount: Annotated[str, typer.Argument(help="Credits of the share.")],
     user: Annotated[str, typer.Option(help="The member's e-mail.")],
     capped: Annotated[bool, typer.Option("--capped", help="Only an upper bound; nothing is set aside.")] = False,
-    per: Annotated[Period, typer.Option(help="For capped shares: begins anew each day, week or month.")] = Period.NONE,
+    per: Annotated[Period, typer.Option(help="Begins anew each day, week, month or cycle.")] = Period.NONE,
+    carry: Annotated[str, typer.Option(help="Of what a reserved share has left then, keep at most this much.")] = "0",
     when_empty: Annotated[WhenEmpty, typer.Option(help="What follows when it is used up.")] = WhenEmpty.STOPS,
     oversubscribe: Annotated[bool, typer.Option(help="Allow more than the pool has to reserve.")] = False,
     idempotency_key: KeyOption = None,
@@ -296,9 +292,10 @@ def allocate(
 ) -> None:
     """Set a member's share of the shared pool.
 
-    Examples: `bursar credits allocate 1000 --org lumen --user mira@lumen.example`
+    Examples: `bursar credits allocate 1000 --org lumen --user mira@lumen.example`,
+    `bursar credits allocate 100 --org lumen --user mira@lumen.example --per week --carry 50`
     """
-    micros = credits_of(amount)
+    micros, carry_micros = credits_of(amount), credits_of(carry)
 
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> dict[str, Any]:
         allocation_id = await limits.allocate(
@@ -312,6 +309,7 @@ def allocate(
             period=per,
             when_empty=when_empty,
             oversubscribe=oversubscribe,
+            carry_micros=carry_micros,
         )
         return {"allocation_id": f"all_{allocation_id.hex}", "credits": format_credits(micros)}
 
@@ -326,7 +324,7 @@ def allocations(org: OrgOption, as_json: JsonOption = False) -> None:
     """
 
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> list[dict[str, Any]]:
-        names = await _names(conn, organization)
+        names = await names_of(conn, organization)
         found = await limits.list_allocations(conn, organization_id=organization.organization_id)
         return [
             {
@@ -337,146 +335,140 @@ def allocations(org: OrgOption, as_json: JsonOption = False) -> None:
                 "credits": format_credits(each.amount_micros),
                 "used": format_credits(each.used_micros),
                 "held": format_credits(each.held_micros),
+                "left": format_credits(each.available_micros),
+                "carried": format_credits(each.carried_micros),
+                "carries_at_most": format_credits(each.carry_micros),
+                "adjusted": format_credits(each.adjusted_micros),
+                "resets_at": each.resets_at,
                 "when_empty": each.when_empty.value,
             }
             for each in found
         ]
 
     columns = [Column("user", "User"), Column("kind", "Kind"), Column("period", "Period")]
-    columns += [Column(key, key.capitalize(), right=True) for key in ("credits", "used", "held")]
+    columns += [Column(key, key.capitalize(), right=True) for key in ("credits", "used", "held", "left")]
+    columns += [Column("resets_at", "Renewed")]
     print_rows(within(org, work), columns, as_json=as_json)
 
 
-@caps.command("set")
-def set_cap(
-    org: OrgOption,
-    stop: Annotated[str | None, typer.Option(help="Refuse beyond: 5000cr, or a count of calls or tokens.")] = None,
-    warn: Annotated[str | None, typer.Option(help="Only count beyond: as --stop.")] = None,
-    per: Annotated[
-        Period, typer.Option(help="Begins anew each day, week or month in the organization's zone.")
-    ] = Period.MONTH,
-    metric: Annotated[Metric, typer.Option(help="What it counts.")] = Metric.CREDITS,
-    user: Annotated[str | None, typer.Option(help="A member's e-mail.")] = None,
-    key: Annotated[str | None, typer.Option(help="A key's name or id.")] = None,
-    team: Annotated[str | None, typer.Option(help="A team's name.")] = None,
-    department: Annotated[str | None, typer.Option(help="A department's name.")] = None,
-    model: Annotated[str | None, typer.Option(help="Only these models, with % for anything: gpt-%.")] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Hold calls without max_tokens by the most their model puts out.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Set a cap; without user, key, team or department on the whole organization.
+@app.command("end-share")
+def end_share(org: OrgOption, user: Annotated[str, typer.Argument(help="The member's e-mail.")]) -> None:
+    """End a member's share; what it had not used returns to the part that nobody reserves.
 
-    Examples: `bursar caps set --org acme --user dana@acme.example --stop 5000cr --per month`,
-    `bursar caps set --org acme --key ci --metric calls --stop 1000 --per day`
-    """
-    if (stop is None) == (warn is None):
-        raise typer.BadParameter("give either --stop or --warn")
-    text = stop or warn or ""
-    amount = credits_of(text) if metric is Metric.CREDITS else _count(text)
-
-    async def work(conn: db.Connection, database: db.Database, organization: Organization) -> dict[str, Any]:
-        scope, scope_id = await _scope(conn, database, organization, user, key, team, department)
-        limit_id = await limits.set_limit(
-            conn,
-            organization_id=organization.organization_id,
-            scope=scope,
-            scope_id=scope_id,
-            amount=amount,
-            metric=metric,
-            period=per,
-            model_filter=model,
-            action=LimitAction.STOPS if stop is not None else LimitAction.WARNS,
-            is_strict=strict,
-        )
-        return {
-            "limit_id": f"lim_{limit_id.hex}",
-            "scope": scope.value,
-            "amount": text,
-            "per": per.value,
-            "strict": strict,
-        }
-
-    print_fields(within(org, work), as_json=as_json)
-
-
-@caps.command("list")
-def list_caps(org: OrgOption, as_json: JsonOption = False) -> None:
-    """List caps in force.
-
-    Examples: `bursar caps list --org acme`, `bursar caps list --org acme --json`
-    """
-
-    async def work(conn: db.Connection, database: db.Database, organization: Organization) -> list[dict[str, Any]]:
-        found = await limits.list_limits(conn, organization_id=organization.organization_id)
-        return [
-            {
-                "limit_id": f"lim_{each.limit_id.hex}",
-                "scope": each.scope.value,
-                "scope_id": each.scope_id,
-                "metric": each.metric.value,
-                "amount": _shown(each.amount) if each.metric is Metric.CREDITS else str(each.amount),
-                "period": each.period.value,
-                "models": each.model_filter,
-                "does": each.action.value,
-                "strict": each.is_strict,
-            }
-            for each in found
-        ]
-
-    columns = [Column("limit_id", "Cap"), Column("scope", "Scope"), Column("metric", "Counts")]
-    columns += [Column("amount", "Amount", right=True), Column("period", "Per"), Column("does", "Does")]
-    columns += [Column("strict", "Strict", show=lambda strict: "yes" if strict else "")]
-    print_rows(within(org, work), columns, as_json=as_json, empty="No caps.")
-
-
-@caps.command("end")
-def end_cap(org: OrgOption, cap: Annotated[str, typer.Argument(help="The cap's id.")]) -> None:
-    """Lift a cap.
-
-    Examples: `bursar caps end lim_… --org acme`
+    Examples: `bursar credits end-share mira@lumen.example --org lumen`
     """
 
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> None:
-        await limits.end_limit(conn, organization_id=organization.organization_id, limit_id=_uuid(cap, "lim"))
+        share = await _share_of(conn, database, organization, user)
+        await limits.end_allocation(
+            conn, organization_id=organization.organization_id, allocation_id=share.allocation_id
+        )
 
     within(org, work)
 
 
-async def _scope(
-    conn: db.Connection,
-    database: db.Database,
-    organization: Organization,
-    user: str | None,
-    key: str | None,
-    team: str | None,
-    department: str | None,
-) -> tuple[Scope, UUID | None]:
-    if sum(each is not None for each in (user, key, team, department)) > 1:
-        raise typer.BadParameter("give one of --user, --key, --team, --department")
-    if user is not None:
-        return Scope.USER, (await member_of(conn, database, organization.organization_id, user)).user_id
-    if key is not None:
-        return Scope.KEY, (await key_of(conn, organization.organization_id, key)).api_key_id
-    if team is not None:
-        return Scope.TEAM, (await team_of(conn, organization.organization_id, team)).team_id
-    if department is not None:
-        return Scope.DEPARTMENT, (await department_of(conn, organization.organization_id, department)).department_id
-    return Scope.ORGANIZATION, None
+@app.command()
+def reallocate(
+    org: OrgOption,
+    amount: Annotated[str, typer.Argument(help="Credits, or all: what is neither used nor held.")],
+    giver: Annotated[str, typer.Option("--from", help="E-mail of the member whose reserved share gives.")],
+    taker: Annotated[str, typer.Option("--to", help="E-mail of the member whose reserved share takes.")],
+    dry_run: DryRunOption = False,
+    idempotency_key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give what one member's share has left to another's. Of a share that is renewed only this period changes.
+
+    Examples: `bursar credits reallocate 100 --org lumen --from mira@lumen.example --to noor@lumen.example --dry-run`
+    """
+    print_fields(_reallocated(org, amount, giver, taker, dry_run, idempotency_key), as_json=as_json)
 
 
-async def _names(conn: db.Connection, organization: Organization) -> dict[UUID, str]:
-    def page(after: UUID | None) -> Awaitable[list[Membership]]:
-        return list_memberships(conn, organization_id=organization.organization_id, after=after)
+@app.command("take-back")
+def take_back(
+    org: OrgOption,
+    amount: Annotated[str, typer.Argument(help="Credits, or all: what is neither used nor held.")],
+    giver: Annotated[str, typer.Option("--from", help="E-mail of the member whose reserved share gives.")],
+    dry_run: DryRunOption = False,
+    idempotency_key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give what a member's share has left back to the part that nobody reserves.
 
-    return {member.user_id: member.email for member in await every_page(page, lambda member: member.user_id)}
+    A share that is renewed is as large as ever then.
+
+    Examples: `bursar credits take-back all --org lumen --from mira@lumen.example --dry-run`
+    """
+    print_fields(_reallocated(org, amount, giver, None, dry_run, idempotency_key), as_json=as_json)
 
 
-def _count(text: str) -> int:
-    if not text.isdigit():
-        raise typer.BadParameter(f"not a count: {text!r}")
-    return int(text)
+def _reallocated(
+    org: str, amount: str, giver: str, taker: str | None, dry_run: bool, idempotency_key: str | None
+) -> dict[str, Any]:
+    """Move it, or with `dry_run` tell only what that would leave: the same figures either way."""
+    micros = None if amount == "all" else credits_of(amount)
+
+    async def work(conn: db.Connection, database: db.Database, organization: Organization) -> dict[str, Any]:
+        source = await _share_of(conn, database, organization, giver)
+        target = await _share_of(conn, database, organization, taker) if taker else None
+        moved = source.available_micros if micros is None else micros
+        if moved > source.available_micros:
+            raise limits.ShareHasLess(f"{format_credits(source.available_micros)} credits are neither used nor held")
+        if not dry_run:
+            moved = await limits.reallocate(
+                conn,
+                organization_id=organization.organization_id,
+                allocation_id=source.allocation_id,
+                to_allocation_id=target.allocation_id if target else None,
+                amount_micros=micros,
+                idempotency_key=idempotency_key or uuid7().hex,
+                by=OPERATOR,
+            )
+        answer = {
+            "moved": format_credits(moved),
+            "from_has_left": format_credits(Micros(source.available_micros - moved)),
+        }
+        if target is not None:
+            answer["to_has_left"] = format_credits(Micros(target.available_micros + moved))
+        return answer | {"dry_run": dry_run}
+
+    return within(org, work)
+
+
+async def _share_of(conn: db.Connection, database: db.Database, organization: Organization, user: str) -> Allocation:
+    """The share of a member of this e-mail.
+
+    Raises:
+        ShareNotFound: there is none.
+    """
+    member = await member_of(conn, database, organization.organization_id, user)
+    for each in await limits.list_allocations(conn, organization_id=organization.organization_id):
+        if each.user_id == member.user_id:
+            return each
+    raise limits.ShareNotFound(f"{member.email} has none")
+
+
+@app.command()
+def cycle(
+    org: OrgOption,
+    anchor: Annotated[datetime | None, typer.Option(help="When the subscription began (UTC).")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the organization's cycle, or say when its subscription began.
+
+    Cycles begin at its day and time of each month, or on the month's last day.
+
+    Examples: `bursar credits cycle --org acme --anchor 2026-01-31`, `bursar credits cycle --org acme --json`
+    """
+
+    async def work(conn: db.Connection, database: db.Database, organization: Organization) -> limits.Cycle:
+        if anchor is not None:
+            await limits.set_cycle(
+                conn, organization_id=organization.organization_id, anchor=in_utc(anchor), by=OPERATOR
+            )
+        return await limits.get_cycle(conn, organization_id=organization.organization_id)
+
+    print_fields(within(org, work), as_json=as_json)
 
 
 def _uuid(text: str, prefix: str) -> UUID:

@@ -85,7 +85,7 @@ def _print_why(answer: asking.Why) -> None:
             "binds": "→" if each["binding"] else "",
             "limit": each["name"],
             **{name: each[name]["amount"] for name in ("used", "held", "limit", "available")},
-            "name": each["name"],
+            "name": _described(each),
             "does": f"{each['does']}, strict" if each["strict"] else each["does"],
             "resets": each["resets_at"] or "",
         }
@@ -94,6 +94,14 @@ def _print_why(answer: asking.Why) -> None:
     columns = [Column("binds", ""), Column("name", "Limit"), Column("does", "Does")]
     columns += [Column(key, key.capitalize(), right=True) for key in ("used", "held", "limit", "available")]
     print_rows(rows, [*columns, Column("resets", "Resets")], as_json=False, empty="No limit applies.")
+
+
+def _described(limit: dict[str, Any]) -> str:
+    """A cap's name, with the default that it comes from and what raises are in it for a time."""
+    notes = [limit["origin"]] if limit["origin"] not in (None, "own", "organization") else []
+    if limit["raised"]:
+        notes.append(f"raised by {limit['raised']['amount']} until {limit['raised_until']}")
+    return f"{limit['name']} ({'; '.join(notes)})" if notes else str(limit["name"])
 
 
 def explain(

@@ -11,7 +11,7 @@ from bursar.cli.output import Answer, with_database
 from bursar.identity.addresses import Address
 from bursar.identity.api_keys import ApiKey, ApiKeyNotFound, list_api_keys
 from bursar.identity.departments import Department, DepartmentNotFound, get_department, list_departments
-from bursar.identity.memberships import Membership, find_membership_by_email, get_membership
+from bursar.identity.memberships import Membership, find_membership_by_email, get_membership, list_memberships
 from bursar.identity.organizations import Organization, OrganizationNotFound, find_organization_id, get_organization
 from bursar.identity.teams import Team, TeamNotFound, get_team, list_teams
 from bursar.identity.users import User, UserNotFound, find_user_by_email, get_user
@@ -146,6 +146,15 @@ async def every_page(page: Callable[[UUID | None], Awaitable[list[Item]]], id_of
         items += found
         if len(found) < PAGE:
             return items
+
+
+async def names_of(conn: db.Connection, organization: Organization) -> dict[UUID, str]:
+    """The e-mail of every member."""
+
+    def page(after: UUID | None) -> Awaitable[list[Membership]]:
+        return list_memberships(conn, organization_id=organization.organization_id, after=after)
+
+    return {member.user_id: member.email for member in await every_page(page, lambda member: member.user_id)}
 
 
 def as_id(reference: str, prefix: str) -> UUID | None:

@@ -88,6 +88,12 @@ class OverAllocated(Problem):
     sqlstate = "BR430"
 
 
+class ShareNotFound(Problem):
+    """This member has no share of a pool."""
+
+    status, code, title = 404, "share_not_found", "No such share"
+
+
 class CannotCarry(Problem):
     """Only what is renewed can carry something over."""
 
@@ -98,7 +104,7 @@ class ShareHasLess(Problem):
     """More would be given away than the share has that is neither used nor held."""
 
     status, code, title = 409, "share_has_less", "The share has less than this left"
-    sqlstate = "BR440"
+    sqlstate = "BR460"
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,13 @@ select limit_id, scope, scope_id, metric, model_filter, period, amount, action, 
 from credits.limits where organization_id = %(organization_id)s and ended_at is null
 order by created_at, limit_id
 
+-- name: metric_of_limit
+-- Of a limit, or of the balance that a default counts on.
+select metric from credits.limits where organization_id = %(organization_id)s and %(limit_id)s in (limit_id, balance_id)
+union all
+select metric from credits.counters where organization_id = %(organization_id)s and balance_id = %(limit_id)s
+limit 1
+
 -- name: raise_limit
 select credits.raise_limit(%(organization_id)s, %(raise_id)s, %(limit_id)s, %(subject_id)s, %(amount)s, %(starts_at)s, %(ends_at)s, %(reason)s,
     %(created_by)s, %(idempotency_key)s)

@@ -13,7 +13,7 @@ from bursar.credits.limits import Metric, Period, Scope
 from bursar.identity.memberships import get_membership
 from bursar.identity.roles import Permission, permissions_of
 from bursar.identity.teams import get_team
-from bursar.problems import Problem
+from bursar.problems import NotFound, Problem
 
 QUERIES: Final = db.load_queries("bursar.credits")
 
@@ -31,28 +31,28 @@ class NotAskable(Problem):
     """Only a limit with the action `asks` may be asked about."""
 
     status, code, title = 409, "limit_does_not_ask", "No more can be asked for on this limit"
-    sqlstate = "BR441"
+    sqlstate = "BR461"
 
 
 class AlreadyAsked(Problem):
     """The same member has an open request for the same limit."""
 
     status, code, title = 409, "already_asked", "This was asked for already"
-    sqlstate = "BR442"
+    sqlstate = "BR462"
 
 
 class RequestDecided(Problem):
     """Somebody decided it, or it has lapsed."""
 
     status, code, title = 409, "request_decided", "This request is not open any more"
-    sqlstate = "BR443"
+    sqlstate = "BR463"
 
 
 class EndsTooEarly(Problem):
     """It would be over before it begins."""
 
     status, code, title = 422, "raise_ends_too_early", "This raise would be over before it begins"
-    sqlstate = "BR444"
+    sqlstate = "BR464"
 
 
 class NotTheirsToDecide(Problem):
@@ -115,6 +115,18 @@ class LimitRequest:
     note: str | None
     granted_amount: int | None
     granted_until: datetime | None
+
+
+async def metric_of(conn: db.Connection, *, organization_id: UUID, limit_id: UUID) -> Metric:
+    """What a limit, or a balance that `why` names, counts.
+
+    Raises:
+        NotFound
+    """
+    found = await db.fetch_value(conn, QUERIES.metric_of_limit, organization_id=organization_id, limit_id=limit_id)
+    if found is None:
+        raise NotFound("No such limit")
+    return Metric(found)
 
 
 async def raise_limit(

@@ -109,7 +109,7 @@ language plpgsql volatile set search_path = credits, pg_temp as $$
 begin
     perform credits.require_amount(p_amount, 1);
     if p_ends_at is null or not isfinite(p_ends_at) or p_ends_at <= greatest(p_starts_at, p_now) then
-        raise exception 'a raise ends after it begins' using errcode = 'BR444';
+        raise exception 'a raise ends after it begins' using errcode = 'BR464';
     end if;
     insert into raises (organization_id, raise_id, balance_id, limit_id, limit_request_id, amount, starts_at, ends_at, reason, created_at, created_by)
     values (p_organization_id, p_raise_id, p_balance_id, p_limit_id, p_limit_request_id, p_amount, coalesce(p_starts_at, p_now), p_ends_at, p_reason,
@@ -175,7 +175,7 @@ begin
     end if;
     perform credits.require_amount(p_amount, 1);
     if p_until_at is null or not isfinite(p_until_at) or p_until_at <= v_now then
-        raise exception 'more can be asked for until an instant to come' using errcode = 'BR444';
+        raise exception 'more can be asked for until an instant to come' using errcode = 'BR464';
     end if;
     if not exists (select from identity.memberships
                    where organization_id = p_organization_id and user_id = p_user_id and status = 'active') then
@@ -183,11 +183,11 @@ begin
     end if;
     select * into v_target from credits.target_of(p_organization_id, p_limit_id, p_subject_id, v_now);
     if v_target.action <> 'asks' then
-        raise exception 'no more can be asked for on this limit' using errcode = 'BR441';
+        raise exception 'no more can be asked for on this limit' using errcode = 'BR461';
     end if;
     if exists (select from limit_requests where organization_id = p_organization_id and balance_id = v_target.balance_id and user_id = p_user_id
                and state = 'open' and lapses_at > v_now) then
-        raise exception 'this was asked for already, and is not decided yet' using errcode = 'BR442';
+        raise exception 'this was asked for already, and is not decided yet' using errcode = 'BR462';
     end if;
     -- One that lapsed makes room for the next.
     update limit_requests set state = 'denied', decided_at = lapses_at, note = 'lapsed'
@@ -195,6 +195,9 @@ begin
     insert into limit_requests (organization_id, limit_request_id, balance_id, limit_id, user_id, amount, until_at, reason, created_at, lapses_at)
     values (p_organization_id, p_limit_request_id, v_target.balance_id, v_target.limit_id, p_user_id, p_amount, p_until_at, p_reason, v_now,
             least(v_now + interval '14 days', p_until_at));
+    perform outbox.post_event(p_organization_id, 'request.created', 'limit_request', p_limit_request_id,
+        jsonb_build_object('user_id', p_user_id, 'limit_id', v_target.limit_id, 'balance_id', v_target.balance_id, 'amount', p_amount,
+            'until_at', p_until_at, 'reason', p_reason), v_now);
     perform credits.store_outcome(p_organization_id, p_idempotency_key, v_hash, jsonb_build_object('limit_request_id', p_limit_request_id), v_now);
     return p_limit_request_id;
 end $$;
@@ -215,7 +218,7 @@ begin
         raise exception 'no such request' using errcode = 'BR404';
     end if;
     if v_row.state <> 'open' or v_row.lapses_at <= v_now then
-        raise exception 'this request was decided, or has lapsed' using errcode = 'BR443';
+        raise exception 'this request was decided, or has lapsed' using errcode = 'BR463';
     end if;
     update limit_requests set state = case when p_is_approved then 'approved' else 'denied' end, decided_at = v_now, decided_by = p_decided_by,
         note = p_note
@@ -223,8 +226,11 @@ begin
     if p_is_approved then
         perform credits.give_raise(p_organization_id, p_raise_id, v_row.balance_id, v_row.limit_id, p_limit_request_id,
             coalesce(p_amount, v_row.amount), null, coalesce(p_until_at, v_row.until_at), v_row.reason, p_decided_by, v_now);
-        return p_raise_id;
     end if;
-    return null;
+    perform outbox.post_event(p_organization_id, 'request.decided', 'limit_request', p_limit_request_id,
+        jsonb_build_object('user_id', v_row.user_id, 'limit_id', v_row.limit_id, 'balance_id', v_row.balance_id, 'is_approved', p_is_approved,
+            'amount', case when p_is_approved then coalesce(p_amount, v_row.amount) end,
+            'until_at', case when p_is_approved then coalesce(p_until_at, v_row.until_at) end, 'note', p_note), v_now);
+    return case when p_is_approved then p_raise_id end;
 end $$;
 comment on function credits.decide_request is 'Approves or denies a request for more; what is approved is a raise that ends by itself';
