@@ -50,6 +50,7 @@ COMMANDS = {
 CALCULATIONS = {
     "burn_reason",
     "calendar_of",
+    "draws_of",
     "hash_of",
     "no_usage",
     "period_around",
@@ -57,6 +58,7 @@ CALCULATIONS = {
     "period_start",
     "revenue_of_requests",
     "stretches",
+    "tails",
     "value_taken",
     "value_upto",
     "value_within",

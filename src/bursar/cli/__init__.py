@@ -24,11 +24,13 @@ from bursar.cli import (
     prices,
     providers,
     questions,
+    schedules,
     seal,
     serve,
     simulate,
     teams,
     top_ups,
+    transfers,
     users,
     webhooks,
     whatif,
@@ -49,6 +51,7 @@ NOUNS = {
     "keys": keys.app,
     "credits": credits.app,
     "caps": caps.app,
+    "schedules": schedules.app,
     "codes": codes.app,
     "top-ups": top_ups.app,
     "seal": seal.app,
@@ -63,6 +66,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+credits.app.command("transfer")(transfers.transfer)
+credits.app.command("refund")(transfers.refund)
+orgs.app.command("pools")(transfers.switch_pools)
 for noun, commands in NOUNS.items():
     app.add_typer(commands, name=noun)
 app.command("demo")(demo.demo)

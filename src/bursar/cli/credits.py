@@ -37,6 +37,18 @@ def credits_of(text: str) -> Micros:
     return amount
 
 
+def rollover_of(text: str | None) -> tuple[Micros, Micros] | None:
+    """Bounds of a roll-over as people write them: 200 (at most), 50-200 (at least and at most).
+
+    Raises:
+        typer.BadParameter
+    """
+    if text is None:
+        return None
+    least, dash, most = text.partition("-")
+    return (credits_of(least), credits_of(most)) if dash else (Micros(0), credits_of(least))
+
+
 def _shown(micros: Any) -> str:
     return "" if micros is None else format_credits(Micros(micros))
 
@@ -154,6 +166,12 @@ def add(
     paid: Annotated[str, typer.Option(help="Money paid for them, in USD.")] = "0",
     effective: Annotated[datetime | None, typer.Option(help="Spendable from this instant (UTC).")] = None,
     expires: Annotated[datetime | None, typer.Option(help="Spendable before this instant (UTC).")] = None,
+    rollover: Annotated[
+        str | None, typer.Option(help="What goes on when they expire: at most so much, or LEAST-MOST.")
+    ] = None,
+    rollover_expires: Annotated[
+        datetime | None, typer.Option(help="What goes on can be spent before this instant (UTC).")
+    ] = None,
     reason: Annotated[str | None, typer.Option(help="Why, in words.")] = None,
     idempotency_key: KeyOption = None,
     as_json: JsonOption = False,
@@ -162,7 +180,7 @@ def add(
 
     Examples: `bursar credits add 5000 --org acme`, `bursar credits add 200 --org kestrel --user dana@kestrel.example`
     """
-    micros = credits_of(amount)
+    micros, bounds = credits_of(amount), rollover_of(rollover)
 
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> dict[str, Any]:
         owner = (await member_of(conn, database, organization.organization_id, user)).user_id if user else None
@@ -184,6 +202,9 @@ def add(
             effective_at=in_utc(effective),
             expires_at=in_utc(expires),
             reason=reason,
+            min_rollover_micros=bounds[0] if bounds else None,
+            max_rollover_micros=bounds[1] if bounds else None,
+            rollover_expires_at=in_utc(rollover_expires),
         )
         return {"grant_id": f"grt_{grant_id.hex}", "pool_id": f"pool_{pool_id.hex}", "credits": format_credits(micros)}
 
@@ -209,6 +230,8 @@ def list_grants(org: OrgOption, as_json: JsonOption = False) -> None:
                 "priority": grant.priority,
                 "effective_at": grant.effective_at,
                 "expires_at": grant.expires_at,
+                "burns_before_next": grant.burns_before_next,
+                "parent_grant_id": f"grt_{grant.parent_grant_id.hex}" if grant.parent_grant_id else None,
                 "reason": grant.reason,
             }
             for grant in found
@@ -216,6 +239,7 @@ def list_grants(org: OrgOption, as_json: JsonOption = False) -> None:
 
     columns = [Column("grant_id", "Grant"), Column("source", "Source"), Column("credits", "Credits", right=True)]
     columns += [Column("left", "Left", right=True), Column("state", "State"), Column("expires_at", "Expires")]
+    columns += [Column("burns_before_next", "First by")]
     print_rows(within(org, work), columns, as_json=as_json)
 
 

@@ -23,6 +23,16 @@ from bursar.gateway.allowances import ModelNotAllowed
 from bursar.gateway.desk import why_not
 from bursar.identity.organizations import Organization
 
+BURNT_BEFORE = {
+    "priority": ", which goes first by its priority",
+    "expiry": ", which expires sooner than the next",
+    "free_before_paid": ", which is free and goes before paid ones",
+    "effective": ", which could be spent earlier than the next",
+    "created": ", which was made earlier than the next",
+    "id": ", which goes before the next by its id",
+    "only": ", the only one there was",
+}
+
 
 def why(
     org: OrgOption,
@@ -112,14 +122,14 @@ def explain(
 
     Examples: `bursar explain req_0192…`, `bursar explain req_0192… --json`
     """
-    request_id = _request_id(request)
+    request_id = request_id_of(request)
 
     async def work(database: db.Database) -> dict[str, Any]:
         async with database.platform() as conn:
             organization_id = await explaining.find_organization(conn, request_id=request_id)
         async with database.tenant(organization_id) as conn:
             story = await explaining.explain(conn, organization_id=organization_id, request_id=request_id)
-        return {**story.as_json(), "provider_cost": {"amount": explaining.provider_cost(story), "unit": "USD"}}
+        return story.as_json() | explaining.margin_of(story)
 
     story = with_database(work)
     if as_json:
@@ -135,10 +145,14 @@ def _print_story(story: dict[str, Any]) -> None:
             "state": story["state"],
             "charged": f"{story['charged']['amount']} credits",
             "provider cost": f"{story['provider_cost']['amount']} USD",
+            "revenue": f"{story['revenue']['amount']} USD",
         },
         as_json=False,
     )
     for row in story["rows"]:
+        if row["kind"] == "refund":
+            typer.echo(f"  refund {row['charged']['amount']} at {row['booked_at']}")
+            continue
         usage = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in row["usage"].items())
         marks = f" ({', '.join(row['marks'])})" if row["marks"] else ""
         typer.echo(f"  {row['kind']} {row['charged']['amount']} for {usage} on {row['model']}{marks}")
@@ -146,7 +160,11 @@ def _print_story(story: dict[str, Any]) -> None:
     for grant in story["grants"]:
         typer.echo(
             f"  drew {grant['drawn']['amount']} from {grant['source'] or 'no grant yet'} {grant['grant_id'] or ''}"
+            f"{BURNT_BEFORE.get(grant['burnt_before_next'] or '', '')}"
         )
+    for refund in story["refunds"]:
+        ended = ", where it expired" if refund["expired_at_once"] else ""
+        typer.echo(f"  gave {refund['refunded']['amount']} back to {refund['source']} {refund['grant_id']}{ended}")
     for limit in story["limits_passed"]:
         typer.echo(f"  passed {limit['name']}: {limit['available']['amount']} left now")
     if story["not_charged"]:
@@ -222,7 +240,12 @@ def repair(
     return Exit.DONE if all(each.mended for each in found) else Exit.FAILED
 
 
-def _request_id(text: str) -> UUID:
+def request_id_of(text: str) -> UUID:
+    """The id of a request as people paste it.
+
+    Raises:
+        typer.BadParameter
+    """
     try:
         return UUID(text.removeprefix("req_"))
     except ValueError:

@@ -41,7 +41,7 @@ async def get_request(request_id: str, request: Request, principal: CurrentPrinc
         raise NotFound("no such request")
     answer = story.as_json()
     if principal.may(Permission.MARGIN_READ):
-        answer["provider_cost"] = {"amount": explaining.provider_cost(story), "unit": "USD"}
+        answer |= explaining.margin_of(story)
     return answer
 
 

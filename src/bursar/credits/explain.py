@@ -15,6 +15,8 @@ from bursar.pricing.usage import USAGE_KINDS
 from bursar.problems import NotFound
 
 QUERIES: Final = db.load_queries("bursar.credits")
+CORRECTION, REFUND = 1, 2
+KINDS: Final = {CORRECTION: "correction", REFUND: "refund"}
 FLAG_NAMES: Final = {
     2: "own_key",
     4: "estimated",
@@ -74,29 +76,34 @@ class Attribution:
 
 
 @dataclass(frozen=True, slots=True)
-class Take:
-    """A stretch of a pool's running total that the request drew."""
-
-    pool_id: UUID
-    position_micros: Micros
-    charged_micros: Micros
-
-
-@dataclass(frozen=True, slots=True)
 class Burn:
-    """A stretch of a pool's running total that one grant paid; grant_id None: no grant has paid it yet."""
+    """A stretch of a pool's running total that one grant paid; grant_id None: no grant has paid it yet.
+
+    reason: why that grant burnt before the next: priority, expiry, free_before_paid, effective, created, id; only.
+    """
 
     grant_id: UUID | None
     start_micros: Micros
     end_micros: Micros
+    reason: str | None
 
 
 @dataclass(frozen=True, slots=True)
-class GrantLeft:
-    """What an active grant has left to burn, in burn order."""
+class Returned:
+    """What refunds of the request gave back to one grant; has_expired: and it expired there at once."""
 
     grant_id: UUID
-    left_micros: Micros
+    refunded_micros: Micros
+    source: str
+    has_expired: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Revenue:
+    """The money value of what one row of the request drew: its part of what was paid for the grants."""
+
+    booked_at: datetime
+    revenue_nano_usd: NanoUsd
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,13 +147,20 @@ class Story:
     burns: tuple[Burn, ...] = ()
     grants: tuple[Grant, ...] = ()
     limits: tuple[LimitState, ...] = ()
+    returned: tuple[Returned, ...] = ()
+    revenues: tuple[Revenue, ...] = ()
     hold: OpenHold | None = None
     unbilled: Unbilled | None = None
 
     @property
     def charged_micros(self) -> Micros:
-        """What it cost in all, corrections included."""
+        """What it cost in all, corrections and refunds included."""
         return Micros(sum(row.charged_micros for row in self.rows))
+
+    @property
+    def refunded_micros(self) -> Micros:
+        """What was given back of it."""
+        return Micros(-sum(row.charged_micros for row in self.rows if row.kind == REFUND))
 
     @property
     def askers(self) -> tuple[set[UUID], set[UUID]]:
@@ -161,8 +175,10 @@ class Story:
             "request_id": f"req_{self.request_id.hex}",
             "state": self.state,
             "charged": _credits(self.charged_micros),
+            "refunded": _credits(self.refunded_micros),
             "rows": [_row_json(row) for row in self.rows],
             "grants": [_burn_json(burn, self.grants) for burn in self.burns],
+            "refunds": [_returned_json(each) for each in self.returned],
             "limits_passed": [each.as_json(binding=False) for each in self.limits],
             "hold": _hold_json(self.hold) if self.hold else None,
             "not_charged": _unbilled_json(self.unbilled) if self.unbilled else None,
@@ -180,7 +196,7 @@ async def explain(conn: db.Connection, *, organization_id: UUID, request_id: UUI
     hold = await db.fetch_optional(conn, OpenHold, QUERIES.hold, **where)
     unbilled = await db.fetch_optional(conn, Unbilled, QUERIES.unbilled_request, **where)
     if rows:
-        burns = await _burns_of(conn, organization_id, rows[0])
+        burns = await db.fetch_all(conn, Burn, QUERIES.burns_of_request, **where)
         grants = await db.fetch_all(
             conn,
             Grant,
@@ -189,7 +205,18 @@ async def explain(conn: db.Connection, *, organization_id: UUID, request_id: UUI
             grant_ids=[burn.grant_id for burn in burns if burn.grant_id],
         )
         limits = await _limits_of(conn, organization_id, rows[0].chain_id, rows[0].model)
-        return Story(request_id, "charged", tuple(rows), tuple(burns), tuple(grants), tuple(limits))
+        returned = await db.fetch_all(conn, Returned, QUERIES.refunds_of_request, **where)
+        revenues = await db.fetch_all(conn, Revenue, QUERIES.revenue_of_request, **where)
+        return Story(
+            request_id,
+            "charged",
+            tuple(rows),
+            tuple(burns),
+            tuple(grants),
+            tuple(limits),
+            returned=tuple(returned),
+            revenues=tuple(revenues),
+        )
     if hold is not None:
         limits = await _limits_of(conn, organization_id, hold.chain_id, hold.model)
         return Story(request_id, "held", limits=tuple(limits), hold=hold)
@@ -228,48 +255,6 @@ async def _limits_of(
     return [state for state in states if state.balance_id is not None]
 
 
-async def _burns_of(conn: db.Connection, organization_id: UUID, row: Attribution) -> list[Burn]:
-    """The grants behind a charge: from the stretches already poured, and for the rest as pouring now would have it."""
-    if row.pool_id is None or row.position_micros is None:
-        return []
-    takes = await db.fetch_all(
-        conn, Take, QUERIES.takes_of_request, organization_id=organization_id, request_id=row.request_id
-    )
-    own = Micros(row.charged_micros - sum(take.charged_micros for take in takes))
-    burns: list[Burn] = []
-    for take in [Take(row.pool_id, row.position_micros, own), *takes]:
-        burns += await _burns_of_take(conn, organization_id, take)
-    return burns
-
-
-async def _burns_of_take(conn: db.Connection, organization_id: UUID, take: Take) -> list[Burn]:
-    start, end = take.position_micros, take.position_micros + take.charged_micros
-    pool = {"organization_id": organization_id, "pool_id": take.pool_id}
-    poured = await db.fetch_value(conn, QUERIES.pool_poured, **pool)
-    burns = await db.fetch_all(conn, Burn, QUERIES.burns_of_stretch, start=start, end=min(end, poured), **pool)
-    if end > poured:
-        grants = await db.fetch_all(conn, GrantLeft, QUERIES.grants_of_pool, **pool)
-        burns += pour(grants, poured=poured, start=max(start, poured), end=end)
-    return burns
-
-
-def pour(grants: Sequence[GrantLeft], *, poured: int, start: int, end: int) -> list[Burn]:
-    """Which grants pay the stretch [start, end) of a running total that is poured up to `poured`.
-
-    grants: in burn order. What they do not cover is a burn without grant, at the end.
-    """
-    burns: list[Burn] = []
-    at = poured
-    for grant in grants:
-        low, high = max(start, at), min(end, at + grant.left_micros)
-        if high > low:
-            burns.append(Burn(grant.grant_id, Micros(low), Micros(high)))
-        at += grant.left_micros
-    if end > max(at, start):
-        burns.append(Burn(None, Micros(max(at, start)), Micros(end)))
-    return burns
-
-
 def _credits(amount: Micros) -> dict[str, str]:
     return {"amount": format_credits(amount), "unit": "credit"}
 
@@ -280,7 +265,7 @@ def _id(prefix: str, identifier: UUID | None) -> str | None:
 
 def _row_json(row: Attribution) -> dict[str, Any]:
     return {
-        "kind": "correction" if row.kind == 1 else "charge",
+        "kind": KINDS.get(row.kind, "charge"),
         "used_at": row.used_at.isoformat(),
         "booked_at": row.booked_at.isoformat(),
         "user_id": _id("usr", row.user_id),
@@ -308,6 +293,16 @@ def _burn_json(burn: Burn, grants: Sequence[Grant]) -> dict[str, Any]:
         "source": grant.source if grant else None,
         "reason": grant.reason if grant else "not covered by any grant yet",
         "drawn": _credits(Micros(burn.end_micros - burn.start_micros)),
+        "burnt_before_next": burn.reason,
+    }
+
+
+def _returned_json(returned: Returned) -> dict[str, Any]:
+    return {
+        "grant_id": _id("grt", returned.grant_id),
+        "source": returned.source,
+        "refunded": _credits(returned.refunded_micros),
+        "expired_at_once": returned.has_expired,
     }
 
 
@@ -332,9 +327,15 @@ def _unbilled_json(request: Unbilled) -> dict[str, Any]:
     }
 
 
-def provider_cost(story: Story) -> str:
-    """What the provider asks for it, in dollars; for those who may see margins."""
-    return format_usd(NanoUsd(sum(row.provider_cost_nano_usd for row in story.rows)))
+def margin_of(story: Story) -> dict[str, Any]:
+    """What the provider asks for it, and the value of the grants it burnt, in dollars; for who may see margins."""
+    cost = NanoUsd(sum(row.provider_cost_nano_usd for row in story.rows))
+    revenue = NanoUsd(sum(each.revenue_nano_usd for each in story.revenues))
+    return {
+        "provider_cost": {"amount": format_usd(cost), "unit": "USD"},
+        "revenue": {"amount": format_usd(revenue), "unit": "USD"},
+        "margin_on_revenue": {"amount": format_usd(NanoUsd(revenue - cost)), "unit": "USD"},
+    }
 
 
 assert {field.name for field in fields(Attribution)} >= set(USAGE_KINDS)

@@ -47,7 +47,9 @@ class KeyReused(Problem):
 class Grant:
     """One grant and what is left of it now; amounts in micros.
 
-    Burn order: priority, soonest expiry, free before paid, effective, created, id.
+    Burn order: priority, soonest expiry, free before paid, effective, created, id. burns_before_next: which of these
+    puts it before the next one that can be spent (`only`: there is none); None where it cannot be spent.
+    parent: the grant it rolled over or was transferred from.
     """
 
     grant_id: UUID
@@ -63,6 +65,8 @@ class Grant:
     expires_at: datetime | None
     reason: str | None
     created_at: datetime
+    parent_grant_id: UUID | None
+    burns_before_next: str | None
 
 
 async def add_grant(
@@ -80,10 +84,15 @@ async def add_grant(
     expires_at: datetime | None = None,
     reason: str | None = None,
     created_by: UUID | None = None,
+    min_rollover_micros: Micros | None = None,
+    max_rollover_micros: Micros | None = None,
+    rollover_expires_at: datetime | None = None,
 ) -> UUID:
     """Add credits to a pool, spendable on [effective, expires). Returns the grant's id.
 
-    Calling again with the same key returns the first grant and adds nothing more.
+    Calling again with the same key returns the first grant and adds nothing more. At its end
+    min(max_rollover, max(min_rollover, left)) goes on as a grant of its own until rollover_expires_at; without bounds
+    all that is left expires.
 
     Raises:
         NotFound: no such open pool. InvalidGrant: it would have expired already. KeyReused: another body.
@@ -104,6 +113,9 @@ async def add_grant(
         reason=reason,
         created_by=created_by,
         idempotency_key=idempotency_key,
+        min_rollover_micros=min_rollover_micros,
+        max_rollover_micros=max_rollover_micros,
+        rollover_expires_at=rollover_expires_at,
     )
     assert isinstance(grant_id, UUID)
     return grant_id

@@ -19,14 +19,61 @@ order by p.kind <> 'shared', p.created_at, p.pool_id
 
 -- name: add_grant
 select credits.add_grant(%(organization_id)s, %(grant_id)s, %(pool_id)s, %(source)s, %(amount_micros)s, %(priority)s::smallint, %(is_free)s,
-    %(cost_basis_nano_usd)s, %(effective_at)s, %(expires_at)s, %(reason)s, %(created_by)s, %(idempotency_key)s)
+    %(cost_basis_nano_usd)s, %(effective_at)s, %(expires_at)s, %(reason)s, %(created_by)s, %(idempotency_key)s, null,
+    %(min_rollover_micros)s, %(max_rollover_micros)s, %(rollover_expires_at)s)
+
+-- name: transfer_credits
+select credits.transfer_credits(%(organization_id)s, %(from_pool_id)s, %(to_pool_id)s, %(amount_micros)s, %(reason)s, %(created_by)s,
+    %(idempotency_key)s)
+
+-- name: switch_pools
+select credits.switch_pools(%(organization_id)s, %(to)s, %(created_by)s, %(idempotency_key)s)
+
+-- name: known_switch
+select exists (select from credits.commands
+    where organization_id = %(organization_id)s and idempotency_key = %(key)s and kept_until > statement_timestamp())
+
+-- name: refund_charge
+select credits.refund_charge(%(organization_id)s, %(request_id)s, %(amount_micros)s, %(reason)s, %(created_by)s, %(idempotency_key)s)
+
+-- name: add_schedule
+select credits.add_schedule(%(organization_id)s, %(schedule_id)s, %(pool_id)s, %(source)s, %(amount_micros)s, %(priority)s::smallint, %(is_free)s,
+    %(cost_basis_nano_usd)s, %(zone)s, %(anchor_at)s, %(unit)s, %(every)s, %(lasts)s::interval, %(is_lasting)s, %(ends_at)s,
+    %(min_rollover_micros)s, %(max_rollover_micros)s, %(reason)s, %(created_by)s, %(idempotency_key)s)
+
+-- name: cancel_schedule
+select credits.cancel_schedule(%(organization_id)s, %(schedule_id)s)
+
+-- name: schedules
+select schedule_id, pool_id, source, amount_micros, unit, every, zone, anchor_at, is_lasting, min_rollover_micros, max_rollover_micros,
+    case when isfinite(next_at) then next_at end as next_at, case when isfinite(ends_at) then ends_at end as ends_at, reason
+from credits.grant_schedules where organization_id = %(organization_id)s
+order by next_at, created_at, schedule_id
+
+-- name: revenue_of_request
+-- The rows of one request bear one time of use, which bounds the partitions.
+select r.booked_at, r.revenue_nano_usd
+from (select min(used_at) as used_at from ledger.attribution where organization_id = %(organization_id)s and request_id = %(request_id)s) a
+cross join lateral credits.revenue_of_requests(%(organization_id)s, a.used_at, a.used_at + interval '1 microsecond', %(request_id)s) r
+order by r.booked_at
+
+-- name: refunds_of_request
+-- What came back of a request to each grant, and whether it expired at once.
+select e.grant_id, sum(e.amount)::bigint as refunded_micros, g.source, g.expires_at <= max(e.booked_at) as has_expired
+from ledger.entries e join credits.grants g on g.organization_id = e.organization_id and g.grant_id = e.grant_id
+where e.organization_id = %(organization_id)s and e.from_kind = 'usage' and e.from_id = %(request_id)s
+group by e.grant_id, g.source, g.expires_at order by min(e.booked_at), e.grant_id
 
 -- name: void_grant
 select credits.void_grant(%(organization_id)s, %(grant_id)s, %(reason)s, %(created_by)s, %(idempotency_key)s)
 
 -- name: grants
+-- burns_before_next: why it burns before the next one that can be spent in its pool.
 select g.grant_id, g.pool_id, g.source, g.amount_micros, s.left_micros, s.state, g.priority, g.is_free, g.cost_basis_nano_usd, g.effective_at,
-    case when isfinite(g.expires_at) then g.expires_at end as expires_at, g.reason, g.created_at
+    case when isfinite(g.expires_at) then g.expires_at end as expires_at, g.reason, g.created_at, g.parent_grant_id,
+    case when s.state in ('active', 'lingering') then credits.burn_reason(g, lead(g) over (
+        partition by g.pool_id, s.state in ('active', 'lingering')
+        order by g.priority, g.expires_at, g.is_free desc, g.effective_at, g.created_at, g.grant_id)) end as burns_before_next
 from credits.grants g
 join credits.grant_balances s on s.organization_id = g.organization_id and s.grant_id = g.grant_id
 where g.organization_id = %(organization_id)s
@@ -192,30 +239,34 @@ select request_id, booked_at, used_at, kind, user_id, api_key_id, provider_key_i
 from ledger.attribution where organization_id = %(organization_id)s and request_id = %(request_id)s
 order by booked_at, kind
 
--- name: takes_of_request
-select pool_id, position_micros, charged_micros
-from ledger.attribution_takes where organization_id = %(organization_id)s and request_id = %(request_id)s
-order by booked_at, pool_id
-
--- name: burns_of_stretch
-select grant_id, greatest(start_micros, %(start)s) as start_micros, least(end_micros, %(end)s) as end_micros
-from credits.burns
-where organization_id = %(organization_id)s and pool_id = %(pool_id)s and end_micros > %(start)s and start_micros < %(end)s
-order by start_micros
-
--- name: pool_poured
-select poured_micros from credits.pools where organization_id = %(organization_id)s and pool_id = %(pool_id)s
-
--- name: grants_of_pool
-select g.grant_id, s.left_micros
-from credits.grants g
-join credits.grant_states s on s.organization_id = g.organization_id and s.grant_id = g.grant_id
-where g.organization_id = %(organization_id)s and g.pool_id = %(pool_id)s and s.state in ('active', 'lingering') and s.left_micros > 0
-order by g.priority, g.expires_at, g.is_free desc, g.effective_at, g.created_at, g.grant_id
+-- name: burns_of_request
+-- The grants behind what a request drew, in order; a stretch without grant is what none has paid yet.
+with draws as (
+    select d.pool_id, d.start, d.end, d.nr
+    from credits.draws_of(%(organization_id)s, %(request_id)s) r
+    cross join lateral unnest(r.pool_ids, r.starts, r.ends) with ordinality d(pool_id, start, "end", nr)
+), paid as (
+    select d.nr, d.pool_id, s.grant_id, greatest(s.start_micros, d.start) as start_micros, least(s.end_micros, d.end) as end_micros, s.reason
+    from draws d
+    cross join lateral (
+        select b.start_micros, b.end_micros, b.grant_id, b.reason from credits.burns b
+        where b.organization_id = %(organization_id)s and b.pool_id = d.pool_id and b.end_micros > d.start and b.start_micros < d.end
+        union all
+        select t.start_micros, t.end_micros, t.grant_id, t.reason from credits.tails(%(organization_id)s, d.pool_id) t
+        where t.end_micros > d.start and t.start_micros < d.end
+    ) s
+)
+select grant_id, start_micros, end_micros, reason
+from (
+    select * from paid
+    union all
+    select d.nr, d.pool_id, null, coalesce((select max(p.end_micros) from paid p where p.nr = d.nr), d.start), d.end, null from draws d
+) burns
+where end_micros > start_micros order by nr, start_micros
 
 -- name: grants_by_id
 select g.grant_id, g.pool_id, g.source, g.amount_micros, s.left_micros, s.state, g.priority, g.is_free, g.cost_basis_nano_usd, g.effective_at,
-    case when isfinite(g.expires_at) then g.expires_at end as expires_at, g.reason, g.created_at
+    case when isfinite(g.expires_at) then g.expires_at end as expires_at, g.reason, g.created_at, g.parent_grant_id, null::text as burns_before_next
 from credits.grants g
 join credits.grant_balances s on s.organization_id = g.organization_id and s.grant_id = g.grant_id
 where g.organization_id = %(organization_id)s and g.grant_id = any (%(grant_ids)s)

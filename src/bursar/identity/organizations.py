@@ -222,6 +222,37 @@ async def update_organization(
     return organization
 
 
+async def set_pool_sharing(
+    conn: db.Connection, *, organization_id: UUID, is_shared_token_pool: bool, by: Actor, reason: str | None = None
+) -> Organization:
+    """Whether the balance belongs to the organization or each member has one of their own. Credits do not move by it:
+    who switches pools moves them in the same transaction.
+
+    Raises:
+        OrganizationNotFound
+    """
+    organization = await db.fetch_optional(
+        conn,
+        Organization,
+        QUERIES.set_pool_sharing,
+        organization_id=organization_id,
+        is_shared_token_pool=is_shared_token_pool,
+    )
+    if organization is None:
+        raise OrganizationNotFound
+    await record(
+        conn,
+        organization_id=organization_id,
+        by=by,
+        action="organization.pools_switched",
+        object_id=organization_id,
+        old={"is_shared_token_pool": not is_shared_token_pool},
+        new={"is_shared_token_pool": is_shared_token_pool},
+        reason=reason,
+    )
+    return organization
+
+
 async def set_organization_status(
     conn: db.Connection, *, organization_id: UUID, status: Status, by: Actor, reason: str | None = None
 ) -> Organization:

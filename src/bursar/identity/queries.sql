@@ -46,6 +46,11 @@ set name = coalesce(%(name)s, name), zone = coalesce(%(zone)s, zone), shows_marg
 where organization_id = %(organization_id)s
 returning *;
 
+-- name: set_pool_sharing
+update identity.organizations set is_shared_token_pool = %(is_shared_token_pool)s
+where organization_id = %(organization_id)s
+returning *;
+
 -- name: set_organization_status
 update identity.organizations set status = %(status)s
 where organization_id = %(organization_id)s and status <> 'closed'

@@ -1,13 +1,10 @@
 -- What was burnt is worth: the money value of use, as far as grants have paid it.
 
--- stretches: which grant paid which stretch of a pool's running total, at what value, and why that one; beyond what was poured, as pouring
--- now would have it. p_pool_id null: of every pool. Reads with the caller's rights.
-create or replace function credits.stretches(p_organization_id uuid, p_pool_id uuid default null)
+-- tails: which grants would pay what pools have used since the last pour, as pouring now would have it. p_pool_id null: of every pool. Reads
+-- with the caller's rights.
+create or replace function credits.tails(p_organization_id uuid, p_pool_id uuid default null)
 returns table (pool_id uuid, start_micros bigint, end_micros bigint, grant_id uuid, grant_from_micros bigint, value_nano_usd bigint, reason text)
 language sql stable set search_path = credits, pg_temp as $$
-    select b.pool_id, b.start_micros, b.end_micros, b.grant_id, b.grant_from_micros, b.value_nano_usd, b.reason
-    from burns b where b.organization_id = p_organization_id and (p_pool_id is null or b.pool_id = p_pool_id)
-    union all
     select t.pool_id, t.start, least(t.start + t.left_micros, t.used), (t.g).grant_id, (t.g).amount_micros - t.left_micros,
         credits.value_taken(t.g, t.left_micros, t.value_left_nano_usd, least(t.left_micros, t.used - t.start)), credits.burn_reason(t.g, t.next)
     from (
@@ -22,6 +19,17 @@ language sql stable set search_path = credits, pg_temp as $$
             order by g.priority, g.expires_at, g.is_free desc, g.effective_at, g.created_at, g.grant_id)
     ) t
     where t.start < t.used;
+$$;
+comment on function credits.tails is 'Which grants would pay what pools have used since the last pour';
+
+-- stretches: which grant paid which stretch of a pool's running total, at what value, and why that one.
+create or replace function credits.stretches(p_organization_id uuid, p_pool_id uuid default null)
+returns table (pool_id uuid, start_micros bigint, end_micros bigint, grant_id uuid, grant_from_micros bigint, value_nano_usd bigint, reason text)
+language sql stable set search_path = credits, pg_temp as $$
+    select b.pool_id, b.start_micros, b.end_micros, b.grant_id, b.grant_from_micros, b.value_nano_usd, b.reason
+    from burns b where b.organization_id = p_organization_id and (p_pool_id is null or b.pool_id = p_pool_id)
+    union all
+    select * from credits.tails(p_organization_id, p_pool_id);
 $$;
 comment on function credits.stretches is 'Which grant paid which stretch of a pool''s running total, its value in nano-dollars and why it burnt before the next';
 
