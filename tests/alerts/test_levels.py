@@ -419,7 +419,9 @@ async def _house_in(database: db.Database) -> House:
 async def _later(database: db.Database) -> None:
     """Time for another look."""
     async with await psycopg.AsyncConnection.connect(database.dsn("admin")) as conn:
-        await conn.execute("update alerts.looks set looked_until = looked_until - interval '2 seconds'")
+        await conn.execute(
+            "update alerts.looks set looked_until = looked_until - interval '2 seconds', leased_until = '-infinity'"
+        )
 
 
 async def test_a_default_is_told_for_each_one_that_it_counts_for(house: House) -> None:

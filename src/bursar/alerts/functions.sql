@@ -13,28 +13,13 @@ language sql immutable set search_path = alerts, pg_temp as $$
 $$;
 comment on function alerts.default_rule is 'The rule for pools, shares or limits where an organization has none of its own';
 
--- rules_for: the rules that are about one balance: its own, else the organization's, else the default.
-create or replace function alerts.rules_for(p_organization_id uuid, p_watches text, p_balance_id uuid)
-returns table (rule_id uuid, measure text, thresholds bigint[], readers text[], addresses text[], collect_minutes integer)
-language sql stable set search_path = alerts, pg_temp as $$
-    with own as (
-        select r.*, max((r.object_id is not null)::int) over () as most_special
-        from rules r
-        where r.organization_id = p_organization_id and r.ended_at is null and r.watches = p_watches
-          and (r.object_id is null or r.object_id = p_balance_id))
-    select o.rule_id, o.measure, o.thresholds, o.readers, o.addresses, o.collect_minutes
-    from own o where (o.object_id is not null)::int = o.most_special
-    union all
-    select d.* from alerts.default_rule(p_watches) d where not exists (select from own);
-$$;
-comment on function alerts.rules_for is 'The rules that are about one balance: its own, else the organization''s, else the default one';
-
--- level: how many of a rule's thresholds are reached. p_filled: what 100 % is; nothing is reached of a limit of 0.
+-- level: how many of a rule's thresholds, which are in rising order, are reached. p_filled: what 100 % is; nothing is reached of a limit of 0.
+-- It has no search_path of its own, so that it is written out wherever it stands.
 create or replace function alerts.level(p_measure text, p_thresholds bigint[], p_filled bigint, p_left bigint) returns smallint
-language sql immutable set search_path = alerts, pg_temp as $$
-    select case when p_filled <= 0 then 0 else (
-        select count(*) from unnest(p_thresholds) t
-        where case p_measure when 'percent' then (p_filled - p_left)::numeric * 100 >= t::numeric * p_filled else p_left <= t end) end::smallint;
+language sql immutable as $$
+    select case when p_filled <= 0 then 0
+                when p_measure = 'percent' then width_bucket(div((p_filled - p_left)::numeric * 100, p_filled)::bigint, p_thresholds)
+                else cardinality(p_thresholds) - width_bucket(p_left - 1, p_thresholds) end::smallint
 $$;
 comment on function alerts.level is 'How many thresholds of a rule are reached';
 
@@ -47,6 +32,8 @@ returns table (
     stops boolean, level smallint, told_level smallint, told_limit bigint, base_level smallint
 )
 language sql stable set search_path = alerts, pg_temp as $$
+    with defaults as materialized (
+        select k.watches, d.* from (values ('pool'), ('allocation'), ('limit')) k(watches) cross join lateral alerts.default_rule(k.watches) d)
     select b.organization_id, r.rule_id, b.balance_id, o.period_start::text, b.kind, r.measure, r.thresholds, r.readers, r.addresses, r.collect_minutes,
         b.limit_amount, b.used_amount, f.filled, f.rest, case when isfinite(o.period_end) then o.period_end end, b.stops, l.now, s.level, s.limit_amount, l.base
     from unnest(p_organization_ids, p_balance_ids, p_period_starts) w(organization_id, balance_id, period_start)
@@ -72,7 +59,20 @@ language sql stable set search_path = alerts, pg_temp as $$
             select from credits.unbilled_requests u
             where u.organization_id = b.organization_id and u.happened_at > p_since and u.outcome = 'refused' and u.binding_id = b.balance_id)
             then 0 else q.rest end as rest) f
-    cross join lateral alerts.rules_for(b.organization_id, b.kind, b.balance_id) r
+    cross join lateral (
+        -- The rules of the balance itself, else the organization's for its kind, else the default.
+        select r.rule_id, r.measure, r.thresholds, r.readers, r.addresses, r.collect_minutes
+        from rules r
+        where r.organization_id = b.organization_id and r.ended_at is null and r.watches = b.kind
+          and (r.object_id = b.balance_id or r.object_id is null and not exists (
+            select from rules own where own.organization_id = b.organization_id and own.ended_at is null and own.watches = b.kind
+                and own.object_id = b.balance_id))
+        union all
+        select d.rule_id, d.measure, d.thresholds, d.readers, d.addresses, d.collect_minutes
+        from defaults d
+        where d.watches = b.kind and not exists (
+            select from rules r where r.organization_id = b.organization_id and r.ended_at is null and r.watches = b.kind
+                and (r.object_id is null or r.object_id = b.balance_id))) r
     left join reached s on s.organization_id = b.organization_id and s.rule_id = r.rule_id and s.balance_id = b.balance_id
         and s.period_start = o.period_start
     cross join lateral (

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
 
-import structlog
+from prometheus_client import Counter
 
 from bursar import db
 from bursar.alerts.telling import Subject, grant_payload, level_payload, refusal_payload
@@ -28,7 +28,7 @@ EXPIRING_DAYS: Final = 7
 FULL_KINDS: Final = {"pool": "pool.exhausted", "allocation": "allocation.exhausted", "limit": "limit.reached"}
 LEVEL_KINDS: Final = {"pool": "pool.low", "allocation": "allocation.threshold", "limit": "limit.threshold"}
 
-log = structlog.get_logger(__name__)
+TOLD = Counter("bursar_alerts_total", "Alerts that were told", ["kind"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,10 @@ class _Ending:
 
 
 async def look(database: db.Database) -> int:
-    """Tell what was reached since the last look, whoever made it; how many alerts. Nothing while another one looks."""
+    """Tell what was reached since the last look, whoever made it; how many alerts. Nothing while another one looks.
+
+    Looks that take long come less often: at most a twentieth of the time is spent with looking.
+    """
     place = {"organization_id": PLATFORM_ORGANIZATION_ID}
     async with database.tenant(PLATFORM_ORGANIZATION_ID) as conn:
         await db.execute(conn, QUERIES.begin_looks, **place)
@@ -103,6 +106,7 @@ async def look(database: db.Database) -> int:
     if mine is None:
         return 0
     async with database.platform() as conn:
+        await db.execute(conn, QUERIES.plan_by_index)
         crossed = await db.fetch_all(conn, Crossed, QUERIES.crossed_by_use, since=mine.since, now=mine.now)
         refused = await db.fetch_all(conn, _Refused, QUERIES.refused_now, since=mine.since, now=mine.now)
     told = [await tell(database, each) for each in crossed]
@@ -132,6 +136,7 @@ async def sweep(database: db.Database) -> int:
 async def sweep_some(database: db.Database, organization_ids: Sequence[UUID]) -> int:
     """As `sweep`, of some organizations."""
     async with database.platform() as conn:
+        await db.execute(conn, QUERIES.plan_by_index)
         crossed = await db.fetch_all(
             conn, Crossed, QUERIES.crossed_of_organizations, organization_ids=list(organization_ids)
         )
@@ -180,16 +185,18 @@ async def tell(database: db.Database, found: Crossed) -> bool:
             period_end=found.period_end,
         )
         is_full = (found.measure, passed[-1]) in (("percent", 100), ("left", 0))
+        kind = (FULL_KINDS if is_full else LEVEL_KINDS)[found.watches]
         event_id = await post_event(
             conn,
             **place,
-            kind=(FULL_KINDS if is_full else LEVEL_KINDS)[found.watches],
+            kind=kind,
             object_kind=found.watches,
             object_id=found.balance_id,
             payload=payload,
         )
         whom = (found.readers, found.addresses)
         await _mail(conn, found.organization_id, event_id, subject, *whom, found.collect_minutes)
+    TOLD.labels(kind).inc()
     return True
 
 
@@ -207,6 +214,7 @@ async def _tell_refused(database: db.Database, refused: _Refused) -> bool:
             object_id=refused.balance_id,
             payload=refusal_payload(subject, refusals=refused.refusals),
         )
+    TOLD.labels("deduction.refused").inc()
     return True
 
 
@@ -233,6 +241,7 @@ async def _tell_grant(database: db.Database, ending: _Ending, *, has_expired: bo
             ),
         )
         await _mail(conn, ending.organization_id, event_id, subject, ["concerned"], [], 5)
+    TOLD.labels(kind).inc()
     return True
 
 

@@ -1,0 +1,1 @@
+"""What looking for alerts costs, beside ten thousand organizations."""
