@@ -439,3 +439,10 @@ left join credits.chains c on c.organization_id = a.organization_id and c.chain_
 where a.chain_id is not null
   and (nullif(c.user_id, '00000000-0000-0000-0000-000000000000'), nullif(c.api_key_id, '00000000-0000-0000-0000-000000000000'),
        c.team_id, c.department_id) is distinct from (a.user_id, a.api_key_id, a.team_id, a.department_id)
+
+-- name: events_are_numbered_without_gaps
+-- The events of one object are 1, 2, 3 …, so that a receiver knows when one is missing.
+select organization_id, object_kind || ' ' || object_id as subject, count(*)::text as expected, max(sequence)::text as found
+from outbox.events
+group by organization_id, object_kind, object_id
+having max(sequence) <> count(*)

@@ -33,6 +33,8 @@ class Waiting:
 
 async def send_webhooks(database: db.Database) -> None:
     """Send what is due; what that makes due (the next event of the same object) too."""
+    if database.space.is_short():
+        return  # nothing can be noted: it would be sent again and again
     settings = database.settings
     sender = Sender(database, Outside(Allowed.by(settings)), Keyring(settings.master_key))
     for _ in range(MOST_ROUNDS):
@@ -42,6 +44,8 @@ async def send_webhooks(database: db.Database) -> None:
 
 async def send_mails(database: db.Database) -> None:
     """Hand over what is due."""
+    if database.space.is_short():
+        return
     await Postman(database, MailServer.of(database.settings)).send_due()
 
 

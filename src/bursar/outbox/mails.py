@@ -23,6 +23,7 @@ from bursar.errors import BursarError
 from bursar.outbox.deliveries import Event, next_wait
 from bursar.outbox.endpoints import QUERIES
 from bursar.outbox.letters import can_be_mailed, letter_of, message_of, people_in
+from bursar.outbox.outside import usual_tls
 from bursar.settings import Settings
 
 LEASE_SECONDS: Final = 60.0
@@ -87,7 +88,7 @@ class MailServer:
             user=unquote(parts.username or ""),
             password=unquote(parts.password or ""),
             sender=settings.mail_from,
-            tls=tls or ssl.create_default_context(),
+            tls=tls or usual_tls(),
         )
 
     def hand_over(self, message: EmailMessage) -> str:

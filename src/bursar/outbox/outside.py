@@ -90,7 +90,7 @@ class Allowed:
 
 
 @cache
-def _usual_tls() -> ssl.SSLContext:
+def usual_tls() -> ssl.SSLContext:
     """The certificates that this machine trusts; read once, since that takes 30 ms and is asked for every second."""
     return ssl.create_default_context()
 
@@ -101,7 +101,7 @@ class Outside:
     def __init__(self, allowed: Allowed, *, resolve: Resolve | None = None, tls: ssl.SSLContext | None = None) -> None:
         self._allowed = allowed
         self._resolve = resolve or _resolve
-        self._tls = tls or _usual_tls()
+        self._tls = tls or usual_tls()
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> int:
         """Post once; the status of the answer.
