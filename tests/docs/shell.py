@@ -47,6 +47,8 @@ class Shell:
             value, err = await self._command(assignment["command"])
         else:
             value, err = self._filled(assignment["value"]), ""
+            if value == ".":  # the reader's folder
+                value = str(self.folder)
         self.variables[assignment["name"]] = value.strip()
         if assignment["export"]:
             self.environment.setenv(assignment["name"], value.strip())

@@ -41,6 +41,8 @@ FIGURES: Final[Mapping[str, Figure]] = {
     "calls": Figure(1_000, 10_000),  # R21
     "targets": Figure(300, 50_000),  # R17: hostile addresses
     "worker kills": Figure(25, 500),  # R17: in the middle of deliveries
+    "jumps": Figure(5, 50),  # R19
+    "instants": Figure(60, 3_000),
     "tamperings": Figure(8, 800),  # R24: eight kinds in turn
     "sealed rows": Figure(20_000, 1_000_000),
     "priced calls": Figure(40, 5_000),

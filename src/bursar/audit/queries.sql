@@ -27,6 +27,10 @@ limit %(limit)s;
 -- name: begin_round
 select from_number, until_number, clock_timestamp() as sealed_at from audit.begin_round();
 
+-- name: next_number
+-- Above the write number of whatever is committed by now.
+select audit.as_write_number(pg_snapshot_xmax(pg_current_snapshot()));
+
 -- name: end_round
 select audit.end_round(%(until_number)s);
 

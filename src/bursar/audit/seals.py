@@ -3,6 +3,8 @@
 Which rows a seal covers follows from their write numbers alone, which never change: docs/decisions/0016-seals.md.
 """
 
+import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -27,6 +29,7 @@ class Sealed:
     seals: int
     rows: int
     until_number: int
+    is_all: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,24 @@ async def seal(conn: db.Connection) -> Sealed:
     await sealing.end()
     await db.execute(conn, QUERIES.end_round, until_number=around.until_number)
     return Sealed(sealing.seals, sealing.rows, around.until_number)
+
+
+async def seal_all(database: db.Database, *, seconds: float = 30) -> Sealed:
+    """Round after round, until all is sealed that was written before, or the time is over: a transaction runs so long.
+
+    is_all says which.
+    """
+    async with database.platform() as conn:
+        number = int(await db.fetch_value(conn, QUERIES.next_number))
+    done, until = Sealed(0, 0, 0), time.monotonic() + seconds
+    while True:
+        async with database.platform() as conn:
+            some = await seal(conn)
+        is_all = some.until_number >= number
+        done = Sealed(done.seals + some.seals, done.rows + some.rows, some.until_number, is_all)
+        if is_all or time.monotonic() > until:
+            return done
+        await asyncio.sleep(0.1)
 
 
 async def set_text(conn: db.Connection) -> None:

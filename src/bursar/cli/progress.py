@@ -12,8 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 class Bars:
     """One bar for each name; on no terminal, one line when a name is done. A name may have several parts."""
 
-    def __init__(self, progress: Progress | None, unit: str) -> None:
+    def __init__(self, progress: Progress | None, unit: str, least_seconds: float = 0) -> None:
         self._progress = progress
+        self._least_seconds = least_seconds
         self._unit = unit
         self._tasks: dict[str, TaskID] = {}
         self._started: dict[str, float] = {}
@@ -46,15 +47,19 @@ class Bars:
         self._parts[name] -= 1
         if self._progress is None and not self._parts[name]:
             seconds = monotonic() - self._started[name]
-            typer.echo(f"{name}: {self._done[name]:,} {self._unit} in {seconds:.1f} s", err=True)
+            if seconds >= self._least_seconds:
+                typer.echo(f"{name}: {self._done[name]:,} {self._unit} in {seconds:.1f} s", err=True)
 
 
 @contextmanager
-def bars(unit: str) -> Iterator[Bars]:
-    """Bars for the time of a block. unit: what is counted, in the plural."""
+def bars(unit: str, *, least_seconds: float = 0) -> Iterator[Bars]:
+    """Bars for the time of a block. unit: what is counted, in the plural.
+
+    least_seconds: on no terminal, nothing is said of what takes less.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield Bars(None, unit)
+        yield Bars(None, unit, least_seconds)
         return
     columns = (
         TextColumn("{task.description}"),

@@ -187,7 +187,7 @@ def verify(
 
     async def work(database: db.Database) -> list[Finding]:
         organization_id = await org_of(database, org) if org else None
-        with bars("checks") as shown:
+        with bars("checks", least_seconds=10) as shown:
             shown.begin("verify")
             found = await verify_all(
                 database,

@@ -18,13 +18,14 @@ def _seal() -> None:
 def now(as_json: JsonOption = False) -> None:
     """Seal everything that is new, and keep an anchor where the settings say. The worker does both by itself.
 
+    A transaction that runs keeps back what was written since it began; after 30 s of that all_sealed is false.
+
     Examples: `bursar seal now`, `BURSAR_ANCHOR_DIR=/mnt/safe bursar seal now --json`
     """
 
     async def work(database: db.Database) -> dict[str, object]:
-        async with database.platform() as conn:
-            done = await seals.seal(conn)
+        done = await seals.seal_all(database)
         kept = await anchors.anchor(database, only_when_due=False)
-        return {"seals": done.seals, "rows": done.rows, "anchored_to": kept}
+        return {"seals": done.seals, "rows": done.rows, "all_sealed": done.is_all, "anchored_to": kept}
 
     print_fields(with_database(work), as_json=as_json)
