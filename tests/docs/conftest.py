@@ -78,5 +78,6 @@ async def _served(database: db.Database) -> AsyncIterator[str]:
         assert not task.done(), "the server ended"
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     work.cancel()
+    await asyncio.wait([work])  # a job that went on would find its database closed
     server.should_exit = True
     await task
