@@ -14,6 +14,7 @@ from bursar.credits.moves import Action
 # What the application may call in the schema credits. The second kind only computes, or reads with the caller's rights.
 COMMANDS = {
     "add_credits_to_pool",
+    "add_codes",
     "add_grant",
     "add_schedule",
     "cancel_schedule",
@@ -21,27 +22,37 @@ COMMANDS = {
     "allocate_credits_to_user",
     "authorize",
     "available_of",
+    "begin_top_up",
     "current_chain",
     "deduct",
     "decide_request",
+    "decide_top_up",
     "deduct_credits",
     "end_allocation",
     "end_limit",
     "end_raise",
+    "end_top_up",
     "extend",
+    "finish_redemption",
     "fold",
+    "forgive_debt",
+    "grant_code",
     "has_sufficient_credits",
     "limits_changed",
     "move_one",
+    "open_campaign",
     "open_organization",
     "open_pool",
     "raise_limit",
     "reallocate",
+    "redeem_code",
     "refund_charge",
     "release",
     "request_raise",
+    "revoke_codes",
     "set_cycle",
     "set_limit",
+    "set_top_up",
     "settle",
     "switch_pools",
     "transfer_credits",
@@ -169,7 +180,13 @@ def _argument(name: str, kind: str, victim: Victim, organization: UUID) -> Any:
         "p_idempotency_key": uuid7().hex,
         "p_key": None,
     }
-    by_type: dict[str, Any] = {"boolean": False, "text": "x", "bytea": b"x", "uuid": None}
+    by_type: dict[str, Any] = {
+        "jsonb": '{"amount_micros": 1}',
+        "boolean": False,
+        "text": "x",
+        "bytea": b"x",
+        "uuid": None,
+    }
     return named[name] if name in named else by_type.get(kind, 1 if "time" not in kind else None)
 
 

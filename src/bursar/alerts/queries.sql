@@ -135,7 +135,8 @@ left join lateral (
 left join identity.api_keys k on l.scope = 'key' and k.organization_id = b.organization_id and k.api_key_id = l.scope_id
 left join identity.teams t on l.scope = 'team' and t.organization_id = b.organization_id and t.team_id = l.scope_id
 left join identity.departments d on l.scope = 'department' and d.organization_id = b.organization_id and d.department_id = l.scope_id
-cross join lateral (select coalesce(p.owner_user_id, a.user_id, case l.scope when 'user' then l.scope_id when 'key' then k.user_id end) as user_id) i
+cross join lateral (select coalesce(p.owner_user_id, a.user_id, case l.scope when 'user' then l.scope_id when 'key' then k.user_id end) as user_id
+    offset 0) i  -- as a value of its own: row-level security lets no index be used for coalesce
 left join identity.memberships m on m.organization_id = b.organization_id and m.user_id = i.user_id
 left join identity.teams mt on mt.organization_id = m.organization_id and mt.team_id = m.team_id
 where b.organization_id = %(organization_id)s and b.balance_id = %(balance_id)s

@@ -191,14 +191,17 @@ async def open_campaign(
     for name in ("valid_until", "credits_expire_at"):
         row[name] = row[name] or "infinity"
     row |= {
-        "organization_id": organization_id,
-        "campaign_id": campaign_id,
         "is_for_members": organization_id != PLATFORM_ORGANIZATION_ID,
         "domain_hashes": [f"\\x{_domain_hash(settings, each).hex()}" for each in terms.domains] or None,
-        "created_by": created_by,
     }
-    plain = {name: str(each) if isinstance(each, UUID | datetime) else each for name, each in row.items()}
-    await db.execute(conn, QUERIES.open_campaign, campaign=Jsonb(plain))
+    await db.execute(
+        conn,
+        QUERIES.open_campaign,
+        organization_id=organization_id,
+        campaign_id=campaign_id,
+        terms=Jsonb({name: str(each) if isinstance(each, datetime) else each for name, each in row.items()}),
+        created_by=created_by,
+    )
     await record(
         conn,
         organization_id=organization_id,

@@ -197,7 +197,10 @@ select c.refusal, e.id as balance_id, e.leg, (array['credits', 'calls', 'tokens'
     coalesce(l.period, a.period, 'none') as period,
     case when isfinite(b.period_end) then b.period_end when isfinite(a.renews_at) then a.renews_at end as resets_at,
     coalesce(l.created_by, a.created_by) as owner_id,
-    m.display_name as owner_name, o.zone, p.name as pool_name, coalesce(l.model_filter, c.leg_filters[nullif(e.leg, 0)]) as model_filter,
+    -- Each looked up by itself, since there are many members. (Not coalesce: row-level security lets no index be used for it.)
+    (select m.display_name from identity.memberships m
+     where m.organization_id = c.organization_id
+       and m.user_id = case when l.created_by is null then a.created_by else l.created_by end) as owner_name, o.zone, p.name as pool_name, coalesce(l.model_filter, c.leg_filters[nullif(e.leg, 0)]) as model_filter,
     l.action, l.limit_id, coalesce(l.is_default, false) as is_default, l.within_scope, coalesce(t.name, d.name) as within_name,
     coalesce(r.amount, 0)::bigint as raised_amount, r.ends_at as raised_until
 from credits.chains c
@@ -220,7 +223,6 @@ left join lateral (
     where ap.organization_id = a.organization_id and ap.allocation_id = a.allocation_id and ap.period_end = a.renews_at
 ) s on true
 left join credits.pools p on p.organization_id = c.organization_id and (p.pool_id = e.id or p.open_part_id = e.id)
-left join identity.memberships m on m.organization_id = c.organization_id and m.user_id = coalesce(l.created_by, a.created_by)
 left join identity.teams t on t.organization_id = c.organization_id and l.within_scope = 'team' and t.team_id = l.within_id
 left join identity.departments d on d.organization_id = c.organization_id and l.within_scope = 'department' and d.department_id = l.within_id
 left join lateral (
@@ -268,7 +270,7 @@ where end_micros > start_micros order by nr, start_micros
 select g.grant_id, g.pool_id, g.source, g.amount_micros, s.left_micros, s.state, g.priority, g.is_free, g.cost_basis_nano_usd, g.effective_at,
     case when isfinite(g.expires_at) then g.expires_at end as expires_at, g.reason, g.created_at, g.parent_grant_id, null::text as burns_before_next
 from credits.grants g
-join credits.grant_balances s on s.organization_id = g.organization_id and s.grant_id = g.grant_id
+join credits.grant_states s on s.organization_id = g.organization_id and s.grant_id = g.grant_id
 where g.organization_id = %(organization_id)s and g.grant_id = any (%(grant_ids)s)
 
 -- name: hold
@@ -324,7 +326,7 @@ select request_id from credits.estimates
 where organization_id = (select nullif(current_setting('app.organization_id', true), '')::uuid) and request_id = any (%(request_ids)s)
 
 -- name: open_campaign
-select credits.open_campaign(jsonb_populate_record(null::credits.code_campaigns, %(campaign)s))
+select credits.open_campaign(%(organization_id)s, %(campaign_id)s, %(terms)s, %(created_by)s)
 
 -- name: claim_codes
 -- Hashes of new texts; a text that is taken (by chance, once in ages) claims nothing.
@@ -353,15 +355,24 @@ order by code_id limit %(limit)s
 select c.campaign_id, c.name, c.amount_micros, c.valid_from, nullif(c.valid_until, 'infinity') as valid_until, c.is_for_members, c.most_per_code,
     c.most_per_person, c.created_at, c.revoked_at,
     (select count(*) from credits.codes k where k.organization_id = c.organization_id and k.campaign_id = c.campaign_id) as codes,
-    r.redemptions, r.people, r.granted_micros, r.burnt_micros
+    r.redemptions, r.people, r.granted_micros, b.burnt_micros
 from credits.code_campaigns c
 cross join lateral (
-    select count(*) as redemptions, count(distinct r.user_id) as people, coalesce(sum(r.amount_micros), 0)::bigint as granted_micros,
-        coalesce(sum(g.burnt_micros), 0)::bigint as burnt_micros
-    from credits.code_redemptions r
-    left join credits.grant_balances g on g.organization_id = r.into_organization_id and g.grant_id = r.grant_id
-    where r.organization_id = c.organization_id and r.campaign_id = c.campaign_id
+    select count(*) as redemptions, count(distinct user_id) as people, coalesce(sum(amount_micros), 0)::bigint as granted_micros
+    from credits.code_redemptions r where r.organization_id = c.organization_id and r.campaign_id = c.campaign_id
 ) r
+cross join lateral (
+    -- By organization, so that each one's grants are looked at once.
+    select coalesce(sum(g.burnt_micros), 0)::bigint as burnt_micros
+    from (select distinct r.into_organization_id as id from credits.code_redemptions r
+          where r.organization_id = c.organization_id and r.campaign_id = c.campaign_id) o
+    cross join lateral (
+        select sum(g.burnt_micros) as burnt_micros
+        from credits.grant_balances g
+        join credits.code_redemptions r on r.into_organization_id = g.organization_id and r.grant_id = g.grant_id
+        where g.organization_id = o.id and r.organization_id = c.organization_id and r.campaign_id = c.campaign_id
+    ) g
+) b
 where c.organization_id = %(organization_id)s
 order by c.created_at desc, c.campaign_id
 

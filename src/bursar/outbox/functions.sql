@@ -44,7 +44,8 @@ begin
         -- One that a worker is taking up is passed over: what is added to it now would come too late.
         select m.mail_id into v_mail from mails m
         where m.organization_id = p_organization_id and m.state = 'pending' and m.attempts = 0 and m.next_attempt_at > clock_timestamp()
-          and m.user_id is not distinct from v_reader.user_id and m.address is not distinct from v_reader.address
+          and (case when m.user_id is null then m.address else m.user_id::text end)
+              = (case when v_reader.user_id is null then v_reader.address else v_reader.user_id::text end)
         limit 1 for no key update skip locked;
         if not found then
             v_mail := gen_random_uuid();

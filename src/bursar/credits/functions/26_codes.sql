@@ -67,20 +67,24 @@ grant execute on function route.forget_tries to bursar_platform;
 
 set local role bursar_money;
 
--- open_campaign: a campaign, without codes yet. The row comes with everything but its times of making.
-create or replace function credits.open_campaign(p_row credits.code_campaigns, p_at timestamptz default null) returns uuid
+-- open_campaign: a campaign, without codes yet. p_terms: its columns by name.
+create or replace function credits.open_campaign(
+    p_organization_id uuid, p_campaign_id uuid, p_terms jsonb, p_created_by uuid, p_at timestamptz default null
+) returns uuid
 language plpgsql volatile security definer set search_path = credits, pg_temp as $$
 declare
-    v_now timestamptz := credits.lock_gate(p_row.organization_id, p_at);
+    v_now timestamptz := credits.lock_gate(p_organization_id, p_at);
+    v_row code_campaigns := jsonb_populate_record(null::code_campaigns, p_terms);
 begin
-    perform credits.require_amount(p_row.amount_micros, 1);
-    p_row.created_at := v_now; p_row.revoked_at := null; p_row.revoked_reason := null;
-    p_row.valid_from := coalesce(p_row.valid_from, v_now);
-    if p_row.valid_until <= v_now or p_row.credits_expire_at <= v_now then
+    perform credits.require_amount(v_row.amount_micros, 1);
+    v_row.organization_id := p_organization_id; v_row.campaign_id := p_campaign_id; v_row.created_by := p_created_by;
+    v_row.created_at := v_now; v_row.revoked_at := null; v_row.revoked_reason := null;
+    v_row.valid_from := coalesce(v_row.valid_from, v_now);
+    if v_row.valid_until <= v_now or v_row.credits_expire_at <= v_now then
         raise exception 'the campaign would be over before it begins' using errcode = 'BR400';
     end if;
-    insert into code_campaigns select p_row.*;
-    return p_row.campaign_id;
+    insert into code_campaigns select v_row.*;
+    return p_campaign_id;
 end $$;
 comment on function credits.open_campaign is 'Opens a campaign of codes';
 

@@ -30,7 +30,8 @@ create or replace function credits.limits_on(
     p_organization_id uuid, p_user_id uuid, p_api_key_id uuid, p_original_key_id uuid, p_member_team_id uuid, p_member_department_id uuid,
     p_team_id uuid, p_department_id uuid
 ) returns table (set_limit credits.limits, subject_id uuid)
-language sql stable set search_path = credits, pg_temp as $$
+-- Place by place, through the index: an organization may have thousands of limits, of which a few apply.
+language sql stable set search_path = credits, pg_temp set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
     with places as (
         select distinct p.scope, p.place, p.subject_id
         from (values
