@@ -17,9 +17,9 @@ returning greatest(h.looked_until, clock_timestamp() - interval '10 minutes') - 
     h.looked_until < clock_timestamp() - interval '10 minutes' or l.swept_at < clock_timestamp() - interval '1 hour' as is_sweep_due;
 
 -- name: note_look
--- The next one comes after twenty times as long as this one took, so that looking takes a twentieth of one processor at most.
+-- The next one comes after ten times as long as this one took, but within 15 s: looking takes a tenth of one processor at most.
 update alerts.looks set looked_until = greatest(looked_until, %(now)s),
-    leased_until = clock_timestamp() + least(interval '30 seconds', (clock_timestamp() - %(now)s) * 20)
+    leased_until = clock_timestamp() + least(interval '15 seconds', (clock_timestamp() - %(now)s) * 10)
 where organization_id = %(organization_id)s;
 
 -- name: plan_by_index
