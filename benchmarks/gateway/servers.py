@@ -83,12 +83,17 @@ def provider(pieces: int) -> Iterator[Target]:
 
 
 @contextmanager
-def bursar(folder: Path, provider_port: int, workers: int) -> Iterator[Target]:
-    """`bursar serve` on an embedded, durable database; a company whose member has hard limits."""
+def bursar(
+    folder: Path, provider_port: int, workers: int, *, start: Sequence[str] = ("-m", "bursar")
+) -> Iterator[Target]:
+    """`bursar serve` on an embedded, durable database; a company whose member has hard limits.
+
+    start: what Python is told to run.
+    """
     port = free_port()
     folder.mkdir()
     environment = {"BURSAR_DATA_DIR": str(folder), "BURSAR_PORT": str(port)}
-    serve = [sys.executable, "-m", "bursar", "serve", "--workers", str(workers)]
+    serve = [sys.executable, *start, "serve", "--workers", str(workers)]
     with _process(serve, environment) as process:
         _wait(port, process, "/readyz")
 

@@ -33,7 +33,7 @@ def lacking(*priced: str) -> Callable[[Usage], bool]:
     """Of a model that has prices for these kinds alone."""
 
     def lacks(usage: Usage) -> bool:
-        names = [name for name in Usage.__dataclass_fields__ if name != "requests"]
+        names = [name for name in Usage.__struct_fields__ if name != "requests"]
         return any(getattr(usage, name) for name in names if name not in priced)
 
     return lacks

@@ -95,7 +95,7 @@ def test_cached_audio_and_image_input_count_towards_the_tier() -> None:
         audio_input_tokens=10, image_input_tokens=11,
     )  # fmt: skip
     assert exact_nano_usd(tiered, parts) == 101 * 2000
-    assert exact_nano_usd(tiered, replace(parts, image_input_tokens=10)) == 100 * 1000
+    assert exact_nano_usd(tiered, parts.but(image_input_tokens=10)) == 100 * 1000
 
 
 def test_kinds_without_a_price_are_billed_as_what_they_are_part_of() -> None:

@@ -6,7 +6,7 @@ extended or released here: a call of the gateway is metered, and stays so.
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
 from typing import Annotated, Any, Final, Literal, NamedTuple
@@ -408,7 +408,7 @@ def _worth(
     if body.provider_cost is not None:
         raise _invalid(f"{pointer}/provider_cost", "comes with an amount; of usage the price book knows it")
     if input_only:
-        usage = replace(usage, output_tokens=0, reasoning_tokens=0, audio_output_tokens=0, image_output_tokens=0)
+        usage = usage.but(output_tokens=0, reasoning_tokens=0, audio_output_tokens=0, image_output_tokens=0)
     context: Mapping[str, str] = body.context or {}
     quote.require_priced(usage, context=context, at=at)
     priced = quote.price(usage, context=context, at=at, rounding=rounding)

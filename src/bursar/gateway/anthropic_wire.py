@@ -6,7 +6,6 @@ Python client.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Final
 
 import msgspec
@@ -193,7 +192,7 @@ def _usage(reported: _Usage) -> Usage | None:
     tools = reported.server_tool_use or _ServerTools()
     thought = min(max(0, details.thinking_tokens or 0), total.output_tokens)
     searches = max(0, tools.web_search_requests or 0)
-    return wire.believable(replace(total, reasoning_tokens=thought, web_searches=searches))
+    return wire.believable(total.but(reasoning_tokens=thought, web_searches=searches))
 
 
 def _tokens(part: _Iteration) -> Usage:
@@ -311,8 +310,7 @@ class UsageMeter(wire.UsageMeter):
         reported = _usage(self._reported) if self._reported is not None else None
         if reported is None or reported.total_input_tokens == 0:
             reported = self.request.estimate
-        return self._code() + replace(
-            reported,
+        return self._code() + reported.but(
             output_tokens=max(reported.output_tokens, self.output_so_far),
             web_searches=max(reported.web_searches, self._searches),
         )

@@ -12,7 +12,7 @@ from uuid import UUID
 import structlog
 
 from bursar import db
-from bursar.clock import now, uuid7
+from bursar.clock import now
 from bursar.credits import explain, why
 from bursar.credits.batcher import Batcher, Unavailable
 from bursar.credits.grants import KeyReused
@@ -82,72 +82,63 @@ class Call:
     """A metered call: who pays, by which price, and how far it is.
 
     attempts: who is asked, in turn, until one answers; one that is to be asked again is there twice.
+    attempt         who is asked at the moment
+    request         what is asked, in the kinds of that one's price
+    quote, target   its price; whom to call
+    own_key         the key at the provider is the customer's own: tracked, not charged
+    is_unlimited    the client names no limit of output, so that what is held for it is a guess
+    flags           the bits that every move of this call has
     """
 
     principal: Principal
     attempts: tuple[Attempt, ...]
     body_hash: bytes
+    request_id: UUID
     tried: int = 0
     context: Context = field(default_factory=dict)
     opened_at: datetime = field(default_factory=now)
     conversation_id: UUID | None = None
     idempotency_key: str | None = None
-    request_id: UUID = field(default_factory=uuid7)
     held_micros: Micros = Micros(0)  # noqa: RUF009 - an int
     held_tokens: int = 0
     available_micros: Micros | None = None
     meter: UsageMeter | None = None
     stopped_by: Verdict | None = None
     limit_headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    attempt: Attempt = field(init=False)
+    request: WireRequest = field(init=False)
+    quote: Quote = field(init=False)
+    target: Target = field(init=False)
+    own_key: bool = field(init=False)
+    is_unlimited: bool = field(init=False)
+    flags: Flag = field(init=False)
 
-    @property
-    def attempt(self) -> Attempt:
-        """Who is asked at the moment."""
-        return self.attempts[self.tried]
+    def __post_init__(self) -> None:
+        """The first is asked first."""
+        self.turn(0)
+
+    def turn(self, place: int) -> None:
+        """Another attempt. What follows from it is read dozens of times a call, and so not worked out each time."""
+        self.tried = place
+        self.attempt = self.attempts[place]
+        self.request, self.quote, self.target = self.attempt.request, self.attempt.quote, self.attempt.target
+        self.own_key = self.target.is_own_key
+        self.is_unlimited = self.request.has_output and self.request.max_output_tokens is None
+        self.flags = (
+            (Flag.OWN_KEY if self.own_key else Flag.NONE)
+            | (Flag.STREAMED if self.request.stream else Flag.NONE)
+            | (Flag.UNPRICED if self.quote.is_unpriced else Flag.NONE)
+        )
 
     def skip_same(self) -> None:
         """Ask who is asked now no more: it wants to be left alone for longer than anybody waits here."""
         while self.tried + 1 < len(self.attempts) and self.attempts[self.tried + 1] is self.attempt:
-            self.tried += 1
-
-    @property
-    def request(self) -> WireRequest:
-        """What is asked, in the kinds of the price of who is asked."""
-        return self.attempt.request
-
-    @property
-    def quote(self) -> Quote:
-        """The price of who is asked."""
-        return self.attempt.quote
-
-    @property
-    def target(self) -> Target:
-        """Who is asked."""
-        return self.attempt.target
-
-    @property
-    def own_key(self) -> bool:
-        """The key at the provider is the customer's own: tracked, not charged."""
-        return self.target.is_own_key
-
-    @property
-    def is_unlimited(self) -> bool:
-        """The client names no limit of output, so that what is held for it is a guess."""
-        return self.request.has_output and self.request.max_output_tokens is None
+            self.turn(self.tried + 1)
 
     @property
     def ceiling_tokens(self) -> int:
         """The most that an answer can have: no model puts out more than its context window, which lists tell."""
         return self.quote.context_window or UNKNOWN_CEILING_TOKENS
-
-    @property
-    def flags(self) -> Flag:
-        """The bits that every move of this call has."""
-        return (
-            (Flag.OWN_KEY if self.own_key else Flag.NONE)
-            | (Flag.STREAMED if self.request.stream else Flag.NONE)
-            | (Flag.UNPRICED if self.quote.is_unpriced else Flag.NONE)
-        )
 
     def price(self, usage: Usage, rounding: Rounding = Rounding.HALF_UP) -> Priced:
         """What this usage comes to at the price pinned when the call was opened."""
@@ -164,6 +155,7 @@ class Call:
 
     def move(self, action: Action, **fields: Any) -> Move:
         """A move of this call."""
+        fields.setdefault("flags", self.flags)
         return Move(
             action,
             self.principal.organization_id,
@@ -175,7 +167,7 @@ class Call:
             price_version_id=self.quote.price_version_id,
             provider_key_id=self.attempt.provider_key_id,
             conversation_id=self.conversation_id,
-            **{"flags": self.flags, **fields},
+            **fields,
         )
 
 
@@ -232,7 +224,7 @@ class Till:
         self._outputs = Outputs(database)
         self._nearest = Nearest(database)
         self._strict: dict[Kind, float] = {}  # until when, by the monotonic clock
-        self._running: dict[UUID, Call] = {}
+        self._running: dict[int, Call] = {}  # by request, whose number is hashed faster than the UUID
         self._idle = asyncio.Event()
         self._idle.set()
         self._closing: set[asyncio.Future[Verdict]] = set()
@@ -259,7 +251,7 @@ class Till:
         call.held_micros = verdict.held_micros
         call.held_tokens = move.tokens
         call.available_micros = verdict.available_micros
-        self._running[call.request_id] = call
+        self._running[call.request_id.int] = call
         self._idle.clear()
         self._nearest.look(call.principal, call.quote.model)
 
@@ -370,7 +362,7 @@ class Till:
         """
         while call.tried + 1 < len(call.attempts):
             failed = call.attempt
-            call.tried += 1
+            call.turn(call.tried + 1)
             if call.attempt is failed and self.is_running(call):
                 return True
             if self.is_running(call):
@@ -429,13 +421,13 @@ class Till:
 
     def _end(self, call: Call) -> None:
         """Renew its lease no more: it is on its way to be settled or released."""
-        self._running.pop(call.request_id, None)
+        self._running.pop(call.request_id.int, None)
         if not self._running:
             self._idle.set()
 
     def is_running(self, call: Call) -> bool:
         """Whether the call is held and neither settled nor released."""
-        return call.request_id in self._running
+        return call.request_id.int in self._running
 
     async def run(self) -> None:
         """Every 2 s, or more often where leases are short: renew the leases of what runs, mark progress, and hold more

@@ -10,7 +10,7 @@ from uuid import UUID
 import structlog
 
 from bursar import db
-from bursar.clock import now
+from bursar.clock import now, uuid7
 from bursar.gateway.adapter_process import AdapterProcess, AdapterUnavailable
 from bursar.gateway.allowances import (
     AllowanceFinder,
@@ -69,8 +69,16 @@ class Desk:
         self._resolved: dict[tuple[str, Format], _Resolved] = {}
         self._loading = asyncio.Lock()
 
-    async def open(self, principal: Principal, request: WireRequest, format: Format, body_hash: bytes) -> Call:
-        """A call with who may answer it, by which keys and prices; nothing is held yet.
+    async def open(
+        self,
+        principal: Principal,
+        request: WireRequest,
+        format: Format,
+        body_hash: bytes,
+        *,
+        request_id: UUID | None = None,
+    ) -> Call:
+        """A call with who may answer it, by which keys and prices; nothing is held yet. request_id: a new one if None.
 
         Raises:
             ModelNotFound, ModelNotAllowed, ModelNotPriced, NoProviderKey, AdapterUnavailable: of who is asked first.
@@ -89,6 +97,7 @@ class Desk:
             attempts=attempts,
             body_hash=body_hash,
             context=request.price_context,
+            request_id=request_id or uuid7(),
         )
 
     async def _first(self, organization_id: UUID, request: WireRequest, route: Route) -> tuple[Route, Attempt]:
@@ -107,7 +116,7 @@ class Desk:
                 own_only = own_only or (key is not None and key.is_own)
                 continue
             if attempt.target.is_own_key or not own_only:
-                return replace(candidate, fallbacks=candidates[place:]), attempt
+                return (route if place == 1 else replace(candidate, fallbacks=candidates[place:])), attempt
         assert missing is not None
         raise missing
 

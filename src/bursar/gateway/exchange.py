@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl
+from uuid import UUID
 
 from bursar.asgi import Message, Protocol, Receive, Scope, Send, read_body
 from bursar.gateway.wire import JSON, Wire
@@ -39,6 +40,7 @@ class Exchange:
         self.headers = headers
         self.wire = wire
         self.request_id: str = scope["state"]["request_id"]
+        self.request_uuid: UUID = scope["state"]["request_uuid"]
         self.status = 0
         self.is_events = True
         self._scope = scope

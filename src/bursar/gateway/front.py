@@ -1,6 +1,7 @@
 """The request path as an ASGI application under /v1: read, hold, call the provider, pass its bytes on, settle."""
 
 import asyncio
+from functools import cache
 from typing import Any, Final
 from uuid import UUID
 
@@ -76,7 +77,7 @@ class Front:
         finally:
             exchange.close()
         label = path if endpoint is not None else batch_front.area_of(path) or "other"
-        CALLS.labels(label, str(exchange.status)).inc()
+        _counted(label, exchange.status).inc()
 
     async def _serve(self, exchange: Exchange, endpoint: Endpoint | None, method: str) -> None:
         if exchange.path == "/v1/models" or exchange.path.startswith("/v1/models/"):
@@ -100,11 +101,14 @@ class Front:
         # A body with files takes long to read; the other calls go on meanwhile.
         request = await asyncio.to_thread(read, body, kind) if len(body) > LARGE_BODY_BYTES else read(body, kind)
         call = await self._desk.open(
-            principal, request, endpoint.format, body_hash(exchange.path, request.identity(body))
+            principal,
+            request,
+            endpoint.format,
+            body_hash(exchange.path, request.identity(body)),
+            request_id=exchange.request_uuid,
         )
         call.conversation_id = _conversation(exchange.headers)
         call.idempotency_key = _idempotency_key(exchange.headers)
-        call.request_id = UUID(exchange.request_id.removeprefix("req_"))
         with SECONDS.time():
             await exchange.unless_gone(self._till.hold(call))
         try:
@@ -135,6 +139,12 @@ class Front:
         else:
             document = listed[0] if wanted else {"object": "list", "data": listed, "has_more": False}
         await exchange.send_whole(200, [(b"content-type", b"application/json")], msgspec.json.encode(document))
+
+
+@cache
+def _counted(label: str, status: int) -> Counter:
+    """Finding it by its labels takes longer than counting."""
+    return CALLS.labels(label, str(status))
 
 
 def _as_anthropics(models: list[dict[str, Any]], *, whole_list: bool) -> dict[str, Any]:

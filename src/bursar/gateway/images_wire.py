@@ -210,7 +210,7 @@ class UsageMeter(wire.UsageMeter):
             self.completed = True
             usage = read_usage(bytes(answer.usage))
             if usage is not None:
-                self._reported = usage if self._reported is None else self._reported + replace(usage, requests=0)
+                self._reported = usage if self._reported is None else self._reported + usage.but(requests=0)
         return False
 
     def _decode(self, data: bytes) -> _Answer | None:
@@ -232,4 +232,4 @@ class UsageMeter(wire.UsageMeter):
         if request.is_by_piece:
             return Usage(images=images)
         made = images * request.tokens_per_image + self._partial * TOKENS_PER_PARTIAL_IMAGE
-        return replace(request.estimate, image_output_tokens=made)
+        return request.estimate.but(image_output_tokens=made)

@@ -49,6 +49,7 @@ _METERED: Final = frozenset(
         *OTHER_MODELS,
     )
 )
+_COUNTED_WHOLE: Final = ("tools", "functions", "response_format")
 _TEXT_DELTAS: Final = ("content", "refusal")
 _REASONING_DELTAS: Final = ("reasoning_content", "reasoning")  # DeepSeek, vLLM; OpenRouter, Groq
 _SEARCH_MODELS: Final = ("-search-preview", "-search-api")
@@ -122,7 +123,7 @@ def _unpriced_tools(fields: Fields, model: str) -> tuple[str, ...]:
 
 def priced_apart(fields: Fields, model: str) -> tuple[str, ...]:
     """What providers other than OpenAI do and bill beside tokens, where a request asks for it outside of its tools."""
-    found = tuple(name for name in PRICED_APART if wire.read_anything(fields, name))
+    found = tuple([name for name in PRICED_APART if name in fields and wire.read_anything(fields, name)])
     return (*found, _SEARCHES_TOO) if model.endswith(_SEARCHES_TOO) else found
 
 
@@ -138,7 +139,7 @@ def _estimate(fields: Fields, model: str) -> Usage:
             audio_tokens += message_audio
     except tokens.TooDeep:
         raise wire.too_deep("messages") from None
-    units += sum(wire.field_units(fields, name) for name in ("tools", "functions", "response_format"))
+    units += sum([wire.field_units(fields, name) for name in _COUNTED_WHOLE if name in fields])
     searches = "web_search_options" in fields or any(mark in model for mark in _SEARCH_MODELS)
     return Usage(
         input_tokens=TOKENS_PER_ANSWER + tokens.whole_tokens(units),

@@ -156,7 +156,7 @@ class UsageMeter(wire.UsageMeter):
         request = self.request
         if request.is_by_characters:
             return request.estimate
-        return replace(request.estimate, audio_output_tokens=self._audio_tokens())
+        return request.estimate.but(audio_output_tokens=self._audio_tokens())
 
     def _audio_tokens(self) -> int:
         """By the length of the sound so far; where it has none that can be read, by its text."""

@@ -237,8 +237,8 @@ class UsageMeter(wire.UsageMeter):
         length = self._reported_ms or self._cue_ms or max(request.likely_ms, spoken_ms)
         made = {"output_tokens": self.output_so_far} if request.has_output else {}
         if request.is_by_time:
-            return replace(request.estimate, audio_milliseconds=length, **made)
-        return replace(request.estimate, audio_input_tokens=_up(length * AUDIO_TOKENS_PER_SECOND, 1000), **made)
+            return request.estimate.but(audio_milliseconds=length, **made)
+        return request.estimate.but(audio_input_tokens=_up(length * AUDIO_TOKENS_PER_SECOND, 1000), **made)
 
 
 def _milliseconds(seconds: float | str | None) -> int | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
 import msgspec
@@ -119,7 +119,7 @@ class WireRequest:
         """The usage to hold for when each choice puts out at most `output_tokens`."""
         if not self.has_output:
             return self.estimate
-        held = replace(self.estimate, **{self.output_kind: output_tokens * self.choices})
+        held = self.estimate.but(**{self.output_kind: output_tokens * self.choices})
         return held if self.permitted is NO_USAGE else held + self.permitted
 
     @property
@@ -130,7 +130,7 @@ class WireRequest:
     def at_most(self, output_tokens: int, window: int) -> Usage:
         """The usage to hold for without any guess of ours. window: the longest input of the model."""
         held = self.hold_for(output_tokens) + self.guessed
-        return replace(held, input_tokens=max(held.input_tokens, window)) if self.guesses_context else held
+        return held.but(input_tokens=max(held.input_tokens, window)) if self.guesses_context else held
 
     @property
     def price_context(self) -> dict[str, str]:

@@ -8,8 +8,10 @@ its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from operator import add
 from typing import Final
+
+import msgspec
 
 # The order of the kinds, everywhere: Usage's fields, `as_array()`, the columns of the attribution row, SQL arrays.
 # It is only ever appended to.
@@ -56,9 +58,10 @@ USAGE_KINDS: Final = (
 UsageArray = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int, int, int, int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(msgspec.Struct, frozen=True, gc=False):
     """Counts of one request (or a sum of requests); all are integers of zero or more.
+
+    (Some six are made for each call; as a frozen dataclass each took four times as long.)
 
     input_tokens           uncached text input
     cache_read_tokens      input that the provider read from its cache
@@ -147,9 +150,13 @@ class Usage:
 
     def __add__(self, other: Usage) -> Usage:
         """The sum of two usages, kind by kind."""
-        return Usage(*(mine + theirs for mine, theirs in zip(self.as_array(), other.as_array(), strict=True)))
+        return Usage(*map(add, self.as_array(), other.as_array()))
+
+    def but(self, **counts: int) -> Usage:
+        """The same with other counts of some kinds."""
+        return msgspec.structs.replace(self, **counts)
 
 
 NO_USAGE: Final = Usage(requests=0)
 
-assert tuple(field.name for field in fields(Usage)) == USAGE_KINDS
+assert Usage.__struct_fields__ == USAGE_KINDS
