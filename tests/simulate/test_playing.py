@@ -5,7 +5,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from tests.conftest import MakeOrg
+from tests.conftest import MakeOrg, Org
 
 from bursar import db
 from bursar.credits.verify import verify
@@ -159,6 +159,79 @@ async def test_a_late_settle_is_booked_when_it_comes(database: db.Database) -> N
     assert [each["grants"] for each in answer["asked"]] == [{"old": "10", "new": "10"}, {"old": "0", "new": "6"}]
 
 
+async def test_a_refund_goes_back_to_the_grants_that_paid_the_last_first(database: db.Database) -> None:
+    answer = await played(
+        database,
+        grants=[{"id": "a", "amount": 10, "priority": 1}, {"id": "b", "amount": 10, "priority": 2}],
+        usage=[{"id": "u", "at": at(12), "amount": 15}],
+        holds=[{"id": "h", "at": at(12), "amount": 3}],
+        settles=[{"hold": "h", "at": at(12, 1), "amount": 2}],
+        refunds=[{"of": "u", "at": at(13), "amount": 7}, {"of": "h", "at": at(13)}, {"of": "u", "at": at(14)}],
+        ask=[at(12, 1), at(13), at(14)],
+    )
+    assert [each["grants"] for each in answer["asked"]] == [
+        {"a": "0", "b": "3"}, {"a": "2", "b": "10"}, {"a": "10", "b": "10"},
+    ]  # fmt: skip
+    assert answer["refusals"] == []
+
+
+async def test_a_transfer_takes_grants_in_burn_order_with_their_end(database: db.Database) -> None:
+    answer = await played(
+        database,
+        pools=[{"id": "mine", "kind": "personal", "user": "dana"}],
+        grants=[{"id": "a", "amount": 10, "expires_at": at(15)}, {"id": "b", "amount": 10}],
+        usage=[{"at": at(12), "amount": 4, "user": "eli"}],
+        transfers=[{"at": at(13), "from": "shared", "to": "mine", "amount": 8}],
+        ask=[at(13), at(15)],
+    )
+    before, after = answer["asked"]
+    assert {pool["id"]: pool["available"] for pool in before["pools"]} == {"shared": "8", "mine": "8"}
+    assert {pool["id"]: pool["available"] for pool in after["pools"]} == {"shared": "8", "mine": "2"}
+    assert before["grants"] == {"a": "6", "b": "10"}
+    moved = [each for each in before["grant_details"] if each["pool"] == "mine"]
+    assert [(each["id"], each["source"], each["balance"]) for each in moved] == [
+        ("a", "transfer", "6"), ("b", "transfer", "2"),
+    ]  # fmt: skip
+
+
+async def test_a_monthly_grant_anchored_to_the_last_day_comes_on_the_last_day_of_each_month(
+    database: db.Database,
+) -> None:
+    asked = ["2026-02-27T12:00:00Z", "2026-02-28T12:00:00Z", "2026-03-30T12:00:00Z", "2026-03-31T12:00:00Z"]
+    answer = await played(
+        database,
+        zone="Europe/Paris",
+        grants=[
+            {
+                "id": "plan", "amount": 100, "effective_at": "2026-01-31T00:00:00+01:00",
+                "expires_at": "2026-04-10T00:00:00Z", "recurrence": {"interval": "month"},
+            }
+        ],
+        usage=[{"at": "2026-02-01T12:00:00Z", "amount": 30}, {"at": "2026-03-01T12:00:00Z", "amount": 40}],
+        ask=[*asked, "2026-04-09T23:59:59Z", "2026-04-10T00:00:00Z"],
+    )  # fmt: skip
+    assert [each["grants"]["plan"] for each in answer["asked"]] == ["70", "100", "60", "100", "100", "0"]
+
+
+async def test_what_open_holds_need_stays_over_a_reset(database: db.Database) -> None:
+    answer = await played(
+        database,
+        grants=[{"id": "g", "amount": 100, "max_rollover": 10}],
+        holds=[{"id": "h", "at": at(12), "amount": 30}],
+        resets=[at(13)],
+        settles=[{"hold": "h", "at": at(14), "amount": 25}],
+        ask=[at(13), at(14)],
+    )
+    assert [(each["balance"], each["pools"][0]["held"]) for each in answer["asked"]] == [("10", "30"), ("15", "0")]
+
+
+async def test_only_the_simulator_resets_a_pool(org: Org) -> None:
+    query = "select credits.reset_pool(%s, %s, '{}', '{}', '{}', true, 'k', null)"
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        async with org.tenant() as conn:
+            await conn.execute(query, [org.organization_id] * 2)
+
+
 async def test_asking_changes_nothing(database: db.Database) -> None:
     scenario: dict[str, Any] = {
         "grants": [
@@ -195,6 +268,14 @@ async def test_the_books_agree_after_scenarios(database: db.Database) -> None:
         ('{"grants": [{"id": "g", "amount": 1}, {"id": "g", "amount": 1}]}', "#/grants/1/id", "comes twice"),
         ('{"grants": [{"id": "g", "amount": 1, "pool": "p"}]}', "#/grants/0/pool", "no pool"),
         ('{"limits": [{"scope": "user", "amount": 1}]}', "#/limits/0", "names whom"),
+        ('{"grants": [{"id": "g", "amount": 1, "min_rollover": 1}]}', "#/grants/0", "needs max_rollover"),
+        (
+            '{"grants": [{"id": "g", "amount": 1, "recurrence": {"interval": "hour"}}]}',
+            "#/grants/0/recurrence/interval",
+            "day",
+        ),
+        ('{"resets": ["yesterday"]}', "#/resets/0/at", "no instant"),
+        ('{"refunds": [{"of": "u", "at": "2026-03-10T12:00:00Z"}]}', "#/refunds/0/of", "no usage or hold"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_with_its_place(document: str, pointer: str, says: str) -> None:

@@ -19,7 +19,7 @@ from bursar.simulation.scenario import read_scenario
 
 CASES = Path(__file__).parent / "cases"
 PAGE = Path(__file__).parents[2] / "docs" / "simulate.md"
-FEWEST = 50
+FEWEST = 85
 
 
 def _cases() -> Iterator[Any]:

@@ -1,6 +1,6 @@
 """Figures of a stage at an instant, and the segments between the instants at which grants begin and end."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
@@ -32,12 +32,18 @@ class GrantFigures:
 
     grant_id: UUID
     pool_id: UUID
+    parent_grant_id: UUID | None
+    schedule_id: UUID | None
+    source: str
     state: str
     amount: Micros
     remaining: Micros
     burnt: Micros
     expired: Micros
     voided: Micros
+    refunded: Micros
+    effective_at: datetime
+    expires_at: datetime | None
 
     @property
     def balance(self) -> Micros:
@@ -89,7 +95,26 @@ class Figures:
         return Micros(sum(pool.overage for pool in self.pools))
 
 
-async def look(stage: Stage, at: datetime) -> Figures:
+async def grants_of(stage: Stage, names: dict[UUID, str] | None = None) -> tuple[GrantFigures, ...]:
+    """The grants as they are; what came of a schedule or of another grant gets the name of that."""
+    found = await db.fetch_all(stage.conn, GrantFigures, QUERIES.grant_figures, organization_id=stage.organization_id)
+    if names is not None:
+        for grant in found:
+            _name(grant, found, names)
+    return tuple(found)
+
+
+def _name(grant: GrantFigures, found: Sequence[GrantFigures], names: dict[UUID, str]) -> str:
+    if grant.grant_id not in names:
+        parent = next((each for each in found if each.grant_id == grant.parent_grant_id), None)
+        inherited = (
+            _name(parent, found, names) if parent else names.get(grant.schedule_id) if grant.schedule_id else None
+        )
+        names[grant.grant_id] = inherited or grant.source
+    return names[grant.grant_id]
+
+
+async def look(stage: Stage, at: datetime, names: dict[UUID, str] | None = None) -> Figures:
     """The figures at an instant. Looking changes nothing: time events that it applies are taken back."""
     async with stage.conn.transaction(force_rollback=True):
         await stage.fetch(QUERIES.bring_up_to_date, at=at)
@@ -97,7 +122,7 @@ async def look(stage: Stage, at: datetime) -> Figures:
         return Figures(
             at,
             tuple(await db.fetch_all(stage.conn, PoolFigures, QUERIES.pool_figures, **own)),
-            tuple(await db.fetch_all(stage.conn, GrantFigures, QUERIES.grant_figures, **own)),
+            await grants_of(stage, names),
             tuple(await db.fetch_all(stage.conn, LimitFigures, QUERIES.limit_figures, at=at, **own)),
             tuple(await db.fetch_all(stage.conn, HoldFigures, QUERIES.hold_figures, **own)),
         )

@@ -51,6 +51,9 @@ class PastGrant:
     expires_at: datetime | None
     reason: str | None
     created_at: datetime
+    least: Micros | None
+    most: Micros | None
+    rollover_expires_at: datetime | None
     voided_at: datetime | None
 
 

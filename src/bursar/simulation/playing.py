@@ -1,7 +1,8 @@
 """Playing a scenario: every step through the money functions, at its instant, in the order that is documented.
 
-At one instant: grants end and begin; grants are made and voided, caps and shares are set and ended; holds end whose
-lease is over; releases, settles, extends; usage and holds. What is asked about an instant is looked at last.
+At one instant: grants end, come again and begin; resets; grants are made and voided, credits transferred, caps and
+shares set and ended; holds end whose lease is over; refunds, releases, settles, extends; holds and usage. What is asked
+about an instant is looked at last.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -14,9 +15,11 @@ from bursar import db
 from bursar.clock import uuid7
 from bursar.credits.limits import Metric, Scope
 from bursar.credits.moves import Action, Flag, Move, Verdict
+from bursar.db import arrays
 from bursar.money import MICROS_PER_CREDIT, Micros
 from bursar.simulation import scenario as told
-from bursar.simulation.figures import Figures, Segment, look, segments
+from bursar.simulation.figures import Figures, GrantFigures, Segment, grants_of, look, segments
+from bursar.simulation.recurrences import occurrences
 from bursar.simulation.scenario import DEFAULT_POOL, FOREVER_SECONDS, Scenario
 from bursar.simulation.stage import QUERIES, Actor, Cast, Stage, opened_stage
 
@@ -50,7 +53,7 @@ class Step:
         return self.rank >= _ENDS
 
 
-_SETS, _ENDS, _USES = 1, 2, 3
+_RESETS, _SETS, _ENDS, _USES = 0, 1, 2, 3
 
 
 @dataclass(slots=True)
@@ -171,6 +174,9 @@ class _Player:
         self._shares: dict[tuple[str, str], UUID] = {}
         self._grants = {grant.id: uuid7() for grant in scenario.grants}
         self._holds = {hold.id: (uuid7(), hold) for hold in scenario.holds}
+        self._charges = {use.id: uuid7() for use in scenario.usage if use.id}
+        self._charges |= {name: identifier for name, (identifier, _) in self._holds.items()}
+        self._told = {grant.id: grant for grant in scenario.grants}
         self.names: dict[UUID, str] = {identifier: name for name, identifier in self._grants.items()}
         self.names |= {identifier: name for name, (identifier, _) in self._holds.items()}
 
@@ -191,10 +197,17 @@ class _Player:
     def steps(self) -> Iterator[Step]:
         """Every step of the scenario, in the order of the file."""
         start = self._scenario.begins
+        for reset in self._scenario.resets:
+            yield Step(reset.at, _RESETS, _with(self._reset, reset))
         for grant in self._scenario.grants:
-            yield Step(grant.created_at or start, _SETS, _with(self._grant, grant))
+            if grant.recurrence is not None:
+                yield from self._recurring(grant, grant.recurrence)
+            else:
+                yield Step(grant.created_at or start, _SETS, _with(self._grant, grant))
             if grant.voided_at:
                 yield Step(grant.voided_at, _SETS, _with(self._void, grant))
+        for transfer in self._scenario.transfers:
+            yield Step(transfer.at, _SETS, _with(self._transfer, transfer))
         for share in self._scenario.allocations:
             yield Step(share.at or start, _SETS, _with(self._allocate, share))
             if share.ended_at:
@@ -207,7 +220,22 @@ class _Player:
                 yield Step(limit.ended_at, _SETS, _with(self._end_limit, (identifier, name, limit)))
         yield from self._moves()
 
+    def _recurring(self, grant: told.Grant, recurrence: told.Recurrence) -> Iterator[Step]:
+        """A grant until it comes again for the first time, then a schedule, and the end of its last occurrence."""
+        begins = grant.effective_at or self._scenario.begins
+        anchor, first = occurrences(recurrence, begins, self._scenario.zone)
+        ends = min((each for each in (grant.expires_at, grant.voided_at) if each), default=None)
+        if first > begins:
+            once = grant.model_copy(update={"effective_at": begins, "expires_at": min(first, ends or first)})
+            yield Step(begins, _SETS, _with(self._grant, once))
+        if ends is None or first < ends:
+            yield Step(begins, _SETS, _with(self._schedule, (grant, anchor, ends)))
+        if grant.expires_at and first < grant.expires_at:
+            yield Step(grant.expires_at, _SETS, _with(self._void, grant))
+
     def _moves(self) -> Iterator[Step]:
+        for refund in self._scenario.refunds:
+            yield Step(refund.at, _ENDS, _with(self._refund, refund))
         for release in self._scenario.releases:
             yield Step(release.at, _ENDS, _with(self._release, release))
         for settle in self._scenario.settles:
@@ -223,6 +251,8 @@ class _Player:
         """Instants at which the burn order of a pool changes."""
         for grant in self._scenario.grants:
             yield from (at for at in (grant.effective_at, grant.expires_at, grant.voided_at) if at)
+        yield from (reset.at for reset in self._scenario.resets)
+        yield from (transfer.at for transfer in self._scenario.transfers)
 
     async def _command(self, asked: Refusal, sql: str, **params: Any) -> Refusal | None:
         """Run a command at the instant of `asked`, which comes back with its code when it is refused."""
@@ -230,24 +260,103 @@ class _Player:
         return None if problem is None else replace(asked, code=problem.code, detail=problem.detail or None)
 
     async def _grant(self, grant: told.Grant, at: datetime) -> Refusal | None:
+        at_end = grant.rolls_over == "at_end" and grant.max_rollover is not None
         return await self._command(
-            _asked(at, "grant", grant.id, grant.amount), QUERIES.add_grant,
+            _asked(at, "grant", grant.id, grant.amount),
+            QUERIES.add_grant,
             grant_id=self._grants[grant.id],
-            pool_id=self._pools[grant.pool],
-            source=grant.source,
-            amount=grant.amount,
-            priority=grant.priority,
-            is_free=grant.is_free,
-            cost_basis=grant.cost_basis,
             effective_at=grant.effective_at,
             expires_at=grant.expires_at,
-            name=grant.id,
-            key=self._stage.new_key(),
-        )  # fmt: skip
+            rollover_expires_at=grant.rollover_expires_at,
+            **self._terms(grant, at_end),
+        )
+
+    async def _schedule(self, named: tuple[told.Grant, datetime, datetime | None], at: datetime) -> Refusal | None:
+        grant, anchor, ends = named
+        assert grant.recurrence is not None
+        identifier = uuid7()
+        self.names[identifier] = grant.id
+        return await self._command(
+            _asked(at, "grant", grant.id, grant.amount),
+            QUERIES.add_schedule,
+            schedule_id=identifier,
+            zone=self._scenario.zone,
+            anchor=anchor,
+            unit=grant.recurrence.interval,
+            every=grant.recurrence.count,
+            ends_at=ends,
+            **self._terms(grant, grant.rolls_over == "at_end" and grant.max_rollover is not None),
+        )
+
+    def _terms(self, grant: told.Grant, at_end: bool) -> dict[str, Any]:
+        """What a grant and a schedule have in common."""
+        return {
+            "pool_id": self._pools[grant.pool],
+            "source": grant.source,
+            "amount": grant.amount,
+            "priority": grant.priority,
+            "is_free": grant.is_free,
+            "cost_basis": grant.cost_basis,
+            "name": grant.id,
+            "least": (grant.min_rollover or 0) if at_end else None,
+            "most": grant.max_rollover if at_end else None,
+            "key": self._stage.new_key(),
+        }
 
     async def _void(self, grant: told.Grant, at: datetime) -> Refusal | None:
+        for each in await self._grants_at(at):
+            if self.names[each.grant_id] == grant.id and each.state in ("scheduled", "active", "spent", "lingering"):
+                asked = _asked(at, "void", grant.id)
+                sql, key = QUERIES.void_grant, self._stage.new_key()
+                refusal = await self._command(asked, sql, grant_id=each.grant_id, key=key)
+                if refusal is not None:
+                    return refusal
+        return None
+
+    async def _grants_at(self, at: datetime) -> tuple[GrantFigures, ...]:
+        """The grants there are, those that schedules have brought until now too."""
+        await self._stage.fetch(QUERIES.bring_up_to_date, at=at)
+        return await grants_of(self._stage, self.names)
+
+    async def _reset(self, reset: told.Reset, at: datetime) -> Refusal | None:
+        """Every grant of the pool that goes on: what came of it by an earlier reset, or itself."""
+        found = await self._grants_at(at)
+        parents = {each.parent_grant_id for each in found}
+        grants = [
+            (each.grant_id, grant.min_rollover or 0, grant.max_rollover or 0)
+            for each in found
+            if each.grant_id not in parents
+            and (grant := self._told.get(self.names[each.grant_id])) is not None
+            and (grant.voided_at is None or grant.voided_at > at)
+        ]
         return await self._command(
-            _asked(at, "void", grant.id), QUERIES.void_grant, grant_id=self._grants[grant.id], key=self._stage.new_key()
+            _asked(at, "reset", reset.pool),
+            QUERIES.reset_pool,
+            pool_id=self._pools[reset.pool],
+            grant_ids=arrays.uuids([identifier for identifier, _, _ in grants]),
+            least=arrays.int8s([least for _, least, _ in grants]),
+            most=arrays.int8s([most for _, _, most in grants]),
+            keeps_debt=reset.preserve_overage,
+            key=self._stage.new_key(),
+        )
+
+    async def _refund(self, refund: told.Refund, at: datetime) -> Refusal | None:
+        return await self._command(
+            _asked(at, "refund", refund.of, refund.amount),
+            QUERIES.refund,
+            request_id=self._charges[refund.of],
+            amount=refund.amount,
+            key=self._stage.new_key(),
+        )
+
+    async def _transfer(self, transfer: told.Transfer, at: datetime) -> Refusal | None:
+        return await self._command(
+            _asked(at, "transfer", f"{transfer.from_pool} to {transfer.to_pool}", transfer.amount),
+            QUERIES.transfer,
+            from_pool_id=self._pools[transfer.from_pool],
+            to_pool_id=self._pools[transfer.to_pool],
+            amount=transfer.amount,
+            key=self._stage.new_key(),
         )
 
     async def _allocate(self, share: told.Allocation, at: datetime) -> Refusal | None:
@@ -335,7 +444,7 @@ class _Player:
         user_id, key_id = self._cast.asker(use)
         is_enforced = self._scenario.enforce if use.enforce is None else use.enforce
         move = self._new_move(
-            Action.DEDUCT if is_enforced else Action.SETTLE, uuid7(), use.amount,
+            Action.DEDUCT if is_enforced else Action.SETTLE, self._charges[use.id] if use.id else uuid7(), use.amount,
             user_id=user_id, api_key_id=key_id, model=use.model, tokens=use.tokens, used_at=use.at,
         )  # fmt: skip
         return await self._move("usage", use.id, at, move)
@@ -414,12 +523,12 @@ class _Clock:
             await self._cut(at)
         await self._run(at, (step for step in steps if not step.is_move))
         if is_cut:
-            self._open = await look(self._stage, at)
+            self._open = await look(self._stage, at, self._player.names)
         if self._holds_at is not None and self._holds_at <= at:
             await self._stage.fetch(QUERIES.expire_holds, at=at)
         await self._run(at, (step for step in steps if step.is_move))
         if at in self._asked:
-            self._played.asked.append(await look(self._stage, at))
+            self._played.asked.append(await look(self._stage, at, self._player.names))
         if is_cut or at == self._holds_at or any(step.rank <= _USES for step in steps):
             self._grants_at, self._holds_at = (await self._stage.rows(QUERIES.next_events))[0]
 
@@ -433,6 +542,6 @@ class _Clock:
         """End the segments that run until here; the last of them with what happened at this instant."""
         if self._open is None or (self._open.at == at and not is_last):
             return
-        end = await look(self._stage, at if is_last else at - _TICK)
+        end = await look(self._stage, at if is_last else at - _TICK, self._player.names)
         found = segments(self._open, replace(end, at=at))
         self._played.segments += (each for each in found if each.used or each.starts_at < each.ends_at)

@@ -11,7 +11,23 @@ select credits.open_pool(%(organization_id)s, %(pool_id)s, %(kind)s, %(user_id)s
 
 -- name: add_grant
 select credits.add_grant(%(organization_id)s, %(grant_id)s, %(pool_id)s, %(source)s, %(amount)s, %(priority)s::smallint, %(is_free)s,
-    %(cost_basis)s, %(effective_at)s, %(expires_at)s, %(name)s, null, %(key)s, %(at)s)
+    %(cost_basis)s, %(effective_at)s, %(expires_at)s, %(name)s, null, %(key)s, %(at)s, %(least)s, %(most)s, %(rollover_expires_at)s)
+
+-- name: add_schedule
+select credits.add_schedule(%(organization_id)s, %(schedule_id)s, %(pool_id)s, %(source)s, %(amount)s, %(priority)s::smallint, %(is_free)s,
+    %(cost_basis)s, %(zone)s, %(anchor)s, %(unit)s, %(every)s, null, false, %(ends_at)s, %(least)s, %(most)s, %(name)s, null, %(key)s, %(at)s)
+
+-- name: cancel_schedule
+select credits.cancel_schedule(%(organization_id)s, %(schedule_id)s, %(at)s)
+
+-- name: reset_pool
+select credits.reset_pool(%(organization_id)s, %(pool_id)s, %(grant_ids)s, %(least)s, %(most)s, %(keeps_debt)s, %(key)s, %(at)s)
+
+-- name: refund
+select credits.refund_charge(%(organization_id)s, %(request_id)s, %(amount)s, 'refunded', null, %(key)s, %(at)s)
+
+-- name: transfer
+select credits.transfer_credits(%(organization_id)s, %(from_pool_id)s, %(to_pool_id)s, %(amount)s, 'transferred', null, %(key)s, %(at)s)
 
 -- name: void_grant
 select credits.void_grant(%(organization_id)s, %(grant_id)s, 'voided', null, %(key)s, %(at)s)
@@ -81,12 +97,15 @@ where organization_id = %(organization_id)s and kind <> 'residual'
 order by created_at, pool_id
 
 -- name: past_grants
+-- What rolled over, or came by a transfer, comes of other grants: where it is told again, those have lost it.
 select g.grant_id, g.pool_id, g.source, g.amount_micros, g.priority, g.is_free, g.cost_basis_nano_usd, g.effective_at,
-    case when isfinite(g.expires_at) then g.expires_at end as expires_at, g.reason, g.created_at,
+    case when isfinite(g.expires_at) then g.expires_at end as expires_at, g.reason, g.created_at, g.min_rollover_micros as least,
+    g.max_rollover_micros as most, case when isfinite(g.rollover_expires_at) then g.rollover_expires_at end as rollover_expires_at,
     (select min(e.booked_at) from ledger.entries e
      where e.organization_id = g.organization_id and e.grant_id = g.grant_id and e.kind = 'void') as voided_at
 from credits.grants g join credits.pools p on p.organization_id = g.organization_id and p.pool_id = g.pool_id
 where g.organization_id = %(organization_id)s and g.created_at < %(until)s and p.kind <> 'residual'
+  and g.source not in ('roll_over', 'transfer', 'refund')
 order by g.created_at, g.grant_id
 
 -- name: past_allocations
@@ -102,7 +121,7 @@ order by created_at, limit_id
 -- name: past_movements
 -- Kinds of movement between grants that a replay does not tell.
 select distinct kind from ledger.entries
-where organization_id = %(organization_id)s and kind not in ('grant', 'expiry', 'void') and booked_at < %(until)s
+where organization_id = %(organization_id)s and kind not in ('grant', 'expiry', 'void', 'roll_over', 'forgiveness') and booked_at < %(until)s
 order by kind
 
 -- name: past_sums

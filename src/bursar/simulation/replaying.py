@@ -353,7 +353,8 @@ class _Teller:
             QUERIES.add_grant, at, grant_id=identifier, pool_id=self._pools[grant.pool_id], source=grant.source,
             amount=grant.amount_micros, priority=grant.priority, is_free=grant.is_free,
             cost_basis=grant.cost_basis_nano_usd, effective_at=grant.effective_at, expires_at=grant.expires_at,
-            name=grant.reason, key=self._stage.new_key(),
+            name=grant.reason, key=self._stage.new_key(), least=grant.least, most=grant.most,
+            rollover_expires_at=grant.rollover_expires_at,
         )  # fmt: skip
 
     async def _new_grant(self, grant: NewGrant, at: datetime) -> None:
@@ -362,7 +363,8 @@ class _Teller:
         await self._must(
             QUERIES.add_grant, at, grant_id=uuid7(), pool_id=next(iter(self._pools.values())), source="purchase",
             amount=grant.amount_micros, priority=100, is_free=False, cost_basis=0, effective_at=grant.effective_at,
-            expires_at=grant.expires_at, name="tried", key=self._stage.new_key(),
+            expires_at=grant.expires_at, name="tried", key=self._stage.new_key(), least=None, most=None,
+            rollover_expires_at=None,
         )  # fmt: skip
 
     async def _void(self, grant: PastGrant, at: datetime) -> None:

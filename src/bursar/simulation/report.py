@@ -1,5 +1,6 @@
 """What came of a scenario, as the JSON that `bursar simulate` prints: amounts are decimal credits as text."""
 
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -25,12 +26,20 @@ def _figures(figures: Figures, names: dict[UUID, str]) -> dict[str, Any]:
         "at": _instant(figures.at),
         "balance": format_credits(figures.available),
         "overage": format_credits(figures.overage),
-        "grants": {names[each.grant_id]: format_credits(each.balance) for each in figures.grants},
+        "grants": _balances(figures, names),
         "grant_details": [_grant(each, names) for each in figures.grants],
         "pools": [_pool(each, names) for each in figures.pools],
         "limits": [_limit(each, names) for each in figures.limits],
         "holds": [_hold(each, names) for each in figures.holds],
     }
+
+
+def _balances(figures: Figures, names: dict[UUID, str]) -> dict[str, str]:
+    """What each grant can pay, with all that came of it."""
+    sums: dict[str, int] = {}
+    for each in figures.grants:
+        sums[names[each.grant_id]] = sums.get(names[each.grant_id], 0) + each.balance
+    return {name: format_credits(Micros(amount)) for name, amount in sums.items()}
 
 
 def _pool(pool: PoolFigures, names: dict[UUID, str]) -> dict[str, Any]:
@@ -39,10 +48,16 @@ def _pool(pool: PoolFigures, names: dict[UUID, str]) -> dict[str, Any]:
 
 
 def _grant(grant: GrantFigures, names: dict[UUID, str]) -> dict[str, Any]:
-    amounts = {
-        name: format_credits(getattr(grant, name)) for name in ("amount", "balance", "burnt", "expired", "voided")
+    amounts = ("amount", "balance", "burnt", "expired", "voided", "refunded")
+    return {
+        "id": names[grant.grant_id],
+        "pool": names[grant.pool_id],
+        "source": grant.source,
+        "state": grant.state,
+        "effective_at": _instant(grant.effective_at),
+        "expires_at": _instant(grant.expires_at),
+        **{name: format_credits(getattr(grant, name)) for name in amounts},
     }
-    return {"id": names[grant.grant_id], "pool": names[grant.pool_id], "state": grant.state, **amounts}
 
 
 def _limit(limit: LimitFigures, names: dict[UUID, str]) -> dict[str, Any]:
@@ -69,9 +84,16 @@ def _segment(segment: Segment, names: dict[UUID, str]) -> dict[str, Any]:
         "balance_at_start": format_credits(segment.balance),
         "overage_at_start": format_credits(segment.overage_at_start),
         "used": format_credits(segment.used),
-        "grants": [{"id": names[grant_id], "used": format_credits(amount)} for grant_id, amount in segment.paid],
+        "grants": [{"id": name, "used": format_credits(Micros(amount))} for name, amount in _paid(segment, names)],
         "overage": format_credits(segment.overage),
     }
+
+
+def _paid(segment: Segment, names: dict[UUID, str]) -> Iterable[tuple[str, int]]:
+    sums: dict[str, int] = {}
+    for grant_id, amount in segment.paid:
+        sums[names[grant_id]] = sums.get(names[grant_id], 0) + amount
+    return sums.items()
 
 
 def _refusal(refusal: Refusal) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Annotated, Any, Final, NoReturn
+from typing import Annotated, Any, Final, Literal, NoReturn
 from zoneinfo import ZoneInfo
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
@@ -129,6 +129,17 @@ class Pool(Part):
 # ---------------------------------------------------------------------------------------------- what is given
 
 
+class Recurrence(Part):
+    """A grant that comes again: its balance is its amount anew, and what was left of it is gone, unless it rolls over.
+
+    A day that a month does not have is its last one; days are those of the scenario's zone.
+    """
+
+    interval: Literal["day", "week", "month", "year"]
+    count: int = Field(default=1, ge=1, le=1000, description="How many of them")
+    anchor: Instant | None = Field(default=None, description="An instant at which it comes; default: effective_at")
+
+
 class Grant(Part):
     """Credits, spendable from effective_at on and before expires_at."""
 
@@ -145,11 +156,33 @@ class Grant(Part):
     )
     cost_basis: Dollars = Field(default=0, description="Money paid for it")
     source: GrantSource = GrantSource.PURCHASE
+    recurrence: Recurrence | None = None
+    min_rollover: Amount | None = Field(default=None, description="At least this much goes on; default: 0")
+    max_rollover: Amount | None = Field(default=None, description="At most this much goes on; default: nothing does")
+    rolls_over: Literal["at_reset", "at_end"] = Field(
+        default="at_reset",
+        description="Whether the bounds count at resets, or at its end, and each time that it recurs",
+    )
+    rollover_expires_at: Instant | None = Field(
+        default=None, description="Until when what goes on at its end can be spent; default: for ever"
+    )
 
     @model_validator(mode="after")
     def _ends_after_it_begins(self) -> "Grant":
         if self.expires_at and self.effective_at and self.expires_at <= self.effective_at:
             raise ValueError("expires_at must lie after effective_at")
+        return self
+
+    @model_validator(mode="after")
+    def _rolls_over_within_bounds(self) -> "Grant":
+        if self.min_rollover is not None and self.max_rollover is None:
+            raise ValueError("min_rollover needs max_rollover")
+        if (self.min_rollover or 0) > (self.max_rollover or 0):
+            raise ValueError("min_rollover must not exceed max_rollover")
+        if self.rolls_over == "at_end" and self.expires_at is None and self.recurrence is None:
+            raise ValueError("what rolls over at the end needs expires_at or recurrence")
+        if self.rollover_expires_at and (self.rolls_over != "at_end" or self.recurrence is not None):
+            raise ValueError('rollover_expires_at is for a grant that rolls_over "at_end" and does not recur')
         return self
 
 
@@ -261,6 +294,37 @@ class Release(Part):
     at: Instant
 
 
+class Refund(Part):
+    """Takes back what a usage or a settled hold was charged, to the grants that paid it, the last first."""
+
+    of: Name = Field(description="The id of a usage or hold")
+    at: Instant
+    amount: Amount | None = Field(default=None, description="Default: all that is left of it")
+
+
+class Transfer(Part):
+    """Moves credits that no hold needs to another pool, in burn order; they keep their priority and their end."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    at: Instant
+    from_pool: Name = Field(alias="from")
+    to_pool: Name = Field(alias="to")
+    amount: Amount | None = Field(default=None, description="Default: all that can be spared")
+
+
+class Reset(Part):
+    """Ends a usage period of a pool: of each grant goes on min(max_rollover, max(min_rollover, its balance))."""
+
+    at: Instant
+    pool: Name = DEFAULT_POOL
+    preserve_overage: bool = Field(default=False, description="Overage is paid by what goes on; else it is forgiven")
+
+
+def _reset(value: object) -> object:
+    return {"at": value} if isinstance(value, str) else value
+
+
 class Scenario(Part):
     """A history of one organization, told by the instants at which things happen."""
 
@@ -284,6 +348,11 @@ class Scenario(Part):
     extends: list[Extend] = []
     settles: list[Settle] = []
     releases: list[Release] = []
+    refunds: list[Refund] = []
+    transfers: list[Transfer] = []
+    resets: list[Annotated[Reset, BeforeValidator(_reset, json_schema_input_type=Reset | str)]] = Field(
+        default=[], description="Instants, or objects"
+    )
     ask: list[Instant] = Field(default=[], description="Instants of which the figures are printed; default: the last")
 
     @property
@@ -366,10 +435,16 @@ def _loose_ends(scenario: Scenario) -> Iterator[FieldError]:
                 yield FieldError(_pointer((kind, number, "id")), f"{each.id!r} comes twice; give it a name of its own")
             seen.add(each.id)
     pools = {DEFAULT_POOL, *(each.id for each in scenario.pools)}
-    for kind in ("grants", "allocations"):
+    places = {"grants": ("pool",), "allocations": ("pool",), "resets": ("pool",), "transfers": ("from_pool", "to_pool")}
+    for kind, fields in places.items():
         for number, each in enumerate(getattr(scenario, kind)):
-            if each.pool not in pools:
-                yield FieldError(_pointer((kind, number, "pool")), f"there is no pool {each.pool!r}; add it to `pools`")
+            for name in (getattr(each, field) for field in fields):
+                if name not in pools:
+                    yield FieldError(_pointer((kind, number, "pool")), f"there is no pool {name!r}; add it to `pools`")
+    charged = {use.id for use in scenario.usage} | {hold.id for hold in scenario.holds}
+    for number, refund in enumerate(scenario.refunds):
+        if refund.of not in charged:
+            yield FieldError(_pointer(("refunds", number, "of")), f"there is no usage or hold {refund.of!r}")
     holds = {each.id for each in scenario.holds}
     for kind in ("extends", "settles", "releases"):
         for number, each in enumerate(getattr(scenario, kind)):

@@ -31,9 +31,11 @@ create or replace function credits.told_next_events(p_organization_id uuid, out 
 language sql stable security definer set search_path = credits, pg_temp as $$
     select
         (select min(e.at)
-         from grant_states s join grants g on g.organization_id = s.organization_id and g.grant_id = s.grant_id
-         cross join lateral (select case s.state when 'scheduled' then g.effective_at else g.expires_at end as at) e
-         where s.organization_id = p_organization_id and s.state in ('scheduled', 'active') and isfinite(e.at)),
+         from (select case s.state when 'scheduled' then g.effective_at else g.expires_at end as at
+               from grant_states s join grants g on g.organization_id = s.organization_id and g.grant_id = s.grant_id
+               where s.organization_id = p_organization_id and s.state in ('scheduled', 'active', 'spent')
+               union all select next_at from grant_schedules where organization_id = p_organization_id) e
+         where isfinite(e.at)),
         (select min(lease_expires_at) from holds where organization_id = p_organization_id);
 $$;
 comment on function credits.told_next_events is 'When the next grant starts or ends, and when the next hold ends by itself; null: never';
@@ -50,17 +52,22 @@ $$;
 comment on function credits.told_pools is 'Balances of an organization''s pools, in micros';
 
 create or replace function credits.told_grants(p_organization_id uuid)
-returns table (grant_id uuid, pool_id uuid, state text, amount bigint, remaining bigint, burnt bigint, expired bigint, voided bigint)
+returns table (
+    grant_id uuid, pool_id uuid, parent_grant_id uuid, schedule_id uuid, source text, state text, amount bigint, remaining bigint, burnt bigint,
+    expired bigint, voided bigint, refunded bigint, effective_at timestamptz, expires_at timestamptz
+)
 language sql stable security definer set search_path = credits, pg_temp as $$
-    select g.grant_id, g.pool_id, s.state, g.amount_micros, s.left_micros, coalesce(u.burnt, 0)::bigint, coalesce(e.expired, 0)::bigint,
-        coalesce(e.voided, 0)::bigint
+    select g.grant_id, g.pool_id, g.parent_grant_id, g.schedule_id, g.source, s.state, g.amount_micros, s.left_micros, coalesce(u.burnt, 0)::bigint,
+        coalesce(e.expired, 0)::bigint, coalesce(e.voided, 0)::bigint, coalesce(e.refunded, 0)::bigint, g.effective_at,
+        case when isfinite(g.expires_at) then g.expires_at end
     from grants g
     join grant_states s on s.organization_id = g.organization_id and s.grant_id = g.grant_id
     left join (
         select b.grant_id, sum(b.end_micros - b.start_micros) as burnt
         from burns b where b.organization_id = p_organization_id group by b.grant_id) u on u.grant_id = g.grant_id
     left join (
-        select l.grant_id, sum(l.amount) filter (where l.kind = 'expiry') as expired, sum(l.amount) filter (where l.kind = 'void') as voided
+        select l.grant_id, sum(l.amount) filter (where l.kind = 'expiry') as expired, sum(l.amount) filter (where l.kind = 'void') as voided,
+            sum(l.amount) filter (where l.kind = 'refund') as refunded
         from ledger.entries l where l.organization_id = p_organization_id group by l.grant_id) e on e.grant_id = g.grant_id
     where g.organization_id = p_organization_id
     order by g.pool_id, g.priority, g.expires_at, g.is_free desc, g.effective_at, g.created_at, g.grant_id;

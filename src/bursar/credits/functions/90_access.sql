@@ -13,7 +13,7 @@ grant execute on function credits.open_organization, credits.open_pool, credits.
 grant execute on function credits.limits_changed to bursar_app, bursar_owner, bursar_simulator;
 grant execute on function credits.available_of, credits.period_start, credits.period_end, credits.period_around,
     credits.calendar_of, credits.hash_of, credits.no_usage to bursar_app, bursar_platform;
-grant execute on function credits.bring_up_to_date, credits.expire_holds_of, credits.told_open_part, credits.told_next_events, credits.told_pools,
+grant execute on function credits.reset_pool, credits.bring_up_to_date, credits.expire_holds_of, credits.told_open_part, credits.told_next_events, credits.told_pools,
     credits.told_grants, credits.told_limits, credits.told_holds to bursar_simulator;
 grant execute on function credits.value_upto, credits.value_taken, credits.value_within, credits.burn_reason, credits.draws_of,
     credits.tails, credits.stretches,
