@@ -31,10 +31,13 @@ ZONES = ("UTC", "Europe/Paris", "America/Havana", "Asia/Kolkata")
 MODELS = ("gpt-4", "gpt-4-mini", "claude_3", None)
 FILTERS = (None, None, "gpt%", "claude\\_3", "gpt-4")
 PERIODS = ("none", "day", "week", "month")
+ALL_PERIODS = (*PERIODS, "cycle")
 WEIGHTS = {
     "batch": 60, "grant": 9, "allocate": 5, "limit": 4, "end_limit": 2, "end_allocation": 2, "void": 3, "pool": 3,
-    "expire": 7, "person": 2, "touch": 2,
+    "expire": 7, "person": 2, "touch": 2, "default": 4, "own": 2, "raise": 3, "end_raise": 1, "renewed": 3,
+    "reallocate": 2, "cycle": 1,
 }  # fmt: skip
+ARGUMENTS = {"allocate": 7, "limit": 7, "person": 3, "default": 9, "own": 8, "raise": 7, "renewed": 8}
 LATENESS = (0, 10, 10, 10**6, 30 * 10**6, 3600 * 10**6, 8 * 3600 * 10**6, 3 * 86400 * 10**6)  # microseconds
 
 
@@ -93,7 +96,7 @@ def _random_arguments(name: str, dice: random.Random) -> tuple[Any, ...]:
     if name == "grant":
         amount = dice.choice((1, 20, 50, 100, 200, 400))
         return (dice.randrange(1000), dice.randrange(1000), amount, *(dice.randrange(1000) for _ in range(4)))
-    return tuple(dice.randrange(1000) for _ in range({"allocate": 7, "limit": 7, "person": 3}.get(name, 4)))
+    return tuple(dice.randrange(1000) for _ in range(ARGUMENTS.get(name, 4)))
 
 
 # ---------------------------------------------------------------------------------------------- the stage
@@ -144,7 +147,7 @@ class Stage:
     # ------------------------------------------------------------------ setting
 
     def _open(self, n: int) -> Cast:
-        organization = ref.Organization(uuid7(), zone=ZONES[n + 1])
+        organization = ref.Organization(uuid7(), zone=ZONES[n + 1], anchor=self.now)
         cast = Cast(
             organization.organization_id,
             users=[uuid7() for _ in range(3)],
@@ -199,6 +202,9 @@ class Stage:
             events += [g.expires for g in organization.grants.values() if g.state == "active"]
             events += [h.expires for h in organization.holds.values()]
             events += [c.valid_until for c in organization.chains.values()]
+            events += [a.renews_at for a in organization.allocations.values() if not a.is_ended]
+            events += [r.starts for r in organization.raises.values() if r.state == "scheduled"]
+            events += [r.ends for r in organization.raises.values() if r.state == "active"]
         event = min(each for each in events if each > self.now)
         before = self.now
         self.now = event - timedelta(microseconds=1) if how == 10 else event  # just before it, or at it
@@ -344,6 +350,156 @@ class Stage:
             "select credits.set_limit(%s, %s, %s, %s, %s, %s, %s, %s, %s, null, %s) is null",
             [cast.organization, limit_id, *arguments, self.now],
             lambda o: o.set_limit(ref.Limit(limit_id, *arguments), self.now),
+        )
+
+    def _set_limit(self, cast: Cast, limit: ref.Limit) -> None:
+        self._command(
+            cast,
+            "select credits.set_limit(%s, %s, %s, %s, %s, %s, %s, %s, %s, null, %s, false, %s, %s, %s) is null",
+            [cast.organization, limit.limit_id, limit.scope, limit.scope_id, limit.metric, limit.filter, limit.period,
+             limit.amount, limit.action, self.now, limit.each, *limit.within],
+            lambda o: o.set_limit(limit, self.now),
+        )  # fmt: skip
+
+    def _default(
+        self,
+        org: int,
+        scope: int,
+        within: int,
+        metric: int,
+        pattern: int,
+        period: int,
+        amount: int,
+        action: int,
+        _: int,
+    ) -> None:
+        """For each user, key, team or department, or for those of one team or department."""
+        cast = self.cast[org % 2]
+        name = ("user", "user", "key", "team", "department")[scope % 5]
+        places: list[tuple[str | None, UUID | None]] = [(None, None)]
+        if name in ("user", "key"):
+            places += [("team", cast.teams[0]), ("team", cast.teams[1]), ("department", cast.departments[0])]
+        place = places[within % len(places)]
+        self._set_limit(
+            cast,
+            ref.Limit(
+                uuid7(),
+                name,
+                None,
+                ("credits", "credits", "credits", "calls", "tokens")[metric % 5],
+                FILTERS[pattern % len(FILTERS)] if pattern % 2 else None,
+                ALL_PERIODS[period % 5],
+                None if amount % 9 == 0 else (0, 8, 30, 80, 200, 500)[amount % 6],
+                ("stops", "asks", "stops", "warns")[action % 4],
+                each=True,
+                within=place,
+            ),
+        )
+
+    def _own(self, org: int, which: int, who: int, amount: int, action: int, *_: int) -> None:
+        """What takes a default's place, for one: higher, lower, or none."""
+        cast = self.cast[org % 2]
+        defaults = [x for x in self._model(cast).limits.values() if x.each]
+        if not defaults:
+            return
+        default = defaults[which % len(defaults)]
+        self._set_limit(
+            cast,
+            ref.Limit(
+                uuid7(),
+                default.scope,
+                self._subject(cast, default.scope, who),
+                default.metric,
+                default.filter,
+                default.period,
+                None if amount % 4 == 0 else (0, 8, 30, 80, 200, 500)[amount % 6],
+                ("stops", "asks")[action % 2] if default.action != "warns" else "warns",
+            ),
+        )
+
+    def _subject(self, cast: Cast, scope: str, who: int) -> UUID | None:
+        found = {"user": cast.users, "key": cast.keys, "team": cast.teams, "department": cast.departments}.get(scope)
+        return found[who % len(found)] if found else None
+
+    def _raise(self, org: int, which: int, who: int, amount: int, begins: int, ends: int, key: int) -> None:
+        cast = self.cast[org % 2]
+        limits = list(self._model(cast).limits.values())
+        limit = limits[which % len(limits)] if limits else None
+        subject = self._subject(cast, limit.scope, who) if limit and limit.each and who % 13 else None
+        delay = (None, None, 60, 3600, 86400)[begins % 5]
+        starts = None if delay is None else self.now + timedelta(seconds=delay)
+        arguments = (
+            limit.limit_id if limit else uuid7(),
+            subject,
+            (5, 20, 60, 200, 0)[amount % 5],
+            starts,
+            (starts or self.now) + timedelta(seconds=(60, 3600, 86400, 3 * 86400, 0)[ends % 5]),
+        )
+        raise_id = uuid7()
+        idempotency_key = f"raise {key % 40}" if key % 5 == 0 else f"raise {raise_id}"
+        self._command(
+            cast,
+            "select credits.raise_limit(%s, %s, %s, %s, %s, %s, %s, null, null, %s, %s) is null",
+            [cast.organization, raise_id, *arguments, idempotency_key, self.now],
+            lambda o: o.raise_limit(raise_id, *arguments, idempotency_key, self.now),
+        )
+
+    def _end_raise(self, org: int, which: int, *_: int) -> None:
+        cast = self.cast[org % 2]
+        raises = list(self._model(cast).raises)
+        raise_id = raises[which % len(raises)] if raises else uuid7()
+        self._command(
+            cast,
+            "select credits.end_raise(%s, %s, %s) is null",
+            [cast.organization, raise_id, self.now],
+            lambda o: o.end_raise(raise_id, self.now),
+        )
+
+    def _renewed(
+        self, org: int, pool: int, user: int, period: int, amount: int, carry: int, empty: int, over: int
+    ) -> None:
+        """A reserved share that is renewed."""
+        cast = self.cast[org % 2]
+        allocation_id = uuid7()
+        arguments = (
+            self._pick_pool(cast, pool),
+            cast.users[user % 3],
+            "reserved",
+            ("day", "day", "week", "month", "cycle")[period % 5],
+            (0, 10, 30, 60)[amount % 4],
+            ("stops", "open_part")[empty % 2],
+            over % 3 == 0,
+        )
+        kept = (0, 0, 15, 100)[carry % 4]
+        key = f"share {allocation_id}"
+        self._command(
+            cast,
+            "select credits.allocate(%s, %s, %s, %s, %s, %s, %s, %s, %s, null, %s, %s, %s) is null",
+            [cast.organization, allocation_id, *arguments, key, self.now, kept],
+            lambda o: o.allocate(allocation_id, *arguments, key, self.now, kept),
+        )
+
+    def _reallocate(self, org: int, which: int, to: int, amount: int) -> None:
+        cast = self.cast[org % 2]
+        shares = list(self._model(cast).allocations)
+        share = shares[which % len(shares)] if shares else uuid7()
+        target = shares[to % len(shares)] if shares and to % 3 else None
+        wanted = (None, 3, 10, 40)[amount % 4]
+        self._command(
+            cast,
+            "select credits.reallocate(%s, %s, %s, %s, %s, %s)",
+            [cast.organization, share, target, wanted, f"reallocate {uuid7()}", self.now],
+            lambda o: o.reallocate(share, target, wanted, self.now),
+        )
+
+    def _cycle(self, org: int, day: int, *_: int) -> None:
+        cast = self.cast[org % 2]
+        anchor = datetime(2026, 1 + day % 3, (31, 15, 1, 28, 27)[day % 5] if day % 3 != 1 else 28, day % 24, tzinfo=UTC)
+        self._command(
+            cast,
+            "select credits.set_cycle(%s, %s, %s) is null",
+            [cast.organization, anchor, self.now],
+            lambda o: o.set_cycle(anchor, self.now),
         )
 
     def _end_limit(self, org: int, which: int, *_: int) -> None:

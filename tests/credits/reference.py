@@ -6,9 +6,12 @@ aware datetimes; ids are UUIDs; None is "never", "for ever" or "nobody".
 """
 
 import re
+from calendar import monthrange
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
+from hashlib import md5
+from itertools import pairwise
 from typing import Any
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -65,11 +68,20 @@ def _floor(period: str, local: datetime) -> datetime:
     return {"day": day, "week": day - timedelta(days=day.weekday()), "month": day.replace(day=1)}[period]
 
 
-def period_of(period: str, zone_name: str, now: datetime) -> tuple[datetime, datetime]:
-    """Start and end of the day, week (from Monday) or month around an instant, by the clocks of a zone."""
+def _months_later(local: datetime, months: int) -> datetime:
+    year, month = divmod(local.year * 12 + local.month - 1 + months, 12)
+    return local.replace(year=year, month=month + 1, day=min(local.day, monthrange(year, month + 1)[1]))
+
+
+def period_of(period: str, zone_name: str, now: datetime, anchor: datetime) -> tuple[datetime, datetime]:
+    """Start and end of the day, week (from Monday), month or cycle around an instant, by the clocks of a zone."""
     if period == "none":
         return EARLIEST, LATEST
     zone = ZoneInfo(zone_name)
+    if period == "cycle":
+        first = anchor.astimezone(zone).replace(tzinfo=None)
+        cycles = [_instant(_months_later(first, n), zone) for n in range(-30, 31)]
+        return next((a, b) for a, b in pairwise(cycles) if a <= now < b)
     this = _floor(period, now.astimezone(zone).replace(tzinfo=None))
     bounds = [
         _instant(each, zone)
@@ -160,11 +172,15 @@ class Allocation:
     amount: int
     when_empty: str
     is_ended: bool = False
+    carry: int = 0
+    renews_at: datetime = LATEST
+    opening: int = 0
+    """What was used and held when its period began, with what was carried over and given or taken since."""
 
 
 @dataclass
 class Limit:
-    """A cap or budget."""
+    """A cap or budget. each: a default for those of its scope, within: of a team or department; amount None: none."""
 
     limit_id: UUID
     scope: str
@@ -172,9 +188,28 @@ class Limit:
     metric: str
     filter: str | None
     period: str
-    amount: int
+    amount: int | None
     action: str
     is_ended: bool = False
+    each: bool = False
+    within: tuple[str | None, UUID | None] = (None, None)
+    balance_id: UUID | None = None
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What a default and what takes its place have in common."""
+        return (self.scope, self.metric, self.filter, self.period, self.action == "warns")
+
+
+@dataclass
+class Raise:
+    """An amount on top of a balance's limit for a time."""
+
+    balance_id: UUID
+    amount: int
+    starts: datetime
+    ends: datetime
+    state: str = "scheduled"
 
 
 @dataclass
@@ -350,6 +385,9 @@ class Organization:
     charged: dict[UUID, int] = field(default_factory=dict)
     estimates: dict[UUID, Estimate] = field(default_factory=dict)
     stored: dict[str, Stored] = field(default_factory=dict)
+    anchor: datetime = EARLIEST
+    counters: dict[tuple[Any, ...], UUID] = field(default_factory=dict)
+    raises: dict[UUID, Raise] = field(default_factory=dict)
 
     # ------------------------------------------------------------------ balances
 
@@ -380,7 +418,7 @@ class Organization:
         """The row of the current period, made when missing; a period keeps the end it began with."""
         row = self.current(balance_id, now)
         if row is None:
-            start, end = period_of(period, self.zone, now)
+            start, end = period_of(period, self.zone, now, self.anchor)
             start = max([start, *(b.end for (i, _), b in self.balances.items() if i == balance_id)])
             row = Balance(kind, amount, stops, start, end)
             self.balances[balance_id, start] = row
@@ -447,6 +485,38 @@ class Organization:
         """Apply what became due, each event at its own instant; then what no hold needs any more goes."""
         for pool in self.pools.values():
             self._fold_pool(pool, now)
+        self._follow_raises(now)
+        self._renew_shares(now)
+
+    def _follow_raises(self, now: datetime) -> None:
+        """The limit of the period in which a raise starts or ends follows it."""
+        for each in self.raises.values():
+            before, at = each.state, each.starts
+            after = "ended" if each.ends <= now else "active" if each.starts <= now else "scheduled"
+            if before == after or before == "ended":
+                continue
+            each.state = after
+            delta = each.amount if after == "active" else 0
+            if before == "active":
+                at, delta = each.ends, -each.amount
+            row = self.current(each.balance_id, at)
+            if row is not None:
+                row.limit += delta
+
+    def _raised(self, balance_id: UUID) -> int:
+        return sum(r.amount for r in self.raises.values() if r.balance_id == balance_id and r.state == "active")
+
+    def _renew_shares(self, now: datetime) -> None:
+        """One renewal after the other: what was left stays as far as the share carries it."""
+        for share in self.allocations.values():
+            while share.renews_at <= now and not share.is_ended:
+                row = self.balance(share.allocation_id)
+                carried = min(share.carry, max(0, row.room))
+                share.opening = row.used + row.held + carried
+                row.limit = share.opening + share.amount
+                share.renews_at = period_of(share.period, self.zone, share.renews_at, self.anchor)[1]
+                self.version += 1
+        self.reopen()
 
     def _fold_pool(self, pool: Pool, now: datetime) -> None:
         self.pour(pool, now)
@@ -564,9 +634,10 @@ class Organization:
         oversubscribe: bool,
         key: str,
         now: datetime,
+        carry: int = 0,
     ) -> None:
         """Set a user's share of a shared pool."""
-        body = ("allocate", pool_id, user, kind, period, amount, when_empty, oversubscribe)
+        body = ("allocate", pool_id, user, kind, period, amount, when_empty, oversubscribe, carry)
         if self._begin(now, key, body) is not None:
             return
         if not 0 <= amount <= MOST:
@@ -584,14 +655,16 @@ class Organization:
         if kind == "reserved" and grows > max(0, self.balance(pool.open_part).room) and not oversubscribe:
             raise Refused("BR430")
         if old is None:
-            self.allocations[allocation_id] = Allocation(allocation_id, pool_id, user, kind, period, amount, when_empty)
+            share = Allocation(allocation_id, pool_id, user, kind, period, amount, when_empty, carry=carry)
+            self.allocations[allocation_id] = share
             if kind == "reserved":
                 self.balances[allocation_id, EARLIEST] = Balance("allocation", amount)
+                share.renews_at = period_of(period, self.zone, now, self.anchor)[1]
         else:
-            old.amount, old.when_empty = amount, when_empty
+            old.amount, old.when_empty, old.carry = amount, when_empty, carry
             row = self.current(old.allocation_id, now)
             if row is not None:
-                row.limit = amount
+                row.limit = max(0, amount + old.opening)
         self.version += 1
         self._end(now, key, body)
 
@@ -612,20 +685,108 @@ class Organization:
         self._end(now, None, ())
 
     def set_limit(self, limit: Limit, now: datetime) -> None:
-        """Set a cap, or change the amount of the one with the same scope, metric, filter, period and action."""
+        """Set a cap or default, or change the one with the same scope, metric, filter, period and kind of action."""
         self.fold(now)
-        if not 0 <= limit.amount <= MOST:
+        if limit.amount is None and limit.scope_id is None and limit.within[1] is None:
             raise Refused("BR400")
-        same = ("scope", "scope_id", "metric", "filter", "period", "action")
+        if limit.amount is not None and not 0 <= limit.amount <= MOST:
+            raise Refused("BR400")
+        same = ("scope_id", "each", "within", "kind")
         for old in self.limits.values():
             if not old.is_ended and all(getattr(old, name) == getattr(limit, name) for name in same):
-                old.amount = limit.amount
-                row = self.current(old.limit_id, now)
-                if row is not None:
-                    row.limit = limit.amount
+                old.amount, old.action = limit.amount, limit.action
+                limit = old
                 break
         else:
             self.limits[limit.limit_id] = limit
+            if not limit.each:
+                limit.balance_id = self.counters.get((*limit.kind, limit.scope_id), limit.limit_id)
+        if limit.balance_id is not None and limit.amount is not None:
+            row = self.current(limit.balance_id, now)
+            if row is not None:
+                row.limit = limit.amount + self._raised(limit.balance_id)
+        self.version += 1
+
+    def _balance_of(self, limit: Limit, subject: UUID | None) -> UUID:
+        """Where a limit is counted; of a default for this one."""
+        if not limit.each:
+            assert limit.balance_id is not None
+            return limit.balance_id
+        counted = UUID(bytes=md5(f"{limit.limit_id} {subject}".encode()).digest())
+        return self.counters.setdefault((*limit.kind, subject), counted)
+
+    def raise_limit(
+        self,
+        raise_id: UUID,
+        limit_id: UUID,
+        subject: UUID | None,
+        amount: int,
+        starts: datetime | None,
+        ends: datetime,
+        key: str,
+        now: datetime,
+    ) -> None:
+        """More than a limit gives, for a time. Of a default: for the one that is named, or what is theirs instead."""
+        body = ("raise", limit_id, subject, amount, starts, ends)
+        if self._begin(now, key, body) is not None:
+            return
+        limit = self.limits.get(limit_id)
+        if limit is not None and limit.each and not limit.is_ended and limit.amount is not None:
+            own = (o for o in self.limits.values() if not o.is_ended and not o.each and o.kind == limit.kind)
+            limit = next((o for o in own if o.scope_id == subject), limit)
+            limit = None if limit.each and subject is None else limit
+        if limit is None or limit.is_ended or limit.amount is None:
+            raise Refused("BR404")
+        if not 1 <= amount <= MOST:
+            raise Refused("BR400")
+        if ends <= max(now, starts or now):
+            raise Refused("BR464")
+        self.raises[raise_id] = Raise(self._balance_of(limit, subject), amount, starts or now, ends)
+        self._follow_raises(now)
+        self._end(now, key, body)
+
+    def end_raise(self, raise_id: UUID, now: datetime) -> None:
+        """End a raise before its time."""
+        self.fold(now)
+        found = self.raises.get(raise_id)
+        if found is None or found.state == "ended":
+            raise Refused("BR404")
+        if found.state == "scheduled":
+            found.state = "ended"
+        found.ends = now
+        self._follow_raises(now)
+
+    def reallocate(self, share_id: UUID, to_id: UUID | None, amount: int | None, now: datetime) -> int:
+        """Give what a reserved share has left to another one, or back to the open part; how much that was."""
+        self.fold(now)
+        share, to = self.allocations.get(share_id), self.allocations.get(to_id) if to_id else None
+        if share is None or share.is_ended or share.kind != "reserved":
+            raise Refused("BR404")
+        if to_id is not None and (
+            to is None or to is share or to.is_ended or to.kind != "reserved" or to.pool_id != share.pool_id
+        ):
+            raise Refused("BR404")
+        left = max(0, self.balance(share_id).room)
+        amount = left if amount is None else amount
+        if not 0 <= amount <= MOST:
+            raise Refused("BR400")
+        if amount > left:
+            raise Refused("BR460")
+        for each, delta in ((share, -amount), (to, amount)):
+            if each is not None:
+                if each.period == "none":
+                    each.amount += delta
+                else:
+                    each.opening += delta
+                self.balance(each.allocation_id).limit = max(0, each.amount + each.opening)
+        self.version += 1
+        self._end(now, None, ())
+        return amount
+
+    def set_cycle(self, anchor: datetime, now: datetime) -> None:
+        """Cycles are reckoned from another instant."""
+        self.fold(now)
+        self.anchor = anchor
         self.version += 1
 
     def end_limit(self, limit_id: UUID, now: datetime) -> None:
@@ -687,19 +848,46 @@ class Organization:
         ]
         return kept, until
 
-    def _limits_on(self, user: UUID, key_id: UUID) -> list[Limit]:
+    def _limits_on(self, user: UUID, key_id: UUID) -> list[tuple[Limit, UUID | None]]:
+        """The limits that apply, each with whom a default is for here.
+
+        All of their own; of defaults the narrowest, where nothing of their own takes its place.
+        """
         key, member = self.keys.get(key_id), self.members.get(user)
         team = (key.team if key else None) or (member.team if member else None)
         department = (key.department if key else None) or (member.department if member else None)
-        scopes: set[tuple[str, UUID | None]] = {("organization", None), ("user", user), ("key", key_id)}
-        if key:
-            scopes.add(("key", key.original))
-        if team:
-            scopes.add(("team", team))
-        if department:
-            scopes.add(("department", department))
-        found = (x for x in self.limits.values() if not x.is_ended and (x.scope, x.scope_id) in scopes)
-        return sorted(found, key=lambda x: x.limit_id)
+        subjects = {
+            "organization": [None],
+            "user": [user] if user != NOBODY else [],
+            "key": [key_id, key.original] if key else [key_id] if key_id != NOBODY else [],
+            "team": [team] if team else [],
+            "department": [department] if department else [],
+        }
+        places = {
+            "user": {("team", member.team if member else None), ("department", member.department if member else None)},
+            "key": {("team", team), ("department", department)},
+            "team": set(),
+            "department": set(),
+        }
+        own: list[tuple[Limit, UUID | None]] = []
+        defaults: dict[tuple[Any, ...], list[tuple[int, Limit, UUID]]] = {}
+        for limit in self.limits.values():
+            if limit.is_ended or not subjects[limit.scope]:
+                continue
+            if not limit.each:
+                if limit.scope_id in subjects[limit.scope]:
+                    own.append((limit, limit.scope_id))
+            elif limit.within[1] is None or limit.within in places[limit.scope]:
+                rank = ("team", "department", None).index(limit.within[0])
+                subject = subjects[limit.scope][-1]
+                assert subject is not None
+                defaults.setdefault(limit.kind, []).append((rank, limit, subject))
+        taken = {limit.kind for limit, _ in own}
+        for kind, candidates in defaults.items():
+            if kind not in taken:
+                _, limit, subject = min(candidates, key=lambda c: c[0])
+                own.append((limit, subject))
+        return sorted(((x, s) for x, s in own if x.amount is not None), key=lambda x: x[0].limit_id)
 
     def build_chain(self, user: UUID, key_id: UUID, now: datetime) -> Chain:
         """What a user and key must pass now."""
@@ -711,9 +899,13 @@ class Organization:
         refusal = self._refusal(user, key_id, now)
         legs, legs_until = self._ways_to_pay(user, now)
         always = []
-        for limit in self._limits_on(user, key_id):
-            row = self.open_period(limit.limit_id, "limit", limit.action == "stops", limit.amount, limit.period, now)
-            always.append(Entry((limit.limit_id, row.start), METRICS[limit.metric], limit.filter))
+        for limit, subject in self._limits_on(user, key_id):
+            assert limit.amount is not None
+            balance_id = self._balance_of(limit, subject)
+            amount = limit.amount + self._raised(balance_id)
+            row = self.open_period(balance_id, "limit", limit.action != "warns", amount, limit.period, now)
+            row.limit = amount
+            always.append(Entry((balance_id, row.start), METRICS[limit.metric], limit.filter))
             until = min(until, row.end)
         chain = Chain(
             self.version,

@@ -610,8 +610,8 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     (
         "follow_raises",
-        "least(ends_at, ended_at) <= p_now",
-        "ends_at <= p_now",
+        "select least(ends_at, ended_at) as at",
+        "select ends_at as at",
         limits.test_raises_add_up_and_stay_when_the_limit_changes,
     ),
     (

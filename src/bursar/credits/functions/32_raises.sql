@@ -8,26 +8,33 @@ language sql stable set search_path = credits, pg_temp as $$
 $$;
 comment on function credits.raised is 'What active raises add to the limit of a balance';
 
--- follow_raises: raises that start and end until p_now move the limits of their balances' current periods. Whoever moves credits folds
--- first, so that a raise begins and ends at its very instant, also for requests that were held before.
+-- follow_raises: raises that start and end until p_now move the limits of the periods that they start and end in. Whoever moves credits
+-- folds first, so that a raise begins and ends at its very instant, also for requests that were held before.
 create or replace function credits.follow_raises(p_organization_id uuid, p_now timestamptz) returns void
 language plpgsql volatile set search_path = credits, pg_temp as $$
 begin
     with due as (
-        select raise_id, state as before, case when least(ends_at, ended_at) <= p_now then 'ended' when starts_at <= p_now then 'active'
-                                               else 'scheduled' end as after
-        from raises where organization_id = p_organization_id and state <> 'ended'
+        select raise_id, balance_id, amount, state as before, e.at as ends_at, starts_at,
+            case when e.at <= p_now then 'ended' when starts_at <= p_now then 'active' else 'scheduled' end as after
+        from raises cross join lateral (select least(ends_at, ended_at) as at) e
+        where organization_id = p_organization_id and state <> 'ended'
     ), changed as (
         update raises r set state = d.after from due d
         where r.organization_id = p_organization_id and r.raise_id = d.raise_id and d.after <> d.before
-        returning r.balance_id, r.amount * ((d.after = 'active')::int - (d.before = 'active')::int) as delta
+    ), edges as (
+        select balance_id, starts_at as at, amount as delta from due where before = 'scheduled' and after = 'active'
+        union all
+        select balance_id, ends_at, -amount from due where before = 'active' and after = 'ended'
     ), deltas as (
-        select balance_id, sum(delta)::bigint as delta from changed group by balance_id
+        select b.balance_id, b.period_start, sum(e.delta)::bigint as delta
+        from edges e
+        join balances b on b.organization_id = p_organization_id and b.balance_id = e.balance_id and b.period_start <= e.at and b.period_end > e.at
+        group by 1, 2
     )
     update balances b set limit_amount = limit_amount + d.delta,
         excess_amount = greatest(0, used_amount + held_amount - limit_amount - d.delta)
     from deltas d
-    where b.organization_id = p_organization_id and b.balance_id = d.balance_id and b.period_start <= p_now and b.period_end > p_now;
+    where b.organization_id = p_organization_id and b.balance_id = d.balance_id and b.period_start = d.period_start;
 end $$;
 comment on function credits.follow_raises is 'Applies the starts and ends of raises up to now to the limits of their balances';
 
