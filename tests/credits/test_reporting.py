@@ -45,7 +45,7 @@ class Story(Scene):
         # One row, two pools: the held part is Ada's own, what it cost beyond is the shared pool's.
         self.settle(self.hold(2_000_000, self.ada), 3_000_000)
         self.later(microseconds=1)
-        self.deduct(1_500_000, self.bob, cost_nano_usd=6_000_000_000)
+        self.deduct(1_500_000, self.bob, cost_nano_usd=6_000_000)
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_summaries_are_of_the_month_and_of_thirty_days(story: Story) -> None:
     assert rows(story, "available_micros, members, month_charged_micros, month_requests, month_active_users",
                 "org_billing_summary") == [(7_500_000, 2, 4_500_000, 2, 2)]  # fmt: skip
     assert rows(story, "requests, charged_micros, profit_nano_usd, active_users", "org_billing_metrics") == [
-        (2, 4_500_000, 45_000_000_000 - 6_000_000_000, 2)
+        (2, 4_500_000, 45_000_000 - 6_000_000, 2)
     ]
     assert rows(story, "user_id, charged_micros, place", "top_credit_users_by_org", "order by place") == [
         (ada, 3_000_000, 1),

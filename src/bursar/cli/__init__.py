@@ -20,6 +20,7 @@ from bursar.cli import (
     departments,
     keys,
     models,
+    opening,
     orgs,
     prices,
     providers,
@@ -68,6 +69,7 @@ app = typer.Typer(
 )
 credits.app.command("transfer")(transfers.transfer)
 credits.app.command("refund")(transfers.refund)
+credits.app.command("import")(opening.import_balances)
 orgs.app.command("pools")(transfers.switch_pools)
 for noun, commands in NOUNS.items():
     app.add_typer(commands, name=noun)

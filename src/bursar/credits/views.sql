@@ -97,7 +97,7 @@ select a.organization_id, a.request_id, a.booked_at, a.used_at,
     case a.kind when 0 then 'charge' when 1 then 'correction' when 2 then 'refund' end as entry_kind,
     a.user_id, a.api_key_id, a.provider_key_id, a.provider, a.model, a.team_id, a.department_id, a.department_name, a.conversation_id,
     a.pool_id, a.charged_micros, a.hold_micros, a.provider_cost_nano_usd, a.customer_cost_nano_usd,
-    a.charged_micros * 10000 - a.provider_cost_nano_usd as profit_nano_usd,
+    a.charged_micros * 10 - a.provider_cost_nano_usd as profit_nano_usd,
     a.input_tokens + a.cache_read_tokens + a.cache_write_5m_tokens + a.cache_write_1h_tokens as input_tokens, a.output_tokens,
     a.flags & 2 <> 0 as is_own_key, a.flags & 4 <> 0 as is_estimated, a.flags & 8 <> 0 as is_streamed, a.flags & 128 <> 0 as is_late
 from ledger.attribution a;
@@ -121,7 +121,7 @@ comment on column reporting.credit_usage_attribution.charged_micros is 'Charged;
 comment on column reporting.credit_usage_attribution.hold_micros is 'What had been held for it';
 comment on column reporting.credit_usage_attribution.provider_cost_nano_usd is 'What the provider asks the platform, nano-dollars';
 comment on column reporting.credit_usage_attribution.customer_cost_nano_usd is 'What it costs the customer whose own key it was, nano-dollars';
-comment on column reporting.credit_usage_attribution.profit_nano_usd is 'Charged at list price less provider cost, nano-dollars (1 micro = 10,000 of them)';
+comment on column reporting.credit_usage_attribution.profit_nano_usd is 'Charged at list price less provider cost, nano-dollars (1 micro = 10 of them)';
 comment on column reporting.credit_usage_attribution.input_tokens is 'Input tokens, cached ones included';
 comment on column reporting.credit_usage_attribution.output_tokens is 'Output tokens, reasoning included';
 comment on column reporting.credit_usage_attribution.is_own_key is 'Through the customer''s own key at the provider';
@@ -277,7 +277,7 @@ comment on column reporting.org_billing_summary.month_active_users is 'People wh
 create view reporting.org_billing_metrics with (security_invoker = true) as
 select a.organization_id, (a.used_at at time zone o.zone)::date as usage_date, count(*) filter (where a.kind = 0) as requests,
     sum(a.charged_micros)::bigint as charged_micros, sum(a.provider_cost_nano_usd)::bigint as provider_cost_nano_usd,
-    (sum(a.charged_micros) * 10000 - sum(a.provider_cost_nano_usd))::bigint as profit_nano_usd, count(distinct a.user_id) as active_users,
+    (sum(a.charged_micros) * 10 - sum(a.provider_cost_nano_usd))::bigint as profit_nano_usd, count(distinct a.user_id) as active_users,
     count(distinct a.model) as models
 from ledger.attribution a
 join identity.organizations o on o.organization_id = a.organization_id

@@ -1,0 +1,153 @@
+"""Opening balances from CSV: every fault named by line and column, every row granted once."""
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bursar import cli, clock, db
+from bursar.audit.events import OPERATOR
+from bursar.credits import opening
+from bursar.credits.grants import GrantSource, list_grants
+from bursar.credits.pools import PoolKind, list_pools
+from bursar.settings import Settings
+
+
+async def check(database: db.Database, text: str, org: str | None = None) -> opening.Checked:
+    return await opening.check_file(database, text.splitlines(keepends=True), default_organization=org)
+
+
+async def load(database: db.Database, text: str, org: str | None = None) -> list[opening.Fault]:
+    checked = await check(database, text, org)
+    assert checked.faults == ()
+    return await opening.import_rows(database, checked.rows, by=OPERATOR, progress=lambda _: None)
+
+
+async def test_rows_become_grants_of_the_pool_or_of_a_member(database: db.Database, org: Any) -> None:
+    await org.member(email="dana@x.example")
+    later = (clock.now() + timedelta(days=30)).date()
+    text = (
+        "organization,user,credits,paid_usd,free,source,priority,expires_at,reason\n"
+        f'{org.slug},,1000.5,10,,,,,"moved, from before"\n'
+        f"{org.slug}, DANA@x.example ,20,,yes,complimentary,5,{later},\n"
+    )
+    assert await load(database, text) == []
+    async with org.tenant() as conn:
+        grants = await list_grants(conn, organization_id=org.organization_id)
+        pools = {each.pool_id: each.kind for each in await list_pools(conn, organization_id=org.organization_id)}
+    found = {
+        (pools[each.pool_id], each.source, each.amount_micros, each.cost_basis_nano_usd, each.is_free, each.priority)
+        for each in grants
+    }
+    assert found == {
+        (PoolKind.SHARED, GrantSource.OPENING, 1_000_500_000, 10_000_000_000, False, 100),
+        (PoolKind.PERSONAL, GrantSource.COMPLIMENTARY, 20_000_000, 0, True, 5),
+    }
+    assert {each.reason for each in grants} == {"moved, from before", None}
+    assert {each.expires_at.date() for each in grants if each.expires_at} == {later}
+
+
+async def test_a_file_again_grants_only_what_was_not_granted(database: db.Database, org: Any) -> None:
+    first = "credits,reference\n10,A\n10,B\n"
+    await load(database, first, org.slug)
+    await load(database, first, org.slug)
+    await load(database, first + "10,C\n", org.slug)
+    await load(database, "credits\n7\n7\n", org.slug)
+    await load(database, "credits\n7\n7\n", org.slug)  # twice the same content is two balances, however often it comes
+    async with org.tenant() as conn:
+        grants = await list_grants(conn, organization_id=org.organization_id)
+    assert sorted(each.amount_micros // 1_000_000 for each in grants) == [7, 7, 10, 10, 10]
+    [changed] = await load(database, "credits,reference\n11,A\n", org.slug)
+    assert changed.line == 2
+    assert "idempotency key" in changed.problem
+
+
+async def test_an_import_that_ended_in_the_middle_is_gone_on_with(database: db.Database, org: Any) -> None:
+    text = "credits\n1\n2\n3\n"
+    checked = await check(database, text, org.slug)
+
+    def stop(done: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        await opening.import_rows(database, checked.rows, by=OPERATOR, progress=stop)
+    await load(database, text, org.slug)
+    async with org.tenant() as conn:
+        grants = await list_grants(conn, organization_id=org.organization_id)
+    assert sorted(each.amount_micros // 1_000_000 for each in grants) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "column", "problem"),
+    [
+        ("user\nx\n", 1, "credits", "missing"),
+        ("credits,colour\n1,red\n", 1, "colour", "no such column"),
+        ("credits,credits\n1,1\n", 1, "credits", "twice"),
+        ("credits\n1,2\n", 2, None, "more or fewer"),
+        ("credits,user\n1\n", 2, None, "more or fewer"),
+        ("credits\n\n-1\n", 3, "credits", "more than 0"),
+        ("credits\n0\n", 2, "credits", "more than 0"),
+        ("credits\n1e3\n", 2, "credits", ""),
+        ("credits\n1.0000001\n", 2, "credits", ""),
+        ("credits\n99999999999\n", 2, "credits", "at most a billion"),
+        ("credits,paid_usd\n1,-1\n", 2, "paid_usd", "not negative"),
+        ("credits,free\n1,perhaps\n", 2, "free", "none of"),
+        ("credits,source\n1,gift\n", 2, "source", "none of"),
+        ("credits,priority\n1,40000\n", 2, "priority", "0 to 32767"),
+        ("credits,expires_at\n1,tomorrow\n", 2, "expires_at", "no date"),
+        ("credits,expires_at\n1,2020-01-01\n", 2, "expires_at", "would have expired"),
+        ("credits,user\n1,nobody@x.example\n", 2, "user", "no member"),
+        ("credits,user\n1,nonsense\n", 2, "user", "no member"),
+        ("credits,organization\n1,no-such-one\n", 2, "organization", "there is no organization"),
+        ("credits,reference\n1,A\n2,A\n", 3, "reference", "before"),
+        ('credits,reason\n1,"open\n', 1, None, "no CSV"),  # the last line that could be read
+    ],
+)
+async def test_each_fault_is_named_by_line_and_column(
+    database: db.Database, org: Any, text: str, line: int, column: str | None, problem: str
+) -> None:
+    found = (await check(database, text, org.slug)).faults
+    assert [(each.line, each.column) for each in found] == [(line, column)], found
+    assert problem in found[0].problem
+
+
+async def test_members_with_balances_of_their_own_are_named(database: db.Database, make_org: Any) -> None:
+    apart = await make_org(is_shared_token_pool=False)
+    [fault] = (await check(database, "credits\n1\n", apart.slug)).faults
+    assert fault.column == "user"
+    [fault] = (await check(database, "credits\n1\n")).faults
+    assert fault.column == "organization"
+
+
+@pytest.fixture
+def run(settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Any:
+    monkeypatch.setenv("DATABASE_URL", str(settings.database_url))
+    monkeypatch.setenv("BURSAR_MASTER_KEY", str(settings.given_master_key))
+
+    def call(content: bytes, *words: str) -> tuple[int, str, str]:
+        (tmp_path / "balances.csv").write_bytes(content)
+        code = cli.run(["credits", "import", str(tmp_path / "balances.csv"), *words])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+def test_the_command_imports_all_or_nothing_unless_told(run: Any, org: Any) -> None:
+    at = ("--org", org.slug, "--json")
+    good = b"\xef\xbb\xbfcredits\r\n5\r\n"
+    code, out, _ = run(good, *at, "--dry-run")
+    assert (code, json.loads(out)["imported"], json.loads(out)["organizations"][0]["credits"]) == (0, False, "5")
+    code, out, _ = run(b"credits\n5\nfive\n", *at)
+    assert (code, json.loads(out)["imported"], json.loads(out)["faults"][0]["line"]) == (2, False, 3)
+    code, out, _ = run(b"credits\n5\nfive\n", *at, "--skip-bad")
+    assert (code, json.loads(out)["imported"], json.loads(out)["organizations"][0]["rows"]) == (7, True, 1)
+    code, out, _ = run(good, *at)
+    assert (code, json.loads(out)["imported"]) == (0, True)
+    assert run(b"credits\n\xff\n", *at)[0] == 2
+    code, _, err = run(b"credits\nfive\n", "--org", org.slug)
+    assert code == 2
+    assert "line 2, credits" in err
