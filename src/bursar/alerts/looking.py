@@ -95,7 +95,7 @@ class _Ending:
 async def look(database: db.Database) -> int:
     """Tell what was reached since the last look, whoever made it; how many alerts. Nothing while another one looks.
 
-    Looks that take long come less often: a tenth of the time is spent with looking, at most 15 s lie between two.
+    Looks that take long come less often, but no more than 15 s apart.
     """
     if database.space.is_short():
         return 0  # nothing can be written; what is reached now is found when there is room again

@@ -17,9 +17,10 @@ returning greatest(h.looked_until, clock_timestamp() - interval '10 minutes') - 
     h.looked_until < clock_timestamp() - interval '10 minutes' or l.swept_at < clock_timestamp() - interval '1 hour' as is_sweep_due;
 
 -- name: note_look
--- The next one comes after ten times as long as this one took, but within 15 s: looking takes a tenth of one processor at most.
+-- After one that took more than half a second, the next comes ten times as much later, but within 15 s: where there is very much to look at,
+-- looking takes about a tenth of one processor.
 update alerts.looks set looked_until = greatest(looked_until, %(now)s),
-    leased_until = clock_timestamp() + least(interval '15 seconds', (clock_timestamp() - %(now)s) * 10)
+    leased_until = clock_timestamp() + least(interval '15 seconds', greatest(interval '0', clock_timestamp() - %(now)s - interval '500 milliseconds') * 10)
 where organization_id = %(organization_id)s;
 
 -- name: plan_by_index

@@ -78,7 +78,9 @@ class Subject:
         if self.kind == "allocation":
             whom = f" --user {person(self.user_id)}" if self.user_id else ""
             return f"bursar credits allocate AMOUNT --org {self.slug}{whom}"
-        return f"bursar caps list --org {self.slug}, then bursar caps set with a larger amount"
+        if self.action == "asks":
+            return f"bursar caps request --org {self.slug}, or bursar caps raise by whoever decides"
+        return f"bursar caps list --org {self.slug}, then bursar caps set or raise"
 
     def amount(self, value: int) -> str:
         """A value in the unit of the balance, without the unit."""

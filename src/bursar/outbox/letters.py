@@ -12,7 +12,7 @@ from email.parser import BytesHeaderParser
 from email.policy import SMTP, compat32
 from email.utils import format_datetime
 from html import escape
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 from bursar import clock
@@ -20,6 +20,22 @@ from bursar.outbox.deliveries import Event
 
 LONGEST_SUBJECT: Final = 150
 PERSON: Final = re.compile(r"\busr_[0-9a-f]{32}\b")
+TITLES: Final = {
+    "request.created": "Somebody asks for more than a limit gives",
+    "request.decided": "Your request for more was decided",
+    "topup.succeeded": "Credits were bought by themselves",
+    "topup.failed": "Credits could not be bought by themselves",
+    "topup.runaway": "Automatic purchases were stopped: too many in a short time",
+    "webhook.disabled": "A webhook was disabled",
+}
+"""Of events whose payload has no title."""
+NEXT_STEPS: Final = {
+    "request.created": "bursar caps requests, bursar caps approve, bursar caps deny",
+    "request.decided": "bursar caps list",
+    "topup.failed": "bursar top-ups list, bursar top-ups show",
+    "topup.runaway": "bursar top-ups show, bursar top-ups set",
+    "webhook.disabled": "bursar webhooks log, bursar webhooks enable",
+}
 _UNPRINTABLE: Final = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]+")
 
 
@@ -46,16 +62,29 @@ def letter_of(organization: str, events: Sequence[Event]) -> Letter:
 def title_of(event: Event) -> str:
     """The one line of an event."""
     title = event.payload.get("title")
-    return title if isinstance(title, str) and title else event.kind.replace(".", " ").replace("_", " ").capitalize()
+    return title if isinstance(title, str) and title else TITLES.get(event.kind, event.kind)
 
 
 def lines_of(event: Event) -> tuple[str, ...]:
-    """What there is to say; of an event without a text its fields."""
+    """What there is to say; of an event without a text its fields and the next step."""
     text = event.payload.get("text")
     if isinstance(text, list):
         return tuple(str(each) for each in text)
-    plain = {name: value for name, value in event.payload.items() if isinstance(value, str | int) and name != "title"}
-    return tuple(f"{name.replace('_', ' ')}: {value}" for name, value in plain.items())
+    said = [_field(name, value) for name, value in event.payload.items() if name != "title"]
+    next_step = NEXT_STEPS.get(event.kind)
+    return (*filter(None, said), *([f"Next: {next_step}"] if next_step else []))
+
+
+def _field(name: str, value: Any) -> str | None:
+    """'amount: 12.5 credit'. What only programs can use (ids, amounts without a unit) is left out."""
+    label = name.replace("_", " ")
+    if name == "user_id" and isinstance(value, str):
+        return f"who: {value if PERSON.fullmatch(value) else f'usr_{UUID(value).hex}'}"
+    if isinstance(value, dict) and value.keys() == {"amount", "unit"}:
+        return f"{label}: {value['amount']} {value['unit']}"
+    if isinstance(value, bool):
+        return f"{label}: {'yes' if value else 'no'}"
+    return f"{label}: {value}" if isinstance(value, str) and not name.endswith("_id") else None
 
 
 def people_in(letter: Letter) -> set[UUID]:
