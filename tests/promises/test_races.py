@@ -20,6 +20,7 @@ from tests.credits.scenes import Scene
 from tests.promises.figures import IS_FULL, SEED, figure, tell
 
 from bursar import db
+from bursar.audit import seals, tampering
 from bursar.clock import now, uuid7
 from bursar.credits.moves import Action, Flag, Outcome, Verdict
 from bursar.credits.verify import verify
@@ -363,6 +364,9 @@ async def test_the_books_agree_at_any_moment_while_calls_go_on(books: db.Databas
         while time.monotonic() < until:
             async with books.platform() as conn:
                 assert await verify(conn, organization_id=today.organization) == []
+            async with books.platform() as conn:
+                await seals.seal(conn)
+            assert await tampering.check(books, organization_id=today.organization) == []
             looks += 1
             await asyncio.sleep(0.01)
         stop.set()
