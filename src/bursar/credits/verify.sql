@@ -64,9 +64,9 @@ with draws as (
     union all
     select organization_id, pool_id, position_micros, charged_micros from ledger.attribution_takes
 ), ends as (
-    select organization_id, pool_id, start as point, 1 as n from draws where micros <> 0
-    union all
-    select organization_id, pool_id, start + micros, -1 from draws where micros <> 0
+    -- Named once, so that a question about one organization reads no other's rows.
+    select d.organization_id, d.pool_id, e.point, e.n
+    from draws d cross join lateral (values (d.start, 1), (d.start + d.micros, -1)) e(point, n) where d.micros <> 0
     union all
     select p.organization_id, p.pool_id, 0, -1 from credits.pools p
     union all
