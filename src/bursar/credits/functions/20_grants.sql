@@ -118,6 +118,10 @@ begin
             update burns set end_micros = end_micros - v_take, value_nano_usd = value_nano_usd - v_value
             where organization_id = p_organization_id and pool_id = p_pool_id and start_micros = v_row.start_micros;
         end if;
+        -- What was so until now stays known. A stretch that was poured at this very instant was so at none.
+        insert into unburns (organization_id, pool_id, taken_back_at, start_micros, end_micros, grant_id, poured_at)
+        select p_organization_id, p_pool_id, p_at, v_row.end_micros - v_take, v_row.end_micros, v_row.grant_id, v_row.poured_at
+        where v_row.poured_at < p_at;
         -- A grant that had ended is active again; where it has expired, the fold that follows books what came back as expired.
         update grant_states set left_micros = left_micros + v_take, value_left_nano_usd = value_left_nano_usd + v_value, ended_at = null,
             state = case when state not in ('ended', 'spent') then state when v_grant.expires_at <= p_at then 'lingering' else 'active' end
@@ -189,7 +193,9 @@ begin
     end if;
     insert into ledger.entries (organization_id, entry_id, booked_at, happened_at, kind, from_kind, from_id, to_kind, to_id, amount, grant_id,
                                 from_grant_id, value_nano_usd, reason)
-    select p_grant.organization_id, gen_random_uuid(), p_now, p_grant.expires_at, e.kind, e.from_kind, e.from_id, e.to_kind, e.to_id,
+    select p_grant.organization_id, gen_random_uuid(), p_now,
+        case when p_before is null then p_grant.expires_at else p_at end,  -- what holds had kept could be paid with until now
+        e.kind, e.from_kind, e.from_id, e.to_kind, e.to_id,
         e.amount, e.grant_id, e.from_grant_id, e.value, e.reason
     from (values
         ('roll_over', 'grant', p_grant.grant_id, 'grant', v_new, v_kept, v_new, p_grant.grant_id, v_value, 'rolled over'),

@@ -76,6 +76,9 @@ begin
     -- Whatever is due there belongs to the time before these credits came.
     perform credits.fold_pool(organization_id, pool_id, p_now) from pools
     where organization_id = p_organization_id and pool_id = any (p_to_pool_ids) and closed_at is null and next_event_at <= p_now;
+    -- So does what was used there: it is paid by the grants that there were.
+    perform credits.pour(organization_id, pool_id, p_now) from pools
+    where organization_id = p_organization_id and pool_id = any (p_to_pool_ids);
     perform credits.pour(p_organization_id, p_pool_id, p_now);
     select held_amount into strict v_held from balances where organization_id = p_organization_id and balance_id = p_pool_id;
     for v_row in

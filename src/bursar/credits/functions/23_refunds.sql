@@ -154,6 +154,7 @@ begin
             update allocation_periods set adjusted_micros = adjusted_micros + v_row.grown
             where organization_id = p_organization_id and allocation_id = v_row.id and period_start <= p_charged_at and period_end > p_now;
             perform credits.set_current_limit(p_organization_id, v_row.id, credits.share_size(p_organization_id, v_row.id), p_now);
+            perform credits.note_share(p_organization_id, v_row.id, null, p_now);
         end if;
     end loop;
 end $$;

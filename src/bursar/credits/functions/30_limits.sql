@@ -58,6 +58,7 @@ begin
         where organization_id = p_organization_id and allocation_id = v_id;
         perform credits.set_current_limit(p_organization_id, v_id, credits.share_size(p_organization_id, v_id), v_now);
     end if;
+    perform credits.note_share(p_organization_id, v_id, p_created_by, v_now);
     perform credits.set_pool_limit(p_organization_id, p_pool_id, 0);
     perform credits.limits_changed(p_organization_id);
     perform credits.store_outcome(p_organization_id, p_idempotency_key, v_hash, jsonb_build_object('allocation_id', v_id), v_now);
@@ -143,6 +144,9 @@ begin
         values (p_organization_id, v_id, p_scope, p_scope_id, p_metric, p_model_filter, p_period, p_amount, p_action, p_is_strict, p_is_default,
                 p_within_scope, p_within_id, v_balance, v_now, p_created_by);
     end if;
+    insert into limit_changes (organization_id, limit_id, nr, changed_at, amount, action, is_strict, changed_by)
+    select p_organization_id, v_id, count(*) + 1, v_now, p_amount, p_action, p_is_strict, p_created_by
+    from limit_changes where organization_id = p_organization_id and limit_id = v_id;
     -- A default's balances follow as chains are built anew, before anybody else is authorized.
     if v_balance is not null and p_amount is not null then
         perform credits.set_current_limit(p_organization_id, v_balance, p_amount + credits.raised(p_organization_id, v_balance), v_now);

@@ -10,6 +10,19 @@ language sql stable set search_path = credits, pg_temp as $$
 $$;
 comment on function credits.share_size is 'What the limit of a share has to be';
 
+-- note_share: what a share is from now on, so that what it was before stays known. Renewals are known from their periods.
+create or replace function credits.note_share(p_organization_id uuid, p_allocation_id uuid, p_by uuid, p_now timestamptz) returns void
+language sql volatile set search_path = credits, pg_temp as $$
+    insert into share_changes (organization_id, allocation_id, nr, changed_at, amount_micros, limit_micros, when_empty, carry_micros, changed_by)
+    select a.organization_id, a.allocation_id,
+        (select count(*) + 1 from share_changes c where c.organization_id = a.organization_id and c.allocation_id = a.allocation_id),
+        p_now, a.amount_micros,
+        case a.kind when 'reserved' then credits.share_size(a.organization_id, a.allocation_id) else a.amount_micros end,
+        a.when_empty, a.carry_micros, p_by
+    from allocations a where a.organization_id = p_organization_id and a.allocation_id = p_allocation_id;
+$$;
+comment on function credits.note_share is 'Keeps what a share is set to and since when';
+
 -- await_limits: the gate wakes for the next raise that starts or ends, and the next share that is renewed.
 create or replace function credits.await_limits(p_organization_id uuid) returns void
 language sql volatile set search_path = credits, pg_temp as $$
@@ -155,5 +168,6 @@ begin
         where organization_id = p_organization_id and allocation_id = p_allocation_id;
     end if;
     perform credits.set_current_limit(p_organization_id, p_allocation_id, credits.share_size(p_organization_id, p_allocation_id), p_now);
+    perform credits.note_share(p_organization_id, p_allocation_id, null, p_now);
 end $$;
 comment on function credits.adjust_share is 'Makes a reserved share larger or smaller: a lump for good, a renewed one in this period';
