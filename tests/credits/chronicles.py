@@ -4,6 +4,7 @@ The reference of the histories is not asked here: further commands come in that 
 choose what happens. What is noted is what the balances and grants themselves said then.
 """
 
+import contextlib
 import random
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -12,14 +13,27 @@ from uuid import UUID
 
 import psycopg
 from tests.credits import reference as ref
-from tests.credits.histories import Cast, Stage, Step, random_steps
+from tests.credits.histories import Cast, Stage, Step, random_steps, real
 
 from bursar.clock import uuid7
 from bursar.credits.moves import as_call
-from tests.credits.histories import _real  # isort: skip
 
 MORE = ("transfer", "refund", "raise", "roll", "recurring", "renewed", "reallocate", "end_raise", "correct")
 MICROSECOND = timedelta(microseconds=1)
+
+# What a step may name, oldest first.
+ALL_POOLS = "select pool_id from credits.pools where organization_id = %s order by created_at, pool_id"
+SHARED_POOLS = "select pool_id from credits.pools where organization_id = %s and kind = 'shared' order by 1"
+CHARGED = (
+    "select distinct request_id from ledger.attribution where organization_id = %s and charged_micros > 0 order by 1"
+)
+ESTIMATED = "select request_id from credits.estimates where organization_id = %s order by 1"
+IN_FORCE = "select limit_id from credits.limits where organization_id = %s and ended_at is null order by 1"
+RAISED = "select raise_id from credits.raises where organization_id = %s order by 1"
+HELD = "select request_id from credits.holds where organization_id = %s"
+RESERVED = """
+    select allocation_id from credits.allocations
+    where organization_id = %s and kind = 'reserved' and ended_at is null order by 1"""
 
 POOLS = """
     select p.pool_id, b.limit_amount, b.used_amount
@@ -31,13 +45,15 @@ GRANTS = """
                   where b.organization_id = s.organization_id and b.grant_id = s.grant_id), 0)::bigint
     from credits.grant_states s where s.organization_id = %s"""
 LIMITS = """
-    select l.limit_id, l.amount, l.action, b.limit_amount - l.amount, coalesce(b.used_amount, 0)
+    select l.limit_id, l.amount, l.action, b.limit_amount - l.amount,
+        coalesce(b.used_amount, 0)
     from credits.limits l
     left join credits.balances b on b.organization_id = l.organization_id and b.balance_id = l.balance_id
         and b.period_start <= %s and b.period_end > %s
     where l.organization_id = %s and l.ended_at is null"""
 SHARES = """
-    select a.allocation_id, a.amount_micros, a.when_empty, coalesce(b.limit_amount, a.amount_micros), coalesce(b.used_amount, 0)
+    select a.allocation_id, a.amount_micros, a.when_empty, coalesce(b.limit_amount, a.amount_micros),
+        coalesce(b.used_amount, 0)
     from credits.allocations a
     left join credits.balances b on b.organization_id = a.organization_id and b.balance_id = a.allocation_id
         and b.period_start <= %s and b.period_end > %s
@@ -105,7 +121,7 @@ class Chronicle(Stage):
         """Nothing stays held, for the reason that histories have; it is the database that knows what is held."""
         self._pass_time(0)
         for cast in self.cast:
-            holds = self._rows("select request_id from credits.holds where organization_id = %s", cast.organization)
+            holds = self._rows(HELD, cast.organization)
             if holds:
                 self._move([ref.Move(cast.organization, ref.RELEASE, request) for request in holds])
 
@@ -113,53 +129,51 @@ class Chronicle(Stage):
 
     def _command(self, cast: Cast, sql: str, arguments: list[Any], run: Any) -> None:
         if self._try(sql, arguments):
-            try:
+            with contextlib.suppress(ref.Refused):  # it does not know all there is here
                 run(self._model(cast))
-            except ref.Refused:
-                pass  # it does not know all there is here
 
     def _try(self, sql: str, arguments: list[Any]) -> bool:
         try:
             self.simulator.execute(sql, arguments)
         except psycopg.Error as error:
-            assert str(error.sqlstate).startswith("BR"), error
+            if not str(error.sqlstate).startswith("BR"):
+                raise
             return False
         return True
 
     def _move(self, asked: list[ref.Move]) -> None:
         self.world.move(asked, self.now)
-        self.simulator.execute(*as_call([_real(move) for move in asked], self.now), binary=True)
+        self.simulator.execute(*as_call([real(move) for move in asked], self.now), binary=True)
 
     def _pick(self, cast: Cast, sql: str, which: int) -> Any:
         rows = self.admin.execute(sql, [cast.organization]).fetchall()
         return rows[which % len(rows)][0] if rows else uuid7()
 
     def _some_pool(self, cast: Cast, which: int) -> Any:
-        return self._pick(cast, "select pool_id from credits.pools where organization_id = %s order by created_at, pool_id", which)
+        return self._pick(cast, ALL_POOLS, which)
 
     def _transfer(self, org: int, a: int, b: int, amount: int, _: int) -> None:
         cast = self.cast[org % 2]
+        pools = [self._some_pool(cast, a), self._some_pool(cast, b)]
+        micros = (1, 7, 30, 90, None)[amount % 5]
         self._try(
             "select credits.transfer_credits(%s, %s, %s, %s, 'moved', null, %s, %s)",
-            [cast.organization, self._some_pool(cast, a), self._some_pool(cast, b), (1, 7, 30, 90, None)[amount % 5],
-             uuid7().hex, self.now],
-        )  # fmt: skip
+            [cast.organization, *pools, micros, uuid7().hex, self.now],
+        )
 
     def _refund(self, org: int, which: int, amount: int, *_: int) -> None:
         cast = self.cast[org % 2]
-        request = self._pick(
-            cast, "select distinct request_id from ledger.attribution where organization_id = %s and charged_micros > 0 order by 1", which
-        )
+        micros = (None, 1, 3, 10)[amount % 4]
         self._try(
             "select credits.refund_charge(%s, %s, %s, 'sorry', null, %s, %s)",
-            [cast.organization, request, (None, 1, 3, 10)[amount % 4], uuid7().hex, self.now],
+            [cast.organization, self._pick(cast, CHARGED, which), micros, uuid7().hex, self.now],
         )
 
     def _raise(self, org: int, which: int, amount: int, begins: int, lasts: int) -> None:
         cast = self.cast[org % 2]
-        limit = self._pick(cast, "select limit_id from credits.limits where organization_id = %s and ended_at is null order by 1", which)
         starts = (None, self.now + timedelta(hours=5), self.now + timedelta(days=2))[begins % 3]
         ends = (starts or self.now) + timedelta(hours=(1, 30, 100)[lasts % 3])
+        limit = self._pick(cast, IN_FORCE, which)
         self._try(
             "select credits.raise_limit(%s, %s, %s, null, %s, %s, %s, 'more', null, %s, %s)",
             [cast.organization, uuid7(), limit, 1 + amount % 50, starts, ends, uuid7().hex, self.now],
@@ -167,48 +181,50 @@ class Chronicle(Stage):
 
     def _end_raise(self, org: int, which: int, *_: int) -> None:
         cast = self.cast[org % 2]
-        raised = self._pick(cast, "select raise_id from credits.raises where organization_id = %s order by 1", which)
+        raised = self._pick(cast, RAISED, which)
         self._try("select credits.end_raise(%s, %s, %s)", [cast.organization, raised, self.now])
 
     def _roll(self, org: int, pool: int, amount: int, life: int, bounds: int) -> None:
         cast = self.cast[org % 2]
+        pool_id, micros = self._some_pool(cast, pool), (10, 60, 200)[amount % 3]
         expires = self.now + timedelta(hours=(1, 20, 60)[life % 3])
-        least, most = ((0, 20), (30, 40), (0, 500), (5, 5))[bounds % 4]
+        bounds_and_end = (*((0, 20), (30, 40), (0, 500), (5, 5))[bounds % 4], expires + timedelta(days=2))
         self._try(
-            "select credits.add_grant(%s, %s, %s, 'plan', %s, 90::smallint, false, 100, null, %s, null, null, %s, %s, %s, %s, %s)",
-            [cast.organization, uuid7(), self._some_pool(cast, pool), (10, 60, 200)[amount % 3], expires, uuid7().hex,
-             self.now, least, most, expires + timedelta(days=2)],
-        )  # fmt: skip
+            "select credits.add_grant(%s, %s, %s, 'plan', %s, 90::smallint, false, 100, null, %s, null, null, %s, %s,"
+            " %s, %s, %s)",
+            [cast.organization, uuid7(), pool_id, micros, expires, uuid7().hex, self.now, *bounds_and_end],
+        )
 
     def _recurring(self, org: int, pool: int, amount: int, unit: int, _: int) -> None:
         cast = self.cast[org % 2]
+        what = [self._some_pool(cast, pool), (5, 25)[amount % 2], ("day", "week")[unit % 2]]
         self._try(
-            "select credits.add_schedule(%s, %s, %s, 'plan', %s, 80::smallint, true, 0, 'Europe/Paris', null, %s, 1, null,"
-            " false, null, null, null, 'plan', null, %s, %s)",
-            [cast.organization, uuid7(), self._some_pool(cast, pool), (5, 25)[amount % 2], ("day", "week")[unit % 2],
-             uuid7().hex, self.now],
-        )  # fmt: skip
+            "select credits.add_schedule(%s, %s, %s, 'plan', %s, 80::smallint, true, 0, 'Europe/Paris', null, %s, 1,"
+            " null, false, null, null, null, 'plan', null, %s, %s)",
+            [cast.organization, uuid7(), *what, uuid7().hex, self.now],
+        )
 
     def _renewed(self, org: int, user: int, period: int, amount: int, empty: int) -> None:
         cast = self.cast[org % 2]
-        shared = self._pick(cast, "select pool_id from credits.pools where organization_id = %s and kind = 'shared' order by 1", 0)
+        shared, member = self._pick(cast, SHARED_POOLS, 0), cast.users[user % 3]
+        what: list[Any] = [("day", "week", "none")[period % 3], (0, 12, 40)[amount % 3]]
+        what.append(("stops", "stops", "open_part")[empty % 3])
+        carry = 6 if period % 3 < 2 and amount % 2 else 0
         self._try(
             "select credits.allocate(%s, %s, %s, %s, 'reserved', %s, %s, %s, true, null, %s, %s, %s)",
-            [cast.organization, uuid7(), shared, cast.users[user % 3], ("day", "week", "none")[period % 3], (0, 12, 40)[amount % 3],
-             ("stops", "stops", "open_part")[empty % 3], uuid7().hex, self.now, 6 if period % 3 < 2 and amount % 2 else 0],
-        )  # fmt: skip
+            [cast.organization, uuid7(), shared, member, *what, uuid7().hex, self.now, carry],
+        )
 
     def _reallocate(self, org: int, a: int, b: int, amount: int, _: int) -> None:
         cast = self.cast[org % 2]
-        shares = "select allocation_id from credits.allocations where organization_id = %s and kind = 'reserved' and ended_at is null order by 1"
-        to = self._pick(cast, shares, b) if b % 3 else None
+        share, to = self._pick(cast, RESERVED, a), self._pick(cast, RESERVED, b) if b % 3 else None
         self._try(
             "select credits.reallocate(%s, %s, %s, %s, %s, %s)",
-            [cast.organization, self._pick(cast, shares, a), to, (None, 1, 4)[amount % 3], uuid7().hex, self.now],
+            [cast.organization, share, to, (None, 1, 4)[amount % 3], uuid7().hex, self.now],
         )
 
     def _correct(self, org: int, which: int, amount: int, *_: int) -> None:
         """The true cost of what was charged by estimate comes: mostly less."""
         cast = self.cast[org % 2]
-        request = self._pick(cast, "select request_id from credits.estimates where organization_id = %s order by 1", which)
+        request = self._pick(cast, ESTIMATED, which)
         self._move([ref.Move(cast.organization, ref.SETTLE, request, cast.users[0], None, amount % 12, model="gpt-4")])

@@ -569,7 +569,7 @@ class Stage:
 
     def _move(self, asked: list[ref.Move]) -> None:
         expected = self.world.move(asked, self.now)
-        rows = self.simulator.execute(*as_call([_real(move) for move in asked], self.now), binary=True)
+        rows = self.simulator.execute(*as_call([real(move) for move in asked], self.now), binary=True)
         by_place = sorted(rows.fetchall(), key=lambda row: row[0])
         for move, verdict, row, real in zip(asked, expected, by_place, as_verdicts(by_place), strict=True):
             found = ref.Verdict(
@@ -693,7 +693,8 @@ class Stage:
             return {row[0]: row[1:] for row in self.admin.execute(GRANTS, [cast.organization]).fetchall()}
 
 
-def _real(move: ref.Move) -> RealMove:
+def real(move: ref.Move) -> RealMove:
+    """A move of the reference as the product asks for it."""
     return RealMove(
         Action(move.action),
         move.organization,

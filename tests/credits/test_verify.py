@@ -76,6 +76,14 @@ FAULTS = {
     "closed_pools_are_empty": "update credits.pools set closed_at = created_at where true",
     "burns_tile": "update credits.pools set poured_micros = poured_micros + 1 where true",
     "left_is_the_limit_beyond_the_pour": "update credits.grant_states set left_micros = 0 where true",
+    "taken_back_was_poured": """
+        insert into credits.unburns (organization_id, pool_id, taken_back_at, start_micros, end_micros, grant_id,
+            poured_at)
+        select organization_id, gen_random_uuid(), now(), 0, 1, grant_id, now() - interval '1 day'
+        from credits.grants where true""",
+    "limits_are_their_last_change": "update credits.limits set amount = amount + 1 where true",
+    "shares_are_their_last_change": "update credits.allocations set carry_micros = 1, period = 'month' "
+    "where kind = 'reserved'",
     "events_are_awaited": "update credits.pools set next_event_at = 'infinity' where true",
     "one_current_chain": "update credits.chains set limits_version = limits_version + 1000 where true",
     "estimates_were_charged": """

@@ -219,9 +219,7 @@ async def _pools(conn: db.Connection, organization_id: UUID, at: datetime) -> li
     return await db.fetch_all(conn, PoolAt, QUERIES.pools, organization_id=organization_id, at=at)
 
 
-def _pour(
-    pools: Sequence[PoolAt], booked: Sequence[_Booked], backs: dict[UUID, Micros], at: datetime
-) -> list[GrantAt]:
+def _pour(pools: Sequence[PoolAt], booked: Sequence[_Booked], backs: dict[UUID, Micros], at: datetime) -> list[GrantAt]:
     """Lay what each pool had used since its last pour on its grants, in burn order, as a pour at the instant would.
 
     booked: in burn order within each pool. backs: what a correction had taken back and no pour had seen yet.

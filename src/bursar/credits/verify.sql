@@ -359,6 +359,43 @@ select p.organization_id, 'pool ' || p.pool_id, 'poured at most ' || b.used_amou
 from credits.pools p join credits.balances b on b.organization_id = p.organization_id and b.balance_id = p.pool_id
 where p.poured_micros > b.used_amount
 
+-- name: taken_back_was_poured
+-- What a correction took back from a grant had been poured over it, a grant of this pool, and nothing else had the same stretch at that time.
+select u.organization_id, 'pool ' || u.pool_id || ' from ' || u.start_micros || ' until ' || u.taken_back_at as subject, 'a grant of the pool' as expected,
+    'grant ' || u.grant_id as found
+from credits.unburns u join credits.grants g on g.organization_id = u.organization_id and g.grant_id = u.grant_id
+where g.pool_id <> u.pool_id
+union all
+select u.organization_id, 'pool ' || u.pool_id || ' from ' || u.start_micros || ' until ' || u.taken_back_at, 'alone', 'with grant ' || o.grant_id || ', poured at ' || o.poured_at
+from credits.unburns u
+join (
+    select organization_id, pool_id, start_micros, end_micros, grant_id, poured_at, 'infinity'::timestamptz as taken_back_at from credits.burns
+    union all
+    select organization_id, pool_id, start_micros, end_micros, grant_id, poured_at, taken_back_at from credits.unburns
+) o on o.organization_id = u.organization_id and o.pool_id = u.pool_id and o.start_micros < u.end_micros and o.end_micros > u.start_micros
+    and o.poured_at < u.taken_back_at and o.taken_back_at > u.poured_at
+    and (o.start_micros, o.taken_back_at) is distinct from (u.start_micros, u.taken_back_at)
+
+-- name: limits_are_their_last_change
+-- What a limit is, it was set to last, and its changes are counted without gap.
+select l.organization_id, 'limit ' || l.limit_id as subject, row(l.amount, l.action, l.is_strict)::text || ', ' || coalesce(c.nr, 0) || ' changes' as expected,
+    row(c.amount, c.action, c.is_strict)::text || ', ' || coalesce(n.changes, 0) || ' changes' as found
+from credits.limits l
+left join (select organization_id, limit_id, count(*) as changes, max(nr) as nr from credits.limit_changes group by 1, 2) n
+    on n.organization_id = l.organization_id and n.limit_id = l.limit_id
+left join credits.limit_changes c on c.organization_id = n.organization_id and c.limit_id = n.limit_id and c.nr = n.nr
+where (l.amount, l.action, l.is_strict) is distinct from (c.amount, c.action, c.is_strict) or c.nr is distinct from n.changes
+
+-- name: shares_are_their_last_change
+-- What a share is, it was set to last, and its changes are counted without gap.
+select a.organization_id, 'allocation ' || a.allocation_id as subject, row(a.amount_micros, a.when_empty, a.carry_micros)::text || ', ' || coalesce(c.nr, 0) || ' changes' as expected,
+    row(c.amount_micros, c.when_empty, c.carry_micros)::text || ', ' || coalesce(n.changes, 0) || ' changes' as found
+from credits.allocations a
+left join (select organization_id, allocation_id, count(*) as changes, max(nr) as nr from credits.share_changes group by 1, 2) n
+    on n.organization_id = a.organization_id and n.allocation_id = a.allocation_id
+left join credits.share_changes c on c.organization_id = n.organization_id and c.allocation_id = n.allocation_id and c.nr = n.nr
+where (a.amount_micros, a.when_empty, a.carry_micros) is distinct from (c.amount_micros, c.when_empty, c.carry_micros) or c.nr is distinct from n.changes
+
 -- name: events_are_awaited
 -- A pool wakes at its grants' next start or end and at its schedules' next grant, at once while a grant lingers or a hold keeps it from closing; the gate wakes with the first of its pools, raises and renewals.
 select p.organization_id, 'pool ' || p.pool_id as subject, coalesce(s.at, 'infinity')::text as expected, p.next_event_at::text as found
