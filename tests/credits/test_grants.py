@@ -1,11 +1,13 @@
 """Grants in full: transfers, refunds, schedules, roll-over, the value of what is burnt, and the switch of pools."""
 
+import re
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 from tests.credits.scenes import NOON, Balance, Scene
 
 from bursar.clock import uuid7
+from bursar.credits.grants import GrantSource
 from bursar.credits.moves import Flag, Outcome
 
 ACCEPTED, REFUSED = Outcome.ACCEPTED, Outcome.REFUSED
@@ -104,6 +106,8 @@ def test_what_is_due_in_the_other_pool_happens_before_credits_arrive_there(scene
     scene.wake()
     assert scene.grants(own) == [("transfer", 100, 100, "active"), ("purchase", 50, 0, "ended")]
     assert scene.entries("expiry") == [("expiry", 30, 0)]
+    poured = scene.admin("select poured_at from credits.burns where organization_id = %s", scene.organization)
+    assert poured == [(NOON + timedelta(hours=1),)]
     assert scene.findings() == []
 
 
@@ -631,3 +635,60 @@ def test_back_and_forth_nothing_is_lost(scene: Scene) -> None:
         row[0] for row in scene.admin("select sum(value_nano_usd)::int from credits.stretches(%s)", scene.organization)
     )
     assert scene.findings() == []
+
+
+def test_sources_that_are_known_are_those_of_the_table(scene: Scene) -> None:
+    """A list of grants reads every source that there may be."""
+    ((check,),) = scene.admin(
+        "select pg_get_constraintdef(oid) from pg_constraint where conname = 'grants_source_known'"
+    )
+    assert set(re.findall(r"'(\w+)'", check)) == {source.value for source in GrantSource}
+
+
+# ---------------------------------------------------------------------------------------------- what was so before
+
+
+def test_what_a_hold_kept_of_an_expired_grant_expires_when_the_hold_ends(scene: Scene) -> None:
+    """Until then it could be paid with: the balance of an instant in between has it."""
+    pool, user = scene.pool(), scene.user()
+    scene.grant(pool, 100, expires=NOON + timedelta(hours=1))
+    request = scene.hold(30, user, lease_seconds=86400)
+    scene.now = NOON + timedelta(hours=3)
+    assert scene.settle(request, 20).outcome is ACCEPTED
+    scene.now = NOON + timedelta(hours=4)
+    scene.fold()
+    happened = scene.admin(
+        "select amount, happened_at from ledger.entries where organization_id = %s and kind = 'expiry' order by 2",
+        scene.organization,
+    )
+    assert happened == [(70, NOON + timedelta(hours=1)), (10, NOON + timedelta(hours=3))]
+
+
+def test_what_a_correction_takes_back_from_a_grant_was_burnt_until_then(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    grant = scene.grant(pool, 100)
+    request = scene.hold(30, user, flags=Flag.SENT)
+    scene.now = NOON + timedelta(hours=1)
+    scene.expire()
+    poured = scene.now = NOON + timedelta(hours=2)
+    scene.grant(pool, 5)  # pours
+    taken = scene.now = NOON + timedelta(hours=3)
+    scene.settle(request, 12)
+    assert scene.admin(
+        "select start_micros, end_micros, grant_id, poured_at, taken_back_at from credits.unburns"
+        " where organization_id = %s",
+        scene.organization,
+    ) == [(12, 30, grant, poured, taken)]
+    assert scene.findings() == []
+
+
+def test_what_was_used_before_a_transfer_came_is_paid_by_the_grants_there_were(scene: Scene) -> None:
+    user = scene.user()
+    shared, own = scene.pool(), scene.pool("personal", owner=user)
+    scene.grant(own, 100)
+    scene.grant(shared, 50, priority=10)
+    scene.deduct(20, user)
+    scene.now = NOON + timedelta(hours=1)
+    scene.transfer(shared, own, 50)
+    scene.fold()
+    assert scene.grants(own) == [("transfer", 50, 50, "active"), ("purchase", 100, 80, "active")]

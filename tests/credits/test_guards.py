@@ -37,6 +37,39 @@ ZERO = "'00000000-0000-0000-0000-000000000000'"
 
 # function, what is taken out, what stands there instead, the rule that must notice
 MUTATIONS: list[tuple[str, str, str, Rule]] = [
+    # what was so before
+    (
+        "pour",
+        "where v_row.poured_at < p_at;",
+        "where false;",
+        grants.test_what_a_correction_takes_back_from_a_grant_was_burnt_until_then,
+    ),
+    (
+        "end_grant",
+        "case when p_before is null then p_grant.expires_at else p_at end",
+        "p_grant.expires_at",
+        grants.test_what_a_hold_kept_of_an_expired_grant_expires_when_the_hold_ends,
+    ),
+    (
+        "divide",
+        "perform credits.pour(organization_id, pool_id, p_now) from pools",
+        "perform from pools",
+        grants.test_what_was_used_before_a_transfer_came_is_paid_by_the_grants_there_were,
+    ),
+    (
+        "set_limit",
+        "select p_organization_id, v_id, count(*) + 1, v_now, p_amount, p_action, p_is_strict, p_created_by",
+        "select p_organization_id, v_id, count(*) + 1, v_now, p_amount + 1, p_action, p_is_strict, p_created_by",
+        limits.test_what_a_limit_was_is_kept,
+    ),
+    *(
+        (name, f"perform credits.note_share({arguments});", "", limits.test_what_a_share_was_is_kept)
+        for name, arguments in (
+            ("allocate", "p_organization_id, v_id, p_created_by, v_now"),
+            ("adjust_share", "p_organization_id, p_allocation_id, null, p_now"),
+            ("give_room_back", "p_organization_id, v_row.id, null, p_now"),
+        )
+    ),
     # who may ask, and when it is
     (
         "now_under_gate",

@@ -5,6 +5,7 @@ from uuid import UUID
 
 from tests.credits.scenes import NOON, Balance, Scene
 
+from bursar.clock import uuid7
 from bursar.credits.moves import Outcome
 
 ACCEPTED, REFUSED = Outcome.ACCEPTED, Outcome.REFUSED
@@ -513,4 +514,46 @@ def test_of_a_renewed_share_only_this_period_is_given_away(scene: Scene) -> None
     scene.now = NOON + DAY
     assert scene.deduct(40, one).outcome is ACCEPTED
     assert scene.deduct(21, other).outcome is REFUSED
+    assert not scene.findings()
+
+
+# ---------------------------------------------------------------------------------------------- what was so before
+
+
+def test_what_a_limit_was_is_kept(scene: Scene) -> None:
+    limit = scene.limit(100)
+    scene.now = NOON + DAY
+    assert scene.limit(70, action="asks", strict=True) == limit
+    rows = scene.admin(
+        "select nr, changed_at, amount, action, is_strict from credits.limit_changes where organization_id = %s"
+        " order by nr",
+        scene.organization,
+    )
+    assert rows == [(1, NOON, 100, "stops", False), (2, NOON + DAY, 70, "asks", True)]
+    assert not scene.findings()
+
+
+def test_what_a_share_was_is_kept(scene: Scene) -> None:
+    pool, one = scene.pool(), scene.user()
+    scene.grant(pool, 100)
+    share = scene.share(pool, one, 40)
+    scene.now = NOON + DAY
+    scene.reallocate(share, None, 10)
+    request = uuid7()
+    assert scene.deduct(8, one, request).outcome is ACCEPTED
+    scene.now = NOON + 2 * DAY
+    scene.refund(request, 3)
+    scene.now = NOON + 3 * DAY
+    scene.share(pool, one, 50, when_empty="open_part")
+    rows = scene.admin(
+        "select nr, changed_at, amount_micros, limit_micros, when_empty from credits.share_changes"
+        " where organization_id = %s and allocation_id = %s order by nr",
+        scene.organization, share,
+    )  # fmt: skip
+    assert rows == [
+        (1, NOON, 40, 40, "stops"),
+        (2, NOON + DAY, 30, 30, "stops"),
+        (3, NOON + 2 * DAY, 30, 33, "stops"),
+        (4, NOON + 3 * DAY, 50, 53, "open_part"),
+    ]
     assert not scene.findings()

@@ -155,14 +155,16 @@ class _Clock:
     zone: str
 
 
-async def pools_at(conn: db.Connection, *, organization_id: UUID, at: datetime) -> list[PoolAt]:
-    """The organization's pools at an instant, shared first.
+async def pools_at(
+    conn: db.Connection, *, organization_id: UUID, at: datetime, with_closed: bool = False
+) -> list[PoolAt]:
+    """The organization's pools at an instant, shared first; with_closed: also those that had closed and were even.
 
     Raises:
         NotPast: the instant is still to come. NotFound: no such organization.
     """
     await _require_past(conn, organization_id, at)
-    return await _pools(conn, organization_id, at)
+    return await _pools(conn, organization_id, at, with_closed)
 
 
 async def grants_at(conn: db.Connection, *, organization_id: UUID, at: datetime) -> list[GrantAt]:
@@ -172,7 +174,7 @@ async def grants_at(conn: db.Connection, *, organization_id: UUID, at: datetime)
         NotPast: the instant is still to come. NotFound: no such organization.
     """
     await _require_past(conn, organization_id, at)
-    pools = await _pools(conn, organization_id, at)
+    pools = await _pools(conn, organization_id, at, True)
     booked = await db.fetch_all(conn, _Booked, QUERIES.grants, organization_id=organization_id, at=at)
     over = [pool for pool in pools if pool.poured_micros > pool.used_micros]
     backs = await db.fetch_all(
@@ -207,16 +209,29 @@ async def shares_at(conn: db.Connection, *, organization_id: UUID, at: datetime)
     return await db.fetch_all(conn, ShareAt, QUERIES.shares, organization_id=organization_id, at=at)
 
 
+async def settle_past(conn: db.Connection, *, organization_id: UUID) -> None:
+    """Book what time has changed until now, and see out whoever is booking; then nothing is booked at an earlier
+    instant any more. Where nothing is due, nobody is kept waiting afterwards.
+
+    Raises:
+        NotFound: no such organization.
+    """
+    is_due = await db.fetch_value(conn, QUERIES.is_due, organization_id=organization_id)
+    async with conn.transaction(force_rollback=not is_due):
+        await fold(conn, organization_id=organization_id)
+
+
 async def _require_past(conn: db.Connection, organization_id: UUID, at: datetime) -> None:
-    """Book what time has changed until now; from then on nothing is booked at an earlier instant."""
-    await fold(conn, organization_id=organization_id)
+    await settle_past(conn, organization_id=organization_id)
     clock = await db.fetch_one(conn, _Clock, QUERIES.clock, organization_id=organization_id)
     if at > clock.now:
         raise NotPast(f"It is {clock.now:%Y-%m-%d %H:%M:%S} UTC; `--at` looks back only")
 
 
-async def _pools(conn: db.Connection, organization_id: UUID, at: datetime) -> list[PoolAt]:
-    return await db.fetch_all(conn, PoolAt, QUERIES.pools, organization_id=organization_id, at=at)
+async def _pools(conn: db.Connection, organization_id: UUID, at: datetime, with_closed: bool) -> list[PoolAt]:
+    return await db.fetch_all(
+        conn, PoolAt, QUERIES.pools, organization_id=organization_id, at=at, with_closed=with_closed
+    )
 
 
 def _pour(pools: Sequence[PoolAt], booked: Sequence[_Booked], backs: dict[UUID, Micros], at: datetime) -> list[GrantAt]:

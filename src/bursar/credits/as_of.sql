@@ -4,6 +4,9 @@
 -- name: clock
 select clock_timestamp() as now, o.zone from identity.organizations o where o.organization_id = %(organization_id)s
 
+-- name: is_due
+select next_event_at <= clock_timestamp() from credits.gates where organization_id = %(organization_id)s
+
 -- name: pools
 -- granted: what the ledger had brought into the pool less what it had taken out; used: what was drawn by then; poured: how much of that stood
 -- on grants already. Pools that have closed since, and those that had closed and were not even.
@@ -38,7 +41,7 @@ left join (select pool_id, sum(micros) as micros from draws group by 1) d on d.p
 left join (select pool_id, sum(amount) as amount from moves group by 1) m on m.pool_id = p.pool_id
 left join (select pool_id, sum(micros) as micros from stretches group by 1) s on s.pool_id = p.pool_id
 where p.organization_id = %(organization_id)s and p.created_at <= %(at)s
-  and (p.closed_at is null or p.closed_at > %(at)s or coalesce(m.amount, 0) <> coalesce(d.micros, 0))
+  and (%(with_closed)s or p.closed_at is null or p.closed_at > %(at)s or coalesce(m.amount, 0) <> coalesce(d.micros, 0))
 order by p.kind <> 'shared', p.created_at, p.pool_id
 
 -- name: grants

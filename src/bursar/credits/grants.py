@@ -27,6 +27,13 @@ class GrantSource(StrEnum):
     CREDIT_LINE = "credit_line"
     TRANSFER = "transfer"
     OPENING = "opening"
+    TOP_UP = "top_up"
+    FORGIVENESS = "forgiveness"
+    REFUND = "refund"
+
+
+OF_THEIR_OWN: Final = frozenset({GrantSource.TOP_UP, GrantSource.FORGIVENESS, GrantSource.REFUND})
+"""Sources of grants that only their own commands make: purchases by themselves, forgiven debts, refunds."""
 
 
 class InvalidGrant(Problem):
@@ -95,8 +102,11 @@ async def add_grant(
     all that is left expires.
 
     Raises:
-        NotFound: no such open pool. InvalidGrant: it would have expired already. KeyReused: another body.
+        NotFound: no such open pool. InvalidGrant: it would have expired already, or comes of another command.
+        KeyReused: another body.
     """
+    if source in OF_THEIR_OWN:
+        raise InvalidGrant(f"Grants of the source {source.value} come of commands of their own")
     grant_id = await db.fetch_value(
         conn,
         QUERIES.add_grant,
