@@ -198,6 +198,23 @@ async def test_a_level_is_told_once_however_many_look_while_charges_race(house: 
     assert [each.sequence for each in await house.told("limit")] == list(range(1, 1 + len(await house.told("limit"))))
 
 
+async def test_of_workers_that_saw_the_same_one_tells_it(house: House) -> None:
+    await house.fund(1000)
+    await house.cap(100, period=Period.DAY)
+    for amount in (55, 30):  # the first level of a balance, and a later one
+        await house.spend(amount)
+        async with house.org.database.platform() as conn:
+            ids = [house.org.organization_id]
+            seen = await db.fetch_all(
+                conn, looking.Crossed, looking.QUERIES.crossed_of_organizations, organization_ids=ids
+            )
+        [found] = [each for each in seen if each.watches == "limit"]
+        told = await asyncio.gather(*(looking.tell(house.org.database, found) for _ in range(4)))
+        assert sum(told) == 1
+        assert not await looking.tell(house.org.database, found)
+    assert await house.levels("limit") == [("limit.threshold", "50"), ("limit.threshold", "80")]
+
+
 async def test_an_alert_that_was_broken_off_is_told_by_the_next_look(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
