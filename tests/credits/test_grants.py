@@ -692,3 +692,19 @@ def test_what_was_used_before_a_transfer_came_is_paid_by_the_grants_there_were(s
     scene.transfer(shared, own, 50)
     scene.fold()
     assert scene.grants(own) == [("transfer", 50, 50, "active"), ("purchase", 100, 80, "active")]
+
+
+def test_switching_back_and_forth_does_not_grind_grants_to_dust(scene: Scene) -> None:
+    for _ in range(5):
+        scene.user()
+    pool = scene.pool()
+    scene.grant(pool, 1000, paid=999, expires=NOON + timedelta(days=9))
+    scene.grant(pool, 7, free=True)
+    for _ in range(3):
+        scene.switch("personal")
+        scene.switch("shared")
+    spendable = [row[1:3] for row in scene.grants(pool) if row[3] == "active"]
+    assert spendable == [(1000, 1000), (7, 7)]
+    value = "select sum(value_left_nano_usd)::int from credits.grant_states where organization_id = %s"
+    assert scene.admin(value, scene.organization) == [(999,)]
+    assert scene.findings() == []
