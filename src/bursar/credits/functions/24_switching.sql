@@ -51,7 +51,8 @@ declare
     v_new uuid;
     v_moved bigint := 0;
 begin
-    perform credits.pour(p_organization_id, pool_id, p_now) from unnest(p_pool_ids) pool_id;
+    -- What was used before is paid by the grants that there were, in the pool that receives too.
+    perform credits.pour(p_organization_id, pool_id, p_now) from unnest(p_pool_ids || p_to_pool_id) pool_id;
     for v_group in
         with parts as (
             select g.*, s.left_micros, s.value_left_nano_usd, s.state, s.left_micros - least(s.left_micros, greatest(0, b.held_amount
