@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 
 import httpx2
 import pytest
-from tests.audit.conftest import admin, crooked, tamperer
+from tests.audit.conftest import admin, tamperer
 from tests.credits.conftest import scratch_database
 from tests.gateway.conftest import base_url, payer, priced, two_servers
 
@@ -12,7 +12,7 @@ from bursar import db
 from bursar.credits.verify import verify
 from bursar.settings import Settings
 
-__all__ = ["admin", "base_url", "crooked", "http", "payer", "priced", "tamperer", "two_servers"]
+__all__ = ["admin", "base_url", "http", "payer", "priced", "tamperer", "two_servers"]
 
 
 @pytest.fixture
@@ -29,3 +29,10 @@ async def books(database: db.Database, admin_dsn: str, settings: Settings) -> As
         yield opened
         async with opened.platform() as conn:
             assert await verify(conn) == []
+
+
+@pytest.fixture(scope="session")
+async def crooked(database: db.Database, admin_dsn: str, settings: Settings) -> AsyncIterator[db.Database]:
+    """A database of this worker's own that is tampered with."""
+    async with scratch_database(admin_dsn, settings, "forged") as opened:
+        yield opened
