@@ -99,6 +99,9 @@ def set_cap(
                 raise typer.BadParameter("--every goes with --team or --department alone")
             if team is not None or department is not None:
                 within_scope, within_id = await _scope(conn, database, organization, None, None, team, department)
+        if model is not None and not await limits.fits_a_model(conn, model):
+            hint = "" if "%" in model else f"; --model “%{model}%” is for all that have it in their names"
+            typer.echo(f"No model of the price lists fits “{model}” yet{hint}.", err=True)
         limit_id = await limits.set_limit(
             conn,
             organization_id=organization.organization_id,

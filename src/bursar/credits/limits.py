@@ -370,6 +370,11 @@ async def list_limits(conn: db.Connection, *, organization_id: UUID) -> list[Lim
     return await db.fetch_all(conn, Limit, QUERIES.limits, organization_id=organization_id)
 
 
+async def fits_a_model(conn: db.Connection, pattern: str) -> bool:
+    """Whether any model of the price lists fits a pattern (% is anything). A cap on none counts nothing."""
+    return bool(await db.fetch_value(conn, QUERIES.is_a_priced_model, pattern=pattern))
+
+
 async def set_cycle(conn: db.Connection, *, organization_id: UUID, anchor: datetime | None, by: Actor) -> None:
     """Say when the subscription began: cycles begin at its day and time of every month, or on the month's last day.
 

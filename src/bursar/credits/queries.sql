@@ -127,6 +127,9 @@ select limit_id, scope, scope_id, metric, model_filter, period, amount, action, 
 from credits.limits where organization_id = %(organization_id)s and ended_at is null
 order by created_at, limit_id
 
+-- name: is_a_priced_model
+select exists (select from pricing.models where model like %(pattern)s)
+
 -- name: metric_of_limit
 -- Of a limit, or of the balance that a default counts on.
 select metric from credits.limits where organization_id = %(organization_id)s and %(limit_id)s in (limit_id, balance_id)
