@@ -1,6 +1,6 @@
 """Playing a scenario: every step through the money functions, at its instant, in the order that is documented.
 
-At one instant: grants end, come again and begin; resets; grants are made and voided, credits transferred, caps and
+At one instant: grants end, are made, come again and begin; resets; grants are voided, credits transferred, caps and
 shares set and ended; holds end whose lease is over; refunds, releases, settles, extends; holds and usage. What is asked
 about an instant is looked at last.
 """
@@ -53,7 +53,7 @@ class Step:
         return self.rank >= _ENDS
 
 
-_RESETS, _SETS, _ENDS, _USES = 0, 1, 2, 3
+_TIMES, _RESETS, _SETS, _ENDS, _USES = range(5)
 
 
 @dataclass(slots=True)
@@ -203,7 +203,7 @@ class _Player:
             if grant.recurrence is not None:
                 yield from self._recurring(grant, grant.recurrence)
             else:
-                yield Step(grant.created_at or start, _SETS, _with(self._grant, grant))
+                yield Step(grant.created_at or start, _TIMES, _with(self._grant, grant))
             if grant.voided_at:
                 yield Step(grant.voided_at, _SETS, _with(self._void, grant))
         for transfer in self._scenario.transfers:
@@ -227,11 +227,11 @@ class _Player:
         ends = min((each for each in (grant.expires_at, grant.voided_at) if each), default=None)
         if first > begins:
             once = grant.model_copy(update={"effective_at": begins, "expires_at": min(first, ends or first)})
-            yield Step(begins, _SETS, _with(self._grant, once))
+            yield Step(begins, _TIMES, _with(self._grant, once))
         if ends is None or first < ends:
-            yield Step(begins, _SETS, _with(self._schedule, (grant, anchor, ends)))
+            yield Step(begins, _TIMES, _with(self._schedule, (grant, anchor, ends)))
         if grant.expires_at and first < grant.expires_at:
-            yield Step(grant.expires_at, _SETS, _with(self._void, grant))
+            yield Step(grant.expires_at, _TIMES, _with(self._void, grant))
 
     def _moves(self) -> Iterator[Step]:
         for refund in self._scenario.refunds:
@@ -327,7 +327,7 @@ class _Player:
             for each in found
             if each.grant_id not in parents
             and (grant := self._told.get(self.names[each.grant_id])) is not None
-            and (grant.voided_at is None or grant.voided_at > at)
+            and all(end is None or end > at for end in (grant.voided_at, grant.expires_at))
         ]
         return await self._command(
             _asked(at, "reset", reset.pool),

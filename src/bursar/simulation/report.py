@@ -35,10 +35,11 @@ def _figures(figures: Figures, names: dict[UUID, str]) -> dict[str, Any]:
 
 
 def _balances(figures: Figures, names: dict[UUID, str]) -> dict[str, str]:
-    """What each grant can pay, with all that came of it."""
+    """What each told grant can pay, with all that came of it; what was forgiven is gone at once."""
     sums: dict[str, int] = {}
     for each in figures.grants:
-        sums[names[each.grant_id]] = sums.get(names[each.grant_id], 0) + each.balance
+        if each.source != "forgiveness":
+            sums[names[each.grant_id]] = sums.get(names[each.grant_id], 0) + each.balance
     return {name: format_credits(Micros(amount)) for name, amount in sums.items()}
 
 
