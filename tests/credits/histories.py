@@ -35,9 +35,9 @@ ALL_PERIODS = (*PERIODS, "cycle")
 WEIGHTS = {
     "batch": 60, "grant": 9, "allocate": 5, "limit": 4, "end_limit": 2, "end_allocation": 2, "void": 3, "pool": 3,
     "expire": 7, "person": 2, "touch": 2, "default": 4, "own": 2, "raise": 3, "end_raise": 1, "renewed": 3,
-    "reallocate": 2, "cycle": 1,
+    "reallocate": 2, "cycle": 1, "transfer": 4,
 }  # fmt: skip
-ARGUMENTS = {"allocate": 7, "limit": 7, "person": 3, "default": 9, "own": 8, "raise": 7, "renewed": 8}
+ARGUMENTS = {"allocate": 7, "limit": 7, "person": 3, "default": 9, "own": 8, "raise": 7, "renewed": 8, "transfer": 5}
 LATENESS = (0, 10, 10, 10**6, 30 * 10**6, 3600 * 10**6, 8 * 3600 * 10**6, 3 * 86400 * 10**6)  # microseconds
 
 
@@ -62,7 +62,9 @@ GRANTS = """
             select sum(b.end_micros - b.start_micros) from credits.burns b
             where (b.organization_id, b.pool_id, b.grant_id) = (s.organization_id, s.pool_id, s.grant_id)), 0)::bigint,
         coalesce(sum(e.amount) filter (where e.kind = 'expiry'), 0)::bigint,
-        case when coalesce(bool_or(e.kind = 'grant'), false)
+        (select coalesce(sum(x.amount), 0)::bigint from ledger.entries x
+         where x.organization_id = s.organization_id and x.from_grant_id = s.grant_id),
+        case when coalesce(bool_or(e.kind in ('grant', 'roll_over', 'transfer')), false)
              then coalesce(sum(e.amount) filter (where e.kind = 'void'), 0)::bigint
              when s.state = 'ended' then g.amount_micros else 0 end
     from credits.grant_states s join credits.grants g using (organization_id, grant_id)
@@ -128,6 +130,7 @@ class Stage:
         self.world = ref.World()
         self.cast = [self._open(n) for n in range(2)]
         self.bodies = 0
+        self.found: Any = None  # what the database answered to the command that the reference plays now
 
     def play(self, steps: Sequence[Step], *, look_every: int = 8) -> None:
         """Play the steps; grants and burns are compared every so many steps and at the end.
@@ -199,7 +202,7 @@ class Stage:
         events = [self.now + timedelta(days=2)]
         for organization in self.world.organizations.values():
             events += [g.effective for g in organization.grants.values() if g.state == "scheduled"]
-            events += [g.expires for g in organization.grants.values() if g.state == "active"]
+            events += [g.expires for g in organization.grants.values() if g.state in ("active", "spent")]
             events += [h.expires for h in organization.holds.values()]
             events += [c.valid_until for c in organization.chains.values()]
             events += [a.renews_at for a in organization.allocations.values() if not a.is_ended]
@@ -218,9 +221,9 @@ class Stage:
         found = code = expected = refused = None
         try:
             row = self.simulator.execute(sql, arguments).fetchone()
-            found = row[0] if row else None
+            found = self.found = row[0] if row else None
         except psycopg.Error as error:
-            code = error.sqlstate
+            code, self.found = error.sqlstate, None
         try:
             # What is refused changes nothing, so that it is tried on a copy.
             expected = run(copy.deepcopy(self._model(cast)) if code else self._model(cast))
@@ -264,10 +267,13 @@ class Stage:
         pool_id, grant_id = self._pick_pool(cast, pool), uuid7()
         priority, is_free = (50, 100, 100)[order % 3], order % 2 == 0
         idempotency_key = f"grant {key % 40}" if key % 5 == 0 else f"grant {grant_id}"
+        rolls = (None, None, (0, 30), (20, 60), (40, 40), (5, 4))[key % 6]
+        until = None if key % 2 else (expires or self.now) + timedelta(days=1, seconds=ends % 3)
+        rolls_until = until if rolls else None
         self._command(
             cast,
-            "select credits.add_grant(%s, %s, %s, 'purchase', %s, %s::smallint, %s, 0, %s, %s, null, null, %s, %s)"
-            " is null",
+            "select credits.add_grant(%s, %s, %s, 'purchase', %s, %s::smallint, %s, 0, %s, %s, null, null, %s, %s,"
+            " %s, %s, %s) is null",
             [
                 cast.organization,
                 grant_id,
@@ -279,10 +285,25 @@ class Stage:
                 expires,
                 idempotency_key,
                 self.now,
+                *(rolls or (None, None)),
+                rolls_until,
             ],
             lambda o: o.add_grant(
-                grant_id, pool_id, amount, priority, is_free, effective, expires, idempotency_key, self.now
+                grant_id, pool_id, amount, priority, is_free, effective, expires, idempotency_key, self.now, rolls,
+                rolls_until,
             ),
+        )  # fmt: skip
+
+    def _transfer(self, org: int, giver: int, taker: int, amount: int, key: int) -> None:
+        cast = self.cast[org % 2]
+        pools = self._pick_pool(cast, giver), self._pick_pool(cast, taker)
+        micros = (None, 1, 10, 40, 0, 10**16)[amount % 6 if amount % 7 else amount % 4]
+        idempotency_key = f"transfer {key % 40}"
+        self._command(
+            cast,
+            "select credits.transfer_credits(%s, %s, %s, %s, null, null, %s, %s)",
+            [cast.organization, *pools, micros, idempotency_key, self.now],
+            lambda o: o.transfer(*pools, micros, idempotency_key, self.now, self.found or []),
         )
 
     def _void(self, org: int, which: int, key: int, _: int) -> None:
@@ -571,10 +592,10 @@ class Stage:
         expected = self.world.move(asked, self.now)
         rows = self.simulator.execute(*as_call([real(move) for move in asked], self.now), binary=True)
         by_place = sorted(rows.fetchall(), key=lambda row: row[0])
-        for move, verdict, row, real in zip(asked, expected, by_place, as_verdicts(by_place), strict=True):
+        for move, verdict, row, told in zip(asked, expected, by_place, as_verdicts(by_place), strict=True):
             found = ref.Verdict(
-                real.outcome, real.request_id, real.held_micros, real.charged_micros, real.available_micros,
-                real.binding_id, real.detail,
+                told.outcome, told.request_id, told.held_micros, told.charged_micros, told.available_micros,
+                told.binding_id, told.detail,
             )  # fmt: skip
             if found != verdict:
                 batch = "\n  ".join(str(each) for each in asked)
@@ -664,7 +685,7 @@ class Stage:
         for pool in model.pools.values():
             model.pour(pool, self.now)
         self._same(number, "grants", self._grants(cast), {
-            g.grant_id: (g.state, g.left, g.burnt, g.expired, g.voided) for g in model.grants.values()
+            g.grant_id: (g.state, g.left, g.burnt, g.expired, g.gone, g.voided) for g in model.grants.values()
         })  # fmt: skip
 
     def _same(self, number: int, what: str, found: dict[Any, Any], expected: dict[Any, Any]) -> None:

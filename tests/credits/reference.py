@@ -7,6 +7,7 @@ aware datetimes; ids are UUIDs; None is "never", "for ever" or "nobody".
 
 import re
 from calendar import monthrange
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -140,6 +141,14 @@ class Grant:
     burnt: int = 0
     expired: int = 0
     voided: int = 0
+    gone: int = 0  # rolled over or transferred
+    lapsed: int = 0  # had been left at its end
+    rolls: tuple[int, int] | None = None  # least and most that rolls over
+    rolls_until: datetime = LATEST
+
+    def rolls_over(self, left: int) -> int:
+        """How much goes on at its end."""
+        return min(self.rolls[1], max(self.rolls[0], left)) if self.rolls else 0
 
     @property
     def burn_order(self) -> tuple[Any, ...]:
@@ -388,6 +397,7 @@ class Organization:
     anchor: datetime = EARLIEST
     counters: dict[tuple[Any, ...], UUID] = field(default_factory=dict)
     raises: dict[UUID, Raise] = field(default_factory=dict)
+    transfers: dict[str, list[UUID]] = field(default_factory=dict)
 
     # ------------------------------------------------------------------ balances
 
@@ -442,7 +452,7 @@ class Organization:
             grant = self.grants[grant_id]
             grant.left += back
             grant.burnt -= back
-            if grant.state == "ended":
+            if grant.state in ("ended", "spent"):
                 grant.state = "lingering" if grant.expires <= at else "active"
             poured -= back
         for grant in self._grants_of(pool, "active", "lingering"):
@@ -453,12 +463,13 @@ class Organization:
                 grant.burnt += take
                 poured += take
             if grant.left == 0:
-                grant.state = "ended"
+                has_end_before_it = grant.state == "active" and grant.rolls is not None and grant.rolls[0] > 0
+                grant.state = "spent" if has_end_before_it else "ended"
 
     def _expire(self, pool: Pool, at: datetime) -> None:
-        """Grants past their end keep what holds placed before need, in burn order, and lose the rest."""
+        """Grants past their end keep what holds placed before need, in burn order; the rest rolls over or is lost."""
         before = 0
-        for grant in self._grants_of(pool, "active", "lingering"):
+        for grant in self._grants_of(pool, "active", "lingering", "spent"):
             if grant.expires <= at:
                 held = sum(
                     amount
@@ -468,11 +479,28 @@ class Organization:
                     if leg.pool_id == pool.pool_id
                 )
                 keep = min(grant.left, max(0, held - before))
-                self.balance(pool.pool_id).limit -= grant.left - keep
-                grant.expired += grant.left - keep
-                grant.left = keep
-                grant.state = "lingering" if keep else "ended"
+                self._lapse(pool, grant, grant.left - keep, at)
             before += grant.left
+
+    def _lapse(self, pool: Pool, grant: Grant, lapse: int, at: datetime) -> None:
+        """Of what a grant had left at its end and no hold keeps, as much rolls over as its bounds say of all of it."""
+        earlier = grant.rolls_over(grant.lapsed) if grant.state == "lingering" else 0
+        grant.lapsed += lapse
+        rolls = grant.rolls_over(grant.lapsed) - earlier if grant.rolls_until > at else 0
+        kept = min(lapse, rolls)
+        grant.left -= lapse
+        grant.gone += kept
+        grant.expired += lapse - kept
+        grant.state = "lingering" if grant.left else "ended"
+        self.balance(pool.pool_id).limit += rolls - lapse
+        if rolls > lapse:
+            self.version += 1
+        if rolls:
+            name = f"{grant.grant_id} after {grant.lapsed}".encode()
+            new = UUID(md5(name, usedforsecurity=False).hexdigest())
+            self.grants[new] = Grant(
+                new, pool.pool_id, rolls, grant.priority, grant.is_free, at, grant.rolls_until, at, rolls, "active"
+            )
 
     def _activate(self, pool: Pool, at: datetime) -> None:
         for grant in self._grants_of(pool, "scheduled"):
@@ -522,7 +550,7 @@ class Organization:
         self.pour(pool, now)
         while True:
             scheduled = [g.effective for g in self._grants_of(pool, "scheduled")]
-            active = [g.expires for g in self._grants_of(pool, "active")]
+            active = [g.expires for g in self._grants_of(pool, "active", "spent")]
             at = min([*scheduled, *active, LATEST])
             if at > now or at == LATEST:
                 break
@@ -581,9 +609,11 @@ class Organization:
         expires: datetime | None,
         key: str,
         now: datetime,
+        rolls: tuple[int, int] | None = None,
+        rolls_until: datetime | None = None,
     ) -> None:
         """Credits into a pool."""
-        body = ("add_grant", pool_id, amount, priority, is_free, effective, expires)
+        body = ("add_grant", pool_id, amount, priority, is_free, effective, expires, rolls, rolls_until)
         if self._begin(now, key, body) is not None:
             return
         if not 1 <= amount <= MOST:
@@ -593,7 +623,10 @@ class Organization:
         begins, ends = effective or now, expires or LATEST
         if ends <= max(now, begins):
             raise Refused("BR400")
+        if rolls and (expires is None or rolls[0] > rolls[1] or (rolls_until or LATEST) <= ends):
+            raise Refused("BR400")
         grant = Grant(grant_id, pool_id, amount, priority, is_free, begins, ends, now, amount)
+        grant.rolls, grant.rolls_until = rolls, rolls_until or LATEST
         self.grants[grant_id] = grant
         self.fold(now)
         self._end(now, key, body)
@@ -613,7 +646,7 @@ class Organization:
         else:
             taken = min(grant.left, max(0, pool.room))
             pool.limit -= taken
-        if taken:
+        if taken or grant.state == "spent":
             grant.left -= taken
             grant.voided += taken
             grant.state = grant.state if grant.left else "ended"
@@ -621,6 +654,67 @@ class Organization:
         self.version += 1
         self._end(now, key, body, taken)
         return taken
+
+    def transfer(
+        self, from_id: UUID, to_id: UUID, amount: int | None, key: str, now: datetime, new: list[UUID]
+    ) -> list[UUID]:
+        """Unspent credits go to another pool, grant by grant; new: ids of the grants that come of it."""
+        body = ("transfer", from_id, to_id, amount)
+        if self._begin(now, key, body) is not None:
+            return self.transfers[key]
+        if amount is not None and not 1 <= amount <= MOST:
+            raise Refused("BR400")
+        if from_id not in self.pools or to_id not in self.pools:
+            raise Refused("BR404")
+        giver, taker = self.pools[from_id], self.pools[to_id]
+        if giver is taker or (giver.filter is not None and giver.filter != taker.filter):
+            raise Refused("BR400")
+        self.reopen()
+        room = self.balance(from_id).room
+        if giver.open_part is not None:
+            room = min(room, self.balance(giver.open_part).room)
+        room = max(0, room)
+        if amount is not None and amount > room:
+            raise Refused("BR431")
+        used = self._move_grants(giver, taker, room if amount is None else amount, now, iter(new))
+        self.fold(now)
+        self.transfers[key] = used
+        self._end(now, key, body, len(used))
+        return used
+
+    def _move_grants(self, giver: Pool, taker: Pool, need: int, now: datetime, new: Iterator[UUID]) -> list[UUID]:
+        """In burn order, past what open holds would burn."""
+        if need == 0:
+            return []
+        self.pour(taker, now)
+        self.pour(giver, now)
+        held, used = self.balance(giver.pool_id).held, []
+        self.balance(giver.pool_id).limit -= need
+        self.balance(taker.pool_id).limit += need
+        for grant in self._grants_of(giver, "active", "lingering"):
+            kept = min(grant.left, held)
+            held -= kept
+            part = min(grant.left - kept, need) if grant.state == "active" else 0
+            if part == 0:
+                continue
+            need -= part
+            used.append(next(new))
+            moved = Grant(
+                used[-1], taker.pool_id, part, grant.priority, grant.is_free, grant.effective, grant.expires, now, part,
+                "active",
+            )  # fmt: skip
+            if grant.rolls:
+                least = grant.rolls[0] if part == grant.amount else 0
+                moved.rolls = (least, grant.rolls[1] * part // grant.amount)
+            moved.rolls_until = grant.rolls_until
+            self.grants[moved.grant_id] = moved
+            grant.left -= part
+            grant.gone += part
+            if grant.left == 0:
+                grant.state = "ended"
+        assert need == 0
+        self.version += 1
+        return used
 
     def allocate(
         self,

@@ -175,7 +175,7 @@ declare
     v_kept bigint;
     v_value bigint;
     v_lost_value bigint;
-    v_new uuid := gen_random_uuid();
+    v_new uuid := md5(p_grant.grant_id::text || ' after ' || coalesce(p_before, 0) + p_lapse)::uuid;
 begin
     if p_grant.rollover_expires_at <= p_at then
         v_rolls := 0;
