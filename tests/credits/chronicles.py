@@ -51,6 +51,9 @@ LIMITS = """
     left join credits.balances b on b.organization_id = l.organization_id and b.balance_id = l.balance_id
         and b.period_start <= %s and b.period_end > %s
     where l.organization_id = %s and l.ended_at is null"""
+COUNTERS = """
+    select balance_id, used_amount from credits.balances
+    where kind = 'limit' and period_start <= %s and period_end > %s and organization_id = %s"""
 SHARES = """
     select a.allocation_id, a.amount_micros, a.when_empty, coalesce(b.limit_amount, a.amount_micros),
         coalesce(b.used_amount, 0)
@@ -70,6 +73,7 @@ class Note:
     pools: dict[UUID, Any]
     grants: dict[UUID, Any]
     limits: dict[UUID, Any]
+    counters: dict[UUID, Any]
     shares: dict[UUID, Any]
 
 
@@ -81,7 +85,7 @@ def random_chronicle(seed: int, count: int) -> list[Step]:
         steps.append(step)
         if len(steps) > 12 and dice.random() < 0.5:
             name = dice.choice(MORE)
-            steps.append((name, dice.randrange(11), *(dice.randrange(1000) for _ in range(5))))
+            steps.append((f"also_{name}", dice.randrange(11), *(dice.randrange(1000) for _ in range(5))))
     return steps[:count]
 
 
@@ -111,8 +115,16 @@ class Chronicle(Stage):
             self.admin.execute("set session authorization bursar_simulator")
             self.admin.execute("select credits.bring_up_to_date(%s, %s)", [org, at])
             self.admin.execute("reset session authorization")
-            return Note(org, at, step, self._rows(POOLS, org), self._rows(GRANTS, org),
-                        self._rows(LIMITS, at, at, org), self._rows(SHARES, at, at, org))  # fmt: skip
+            return Note(
+                org,
+                at,
+                step,
+                pools=self._rows(POOLS, org),
+                grants=self._rows(GRANTS, org),
+                limits=self._rows(LIMITS, at, at, org),
+                counters=self._rows(COUNTERS, at, at, org),
+                shares=self._rows(SHARES, at, at, org),
+            )
 
     def _rows(self, sql: str, *arguments: Any) -> dict[UUID, Any]:
         return {row[0]: row[1:] for row in self.admin.execute(sql, arguments, prepare=True).fetchall()}
@@ -152,7 +164,7 @@ class Chronicle(Stage):
     def _some_pool(self, cast: Cast, which: int) -> Any:
         return self._pick(cast, ALL_POOLS, which)
 
-    def _transfer(self, org: int, a: int, b: int, amount: int, _: int) -> None:
+    def _also_transfer(self, org: int, a: int, b: int, amount: int, _: int) -> None:
         cast = self.cast[org % 2]
         pools = [self._some_pool(cast, a), self._some_pool(cast, b)]
         micros = (1, 7, 30, 90, None)[amount % 5]
@@ -161,7 +173,7 @@ class Chronicle(Stage):
             [cast.organization, *pools, micros, uuid7().hex, self.now],
         )
 
-    def _refund(self, org: int, which: int, amount: int, *_: int) -> None:
+    def _also_refund(self, org: int, which: int, amount: int, *_: int) -> None:
         cast = self.cast[org % 2]
         micros = (None, 1, 3, 10)[amount % 4]
         self._try(
@@ -169,7 +181,7 @@ class Chronicle(Stage):
             [cast.organization, self._pick(cast, CHARGED, which), micros, uuid7().hex, self.now],
         )
 
-    def _raise(self, org: int, which: int, amount: int, begins: int, lasts: int) -> None:
+    def _also_raise(self, org: int, which: int, amount: int, begins: int, lasts: int) -> None:
         cast = self.cast[org % 2]
         starts = (None, self.now + timedelta(hours=5), self.now + timedelta(days=2))[begins % 3]
         ends = (starts or self.now) + timedelta(hours=(1, 30, 100)[lasts % 3])
@@ -179,12 +191,12 @@ class Chronicle(Stage):
             [cast.organization, uuid7(), limit, 1 + amount % 50, starts, ends, uuid7().hex, self.now],
         )
 
-    def _end_raise(self, org: int, which: int, *_: int) -> None:
+    def _also_end_raise(self, org: int, which: int, *_: int) -> None:
         cast = self.cast[org % 2]
         raised = self._pick(cast, RAISED, which)
         self._try("select credits.end_raise(%s, %s, %s)", [cast.organization, raised, self.now])
 
-    def _roll(self, org: int, pool: int, amount: int, life: int, bounds: int) -> None:
+    def _also_roll(self, org: int, pool: int, amount: int, life: int, bounds: int) -> None:
         cast = self.cast[org % 2]
         pool_id, micros = self._some_pool(cast, pool), (10, 60, 200)[amount % 3]
         expires = self.now + timedelta(hours=(1, 20, 60)[life % 3])
@@ -195,7 +207,7 @@ class Chronicle(Stage):
             [cast.organization, uuid7(), pool_id, micros, expires, uuid7().hex, self.now, *bounds_and_end],
         )
 
-    def _recurring(self, org: int, pool: int, amount: int, unit: int, _: int) -> None:
+    def _also_recurring(self, org: int, pool: int, amount: int, unit: int, _: int) -> None:
         cast = self.cast[org % 2]
         what = [self._some_pool(cast, pool), (5, 25)[amount % 2], ("day", "week")[unit % 2]]
         self._try(
@@ -204,7 +216,7 @@ class Chronicle(Stage):
             [cast.organization, uuid7(), *what, uuid7().hex, self.now],
         )
 
-    def _renewed(self, org: int, user: int, period: int, amount: int, empty: int) -> None:
+    def _also_renewed(self, org: int, user: int, period: int, amount: int, empty: int) -> None:
         cast = self.cast[org % 2]
         shared, member = self._pick(cast, SHARED_POOLS, 0), cast.users[user % 3]
         what: list[Any] = [("day", "week", "none")[period % 3], (0, 12, 40)[amount % 3]]
@@ -215,7 +227,7 @@ class Chronicle(Stage):
             [cast.organization, uuid7(), shared, member, *what, uuid7().hex, self.now, carry],
         )
 
-    def _reallocate(self, org: int, a: int, b: int, amount: int, _: int) -> None:
+    def _also_reallocate(self, org: int, a: int, b: int, amount: int, _: int) -> None:
         cast = self.cast[org % 2]
         share, to = self._pick(cast, RESERVED, a), self._pick(cast, RESERVED, b) if b % 3 else None
         self._try(
@@ -223,7 +235,7 @@ class Chronicle(Stage):
             [cast.organization, share, to, (None, 1, 4)[amount % 3], uuid7().hex, self.now],
         )
 
-    def _correct(self, org: int, which: int, amount: int, *_: int) -> None:
+    def _also_correct(self, org: int, which: int, amount: int, *_: int) -> None:
         """The true cost of what was charged by estimate comes: mostly less."""
         cast = self.cast[org % 2]
         request = self._pick(cast, ESTIMATED, which)

@@ -1,7 +1,7 @@
 """A shell that knows just what the examples need: `bursar` runs in this process, `curl` asks the served application.
 
-Variables, `NAME=$(command)`, `export`, comments, `< file`, `> file`, `cat`, `sleep` and `echo`. Anything else is a
-fault of the example.
+Variables, `NAME=$(command)`, `export`, comments, `< file`, `> file`, `cat`, `date -u`, `sleep` and `echo`. Anything
+else is a fault of the example.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -77,6 +78,9 @@ class Shell:
                 return " ".join(texts) + "\n", ""
             case ["cat", name]:
                 return (self.folder / name).read_text(encoding="utf-8"), ""
+            case ["date", "-u", form]:
+                now = datetime.now(UTC)
+                return now.strftime(form.removeprefix("+").replace("%N", f"{now.microsecond:06}000")) + "\n", ""
             case ["sleep", seconds]:
                 await asyncio.sleep(float(seconds))
                 return "", ""

@@ -22,6 +22,7 @@ from bursar.cli import (
     models,
     opening,
     orgs,
+    past,
     prices,
     providers,
     questions,
@@ -69,6 +70,7 @@ app = typer.Typer(
 )
 credits.app.command("transfer")(transfers.transfer)
 credits.app.command("refund")(transfers.refund)
+credits.app.command("statement")(past.statement)
 credits.app.command("import")(opening.import_balances)
 orgs.app.command("pools")(transfers.switch_pools)
 for noun, commands in NOUNS.items():

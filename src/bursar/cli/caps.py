@@ -9,11 +9,12 @@ import typer
 
 from bursar import db
 from bursar.audit.events import OPERATOR, Actor
+from bursar.cli import past
 from bursar.cli.credits import KeyOption, credits_of
 from bursar.cli.output import Column, JsonOption, QuietOption, print_fields, print_rows
 from bursar.cli.scope import OrgOption, department_of, key_of, member_of, names_of, team_of, within
 from bursar.clock import in_utc, uuid7
-from bursar.credits import limits, raises
+from bursar.credits import as_of, limits, raises
 from bursar.credits import why as asking
 from bursar.credits.limits import Limit, LimitAction, Metric, Period, Scope
 from bursar.identity.api_keys import list_api_keys
@@ -129,11 +130,14 @@ def set_cap(
 
 
 @app.command("list")
-def list_caps(org: OrgOption, as_json: JsonOption = False) -> None:
+def list_caps(org: OrgOption, at: past.AtOption = None, as_json: JsonOption = False) -> None:
     """List caps in force: the organization's, defaults, and those that take a default's place.
 
-    Examples: `bursar caps list --org acme`, `bursar caps list --org acme --json`
+    Examples: `bursar caps list --org acme`, `bursar caps list --org acme --at 2026-10-31T23:59:59`
     """
+    if at is not None:
+        _list_past_caps(org, at, as_json=as_json)
+        return
 
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> list[dict[str, Any]]:
         found = await limits.list_limits(conn, organization_id=organization.organization_id)
@@ -159,6 +163,51 @@ def list_caps(org: OrgOption, as_json: JsonOption = False) -> None:
     columns += [Column("amount", "Amount", right=True), Column("period", "Per"), Column("does", "Does")]
     columns += [Column("strict", "Strict", show=lambda strict: "yes" if strict else ""), Column("origin", "Origin")]
     print_rows(within(org, work), columns, as_json=as_json, empty="No caps.")
+
+
+def _list_past_caps(org: str, at: datetime, *, as_json: bool) -> None:
+    """Caps that were in force at an instant, and what was used of them in the period around it."""
+
+    async def work(conn: db.Connection, database: db.Database, organization: Organization) -> list[dict[str, Any]]:
+        found = await as_of.limits_at(conn, organization_id=organization.organization_id, at=at)
+        names = await _names(conn, organization)
+        return [
+            {
+                "limit_id": f"lim_{each.limit_id.hex}",
+                "scope": each.scope.value,
+                "scope_id": each.scope_id,
+                "whose": _whose_then(each, names),
+                "metric": each.metric.value,
+                "models": each.model_filter,
+                "amount": _shown(each.metric, each.amount),
+                "raised": _shown(each.metric, each.raised) if each.raised else None,
+                "used": _used_then(each),
+                "period": each.period.value,
+                "resets_at": each.period_end,
+                "does": each.action.value,
+                "strict": each.is_strict,
+            }
+            for each in found
+        ]
+
+    columns = [Column("limit_id", "Cap"), Column("whose", "On"), Column("metric", "Counts"), Column("models", "Models")]
+    columns += [Column(key, key.capitalize(), right=True) for key in ("amount", "raised", "used")]
+    columns += [Column("period", "Per"), Column("does", "Does")]
+    columns += [Column("strict", "Strict", show=lambda strict: "yes" if strict else "")]
+    print_rows(within(org, work), columns, as_json=as_json, empty="There were no caps then.")
+
+
+def _used_then(each: as_of.LimitAt) -> str | None:
+    if each.used is None:
+        return None if each.balance_id is None else past.UNKNOWN
+    return _shown(each.metric, each.used)
+
+
+def _whose_then(each: as_of.LimitAt, names: dict[UUID, str]) -> str:
+    """A default as such is every one's; what it counted of one is that one's."""
+    if each.scope_id is not None:
+        return f"{each.scope.value} {names.get(each.scope_id, each.scope_id.hex)}"
+    return _whose(each, names)
 
 
 @app.command("end")
@@ -471,7 +520,7 @@ async def _names(conn: db.Connection, organization: Organization) -> dict[UUID, 
     return names | {each.department_id: each.name for each in departments}
 
 
-def _whose(limit: Limit, names: dict[UUID, str]) -> str:
+def _whose(limit: Limit | as_of.LimitAt, names: dict[UUID, str]) -> str:
     if limit.is_default:
         of = f" of {names.get(limit.within_id, 'a former one')}" if limit.within_id else ""
         return f"every {limit.scope.value}{of}"

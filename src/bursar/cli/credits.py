@@ -8,6 +8,7 @@ import typer
 
 from bursar import db
 from bursar.audit.events import OPERATOR
+from bursar.cli import past
 from bursar.cli.output import Column, DryRunOption, JsonOption, print_fields, print_rows
 from bursar.cli.scope import OrgOption, member_of, names_of, within
 from bursar.clock import in_utc, uuid7
@@ -57,12 +58,16 @@ def _shown(micros: Any) -> str:
 def show(
     org: OrgOption,
     with_forecast: Annotated[bool, typer.Option("--forecast/--no-forecast", help="Tell how long they last.")] = True,
+    at: past.AtOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what is available, used and held in each pool, in credits, and how long that is likely to last.
 
-    Examples: `bursar credits show --org acme`, `bursar credits show --org acme --json`
+    Examples: `bursar credits show --org acme`, `bursar credits show --org acme --at 2026-10-31T23:59:59`
     """
+    if at is not None:
+        past.show_pools(org, at, as_json=as_json)
+        return
 
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> list[dict[str, Any]]:
         own = {"organization_id": organization.organization_id}
@@ -212,11 +217,14 @@ def add(
 
 
 @app.command("grants")
-def list_grants(org: OrgOption, as_json: JsonOption = False) -> None:
+def list_grants(org: OrgOption, at: past.AtOption = None, as_json: JsonOption = False) -> None:
     """List grants in the order in which they burn.
 
-    Examples: `bursar credits grants --org acme`, `bursar credits grants --org acme --json`
+    Examples: `bursar credits grants --org acme`, `bursar credits grants --org acme --at 2026-10-31T23:59:59`
     """
+    if at is not None:
+        past.show_grants(org, at, as_json=as_json)
+        return
 
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> list[dict[str, Any]]:
         found = await grants.list_grants(conn, organization_id=organization.organization_id)
@@ -341,11 +349,14 @@ def allocate(
 
 
 @app.command()
-def allocations(org: OrgOption, as_json: JsonOption = False) -> None:
+def allocations(org: OrgOption, at: past.AtOption = None, as_json: JsonOption = False) -> None:
     """List members' shares, and what is used of them.
 
-    Examples: `bursar credits allocations --org lumen`, `bursar credits allocations --org lumen --json`
+    Examples: `bursar credits allocations --org lumen`, `bursar credits allocations --org lumen --at 2026-10-31`
     """
+    if at is not None:
+        past.show_shares(org, at, as_json=as_json)
+        return
 
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> list[dict[str, Any]]:
         names = await names_of(conn, organization)

@@ -142,6 +142,11 @@ class ShareAt:
         """What was used of it in its period."""
         return None if self.used_micros is None else Micros(max(0, self.used_micros - self.opening_micros))
 
+    @property
+    def left_micros(self) -> Micros | None:
+        """What was left of it; the pool may have had less, and open holds may have reserved some."""
+        return None if self.used_micros is None else Micros(max(0, self.limit_micros - self.used_micros))
+
 
 @dataclass(frozen=True, slots=True)
 class _Back:

@@ -102,6 +102,7 @@ class _Use:
 class _Late:
     pool_id: UUID
     micros: Micros
+    requests: int
 
 
 def month_of(text: str) -> tuple[date, date]:
@@ -115,6 +116,18 @@ def month_of(text: str) -> tuple[date, date]:
     except ValueError:
         raise NotAPeriod(f"“{text}” is no month such as 2026-10") from None
     return first, (first + timedelta(days=31)).replace(day=1)
+
+
+def day_of(text: str) -> date:
+    """A day such as 2026-10-01.
+
+    Raises:
+        NotAPeriod: it is no day.
+    """
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise NotAPeriod(f"“{text}” is no day such as 2026-10-01") from None
 
 
 async def statements(
