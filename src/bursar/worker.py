@@ -37,4 +37,9 @@ async def _repeat(database: db.Database, seconds: float, job: credits_jobs.Job) 
         except Exception:
             FAILURES.labels(job.__name__).inc()
             log.exception("job failed", job=job.__name__)
+        # A library that is cancelled just as it has its answer may give the answer and forget the cancellation
+        # (asyncio.wait_for did until Python 3.12): who asked for our end would wait for ever.
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError
         await asyncio.sleep(seconds)
