@@ -536,6 +536,12 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
         grants.test_who_used_more_than_was_held_before_the_switch_pays_it_from_the_new_pool,
     ),
     (
+        "gather",
+        "credits.origin_of(p_organization_id, p.grant_id) as origin",
+        "p.grant_id as origin",
+        grants.test_switching_back_and_forth_does_not_grind_grants_to_dust,
+    ),
+    (
         "reopen_pool",
         "delete from sweeps where organization_id = p_organization_id and pool_id = v_pool.pool_id;",
         "",
