@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 from bursar import db
 from bursar.clock import uuid7
@@ -223,12 +224,17 @@ class _Player:
     def _recurring(self, grant: told.Grant, recurrence: told.Recurrence) -> Iterator[Step]:
         """A grant until it comes again for the first time, then a schedule, and the end of its last occurrence."""
         begins = grant.effective_at or self._scenario.begins
+        made = min(begins, grant.created_at or self._scenario.begins)
         anchor, first = occurrences(recurrence, begins, self._scenario.zone)
         ends = min((each for each in (grant.expires_at, grant.voided_at) if each), default=None)
         if first > begins:
             once = grant.model_copy(update={"effective_at": begins, "expires_at": min(first, ends or first)})
-            yield Step(begins, _TIMES, _with(self._grant, once))
+            yield Step(made, _TIMES, _with(self._grant, once))
         if ends is None or first < ends:
+            # Counted from the first time, it can be made beforehand, unless that lies in a month too short for its day.
+            zone = ZoneInfo(self._scenario.zone)
+            if first.astimezone(zone).day == anchor.astimezone(zone).day or recurrence.interval in ("day", "week"):
+                anchor, begins = first, made
             yield Step(begins, _TIMES, _with(self._schedule, (grant, anchor, ends)))
         if grant.expires_at and first < grant.expires_at:
             yield Step(grant.expires_at, _TIMES, _with(self._void, grant))
