@@ -1178,19 +1178,19 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
         rules.test_a_deduction_asked_again_after_an_unknown_answer_is_not_booked_again,
     ),
     (
-        "expire_holds",
+        "end_holds",
         "case when h.is_sent then 3 else 4 end",
         "4",
         rules.test_an_expired_hold_that_was_sent_is_charged_by_estimate_and_corrected_once,
     ),
     (
-        "expire_holds",
+        "end_holds",
         "when flags & 8 = 8 then greatest(floor_micros, progress_micros)",
         "",
         rules.test_a_stream_that_expired_is_charged_its_last_progress_and_never_below_its_input,
     ),
     (
-        "expire_holds",
+        "end_holds",
         "unnest(credits.no_usage())",
         "unnest(array_fill(0, array[credits.usage_width()]))",
         rules.test_an_expired_hold_that_was_sent_is_charged_by_estimate_and_corrected_once,
