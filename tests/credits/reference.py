@@ -203,6 +203,8 @@ class Limit:
     each: bool = False
     within: tuple[str | None, UUID | None] = (None, None)
     balance_id: UUID | None = None
+    created: datetime = EARLIEST
+    ended: datetime = LATEST
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -793,6 +795,7 @@ class Organization:
                 break
         else:
             self.limits[limit.limit_id] = limit
+            limit.created = now
             if not limit.each:
                 limit.balance_id = self.counters.get((*limit.kind, limit.scope_id), limit.limit_id)
         if limit.balance_id is not None and limit.amount is not None:
@@ -802,11 +805,14 @@ class Organization:
         self.version += 1
 
     def _balance_of(self, limit: Limit, subject: UUID | None) -> UUID:
-        """Where a limit is counted; of a default for this one."""
+        """Where a limit is counted; of a default for this one, who goes on where a limit of their own counted."""
         if not limit.each:
             assert limit.balance_id is not None
             return limit.balance_id
         counted = UUID(bytes=md5(f"{limit.limit_id} {subject}".encode()).digest())
+        for own in self.limits.values():
+            if own.balance_id and (own.kind, own.scope_id) == (limit.kind, subject) and own.ended >= limit.created:
+                counted = own.balance_id
         return self.counters.setdefault((*limit.kind, subject), counted)
 
     def raise_limit(
@@ -889,7 +895,7 @@ class Organization:
         limit = self.limits.get(limit_id)
         if limit is None or limit.is_ended:
             raise Refused("BR404")
-        limit.is_ended = True
+        limit.is_ended, limit.ended = True, now
         self.version += 1
 
     # ------------------------------------------------------------------ chains

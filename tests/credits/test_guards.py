@@ -624,6 +624,18 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
         limits.test_raises_add_up_and_stay_when_the_limit_changes,
     ),
     (
+        "counter_of",
+        "coalesce(v_row.balance_id, md5(p_limit.limit_id || ' ' || p_subject_id)::uuid)",
+        "md5(p_limit.limit_id || ' ' || p_subject_id)::uuid",
+        limits.test_where_a_limit_of_ones_own_ends_the_default_goes_on_counting,
+    ),
+    (
+        "counter_of",
+        "and coalesce(l.ended_at, 'infinity') >= p_limit.created_at",
+        "",
+        limits.test_where_a_limit_of_ones_own_ends_the_default_goes_on_counting,
+    ),
+    (
         "set_limit",
         "v_balance := coalesce(v_balance, v_id);",
         "v_balance := v_id;",

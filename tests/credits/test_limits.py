@@ -125,6 +125,27 @@ def test_a_limit_of_ones_own_takes_a_defaults_place_and_goes_on_counting(scene: 
     assert not scene.findings()
 
 
+def test_where_a_limit_of_ones_own_ends_the_default_goes_on_counting(scene: Scene) -> None:
+    pool, user, other = scene.pool(), scene.user(), scene.user()
+    scene.grant(pool, 1000)
+    earlier = scene.limit(50, scope="user", of=other)
+    assert scene.deduct(40, other).outcome is ACCEPTED
+    scene.later(seconds=1)
+    scene.end_limit(earlier)
+    scene.later(seconds=1)
+    default = scene.limit(10, scope="user", each=True)
+    own = scene.limit(30, scope="user", of=user)
+    assert scene.deduct(9, user).outcome is ACCEPTED
+    scene.end_limit(own)
+    assert scene.deduct(2, user).outcome is REFUSED, "of 10 there are 9 used"
+    assert scene.deduct(1, user).outcome is ACCEPTED
+    assert scene.deduct(10, other).outcome is ACCEPTED, "what ended before there was a default counts for nothing"
+    assert scene.limit(40, scope="user", of=user) != own
+    assert scene.deduct(30, user).outcome is ACCEPTED
+    assert scene.used(counter(scene, default, user)) == (40, 0)
+    assert not scene.findings()
+
+
 def test_a_limit_of_ones_own_of_another_kind_leaves_the_default_in_place(scene: Scene) -> None:
     pool, user = scene.pool(), scene.user()
     scene.grant(pool, 1000)

@@ -48,7 +48,13 @@ begin
     where organization_id = p_limit.organization_id and scope = p_limit.scope and subject_id = p_subject_id and metric = p_limit.metric
       and period = p_limit.period and coalesce(model_filter, '') = coalesce(p_limit.model_filter, '') and stops = (p_limit.action <> 'warns');
     if not found then
-        v_row.balance_id := md5(p_limit.limit_id || ' ' || p_subject_id)::uuid;
+        -- Who had a limit of their own under this default goes on where that one counted.
+        select l.balance_id into v_row.balance_id from limits l
+        where l.organization_id = p_limit.organization_id and l.scope = p_limit.scope and l.scope_id = p_subject_id and l.metric = p_limit.metric
+          and l.period = p_limit.period and coalesce(l.model_filter, '') = coalesce(p_limit.model_filter, '')
+          and (l.action = 'warns') = (p_limit.action = 'warns') and coalesce(l.ended_at, 'infinity') >= p_limit.created_at
+        order by l.created_at desc, l.limit_id desc limit 1;
+        v_row.balance_id := coalesce(v_row.balance_id, md5(p_limit.limit_id || ' ' || p_subject_id)::uuid);
         insert into counters (organization_id, balance_id, scope, subject_id, metric, model_filter, period, stops, limit_id, created_at)
         values (p_limit.organization_id, v_row.balance_id, p_limit.scope, p_subject_id, p_limit.metric, p_limit.model_filter, p_limit.period,
                 p_limit.action <> 'warns', p_limit.limit_id, p_now);
