@@ -21,6 +21,7 @@ COMMANDS = {
     "cancel_schedule",
     "allocate",
     "allocate_credits_to_user",
+    "arrive",
     "authorize",
     "available_of",
     "begin_top_up",
@@ -29,6 +30,7 @@ COMMANDS = {
     "decide_request",
     "decide_top_up",
     "deduct_credits",
+    "depart",
     "end_allocation",
     "end_limit",
     "end_raise",
@@ -41,6 +43,7 @@ COMMANDS = {
     "has_sufficient_credits",
     "limits_changed",
     "move_one",
+    "note_arrival",
     "open_campaign",
     "open_organization",
     "open_pool",
@@ -132,7 +135,7 @@ class Victim(Scene):
         self.granted = self.grant(self.shared, 1000)
         self.allocated = self.share(self.shared, self.someone, 100)
         self.limited = self.limit(500, scope="user", of=self.someone)
-        # Not due in any test's lifetime: whoever folds what is due asks for the tenant too, and would hide who does not.
+        # Not due yet: whoever folds what is due asks for the tenant too, and would hide who does not.
         self.scheduled = self.schedule(self.shared, 10, anchor=datetime(2076, 1, 1, tzinfo=UTC))
         self.held = self.hold(20, self.someone)
         self.deduct(10, self.someone)

@@ -20,6 +20,7 @@ from bursar.cli import (
     departments,
     keys,
     models,
+    moving,
     opening,
     orgs,
     past,
@@ -72,6 +73,8 @@ credits.app.command("transfer")(transfers.transfer)
 credits.app.command("refund")(transfers.refund)
 credits.app.command("statement")(past.statement)
 credits.app.command("import")(opening.import_balances)
+users.app.command("move-in")(moving.move_in)
+users.app.command("arrivals")(moving.arrivals)
 orgs.app.command("pools")(transfers.switch_pools)
 for noun, commands in NOUNS.items():
     app.add_typer(commands, name=noun)

@@ -14,6 +14,7 @@ from bursar import db
 from bursar.audit import jobs as audit_jobs
 from bursar.audit.findings import Finding
 from bursar.credits.codes import finish_redemptions, forget_tries
+from bursar.credits.moving import finish_moves
 from bursar.credits.top_ups import top_up_pools
 from bursar.credits.verify import verify_in_turn
 
@@ -142,6 +143,7 @@ JOBS: Final[tuple[tuple[float, Job], ...]] = (
     (15.0, measure_holds),
     (5.0, top_up_pools),
     (60.0, finish_redemptions),
+    (60.0, finish_moves),
     (3600.0, forget_tries),
     (3600.0, ensure_partitions),
     (VERIFY_LOOK_SECONDS, verify_when_due),

@@ -532,3 +532,28 @@ cross join credits.calendar_of(%(organization_id)s) z
 left join credits.balances b on b.organization_id = %(organization_id)s and b.balance_id = o.balance_id
     and b.period_start <= clock_timestamp() and b.period_end > clock_timestamp()
 order by o.created_at, o.id
+
+-- name: depart
+select d.transfer_id, d.user_id, d.organization_id as home_organization_id, d.into_organization_id, d.into_kind, d.amount_micros, d.held_micros,
+    d.parts, d.left_at, d.arrived_at
+from credits.depart(%(organization_id)s, %(transfer_id)s, %(user_id)s, %(into_organization_id)s, %(into_kind)s, %(created_by)s) d
+
+-- name: arrive
+select credits.arrive(%(organization_id)s, %(transfer_id)s, %(user_id)s, %(from_organization_id)s, %(kind)s, %(parts)s, %(created_by)s)
+
+-- name: note_arrival
+select credits.note_arrival(%(organization_id)s, %(transfer_id)s)
+
+-- name: departures_under_way
+-- Those of a process that ended between leaving and arriving.
+select transfer_id, user_id, organization_id as home_organization_id, into_organization_id, into_kind, amount_micros, held_micros, parts, left_at,
+    arrived_at
+from credits.departures where arrived_at is null and left_at < statement_timestamp() - %(older_than)s::interval
+order by organization_id, left_at limit %(most)s
+
+-- name: arrivals
+select a.transfer_id, a.user_id, m.email, a.from_organization_id, a.amount_micros, a.arrived_at
+from credits.arrivals a
+left join identity.memberships m on m.organization_id = a.organization_id and m.user_id = a.user_id
+where a.organization_id = %(organization_id)s
+order by a.arrived_at desc, a.transfer_id

@@ -1,0 +1,169 @@
+"""People who move into an organization with their credits: nothing is lost or doubled, wherever a process ends."""
+
+import asyncio
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from bursar import clock, db
+from bursar.audit.events import OPERATOR
+from bursar.clock import uuid7
+from bursar.credits import moving
+from bursar.credits.grants import Grant, GrantSource, add_grant, list_grants
+from bursar.credits.moving import Into
+from bursar.credits.pools import PoolKind, list_pools, pool_for
+from bursar.credits.transfers import PoolOwes
+from bursar.identity.organizations import OrganizationNotFound
+from bursar.money import Micros
+from bursar.problems import translated
+
+CREDIT = 1_000_000
+
+
+class Person:
+    """A member of an organization with credits of their own at home."""
+
+    def __init__(self, org: Any, user: UUID, home: UUID) -> None:
+        self.org, self.user, self.home, self.database = org, user, home, org.database
+
+    async def grant(self, credits: int, **terms: Any) -> None:
+        async with self.database.tenant(self.home) as conn:
+            await add_grant(
+                conn,
+                organization_id=self.home,
+                pool_id=await pool_for(conn, organization_id=self.home),
+                amount_micros=Micros(credits * CREDIT),
+                source=GrantSource.PURCHASE,
+                idempotency_key=uuid7().hex,
+                **terms,
+            )
+
+    async def grants(self, organization: UUID) -> list[Grant]:
+        async with self.database.tenant(organization) as conn:
+            return await list_grants(conn, organization_id=organization)
+
+    async def available(self, organization: UUID) -> dict[PoolKind, int]:
+        async with self.database.tenant(organization) as conn:
+            return {
+                each.kind: each.available_micros // CREDIT
+                for each in await list_pools(conn, organization_id=organization)
+            }
+
+    async def call(self, sql: str, *values: Any) -> Any:
+        async with self.database.tenant(self.home) as conn:
+            row = await (await conn.execute(sql, values)).fetchone()
+        return row[0] if row else None
+
+    async def move(self, **terms: Any) -> moving.Move:
+        asked = {
+            "user_id": self.user,
+            "organization_id": self.org.organization_id,
+            "into": Into.PERSONAL,
+            "by": OPERATOR,
+        }
+        with translated():
+            return await moving.move_in(self.database, **{**asked, **terms})
+
+
+@pytest.fixture
+async def person(org: Any, database: db.Database) -> Person:
+    user = await org.member()
+    async with database.untenanted() as conn:
+        home = await db.fetch_value(conn, "select home_organization_id from route.find_user(%(user)s)", user=user)
+    return Person(org, user, home)
+
+
+async def test_grants_go_along_with_priority_time_and_what_was_paid(person: Person) -> None:
+    end = clock.now() + timedelta(days=30)
+    await person.grant(10, priority=5, expires_at=end, cost_basis_nano_usd=1_000_000_001)
+    await person.grant(4, is_free=True)
+    await person.call("select credits.deduct_credits(%s, %s, 3000000, 'm', 'k')", person.home, person.user)
+    move = await person.move()
+    assert (move.amount_micros, move.held_micros) == (11 * CREDIT, 0)
+    assert await person.available(person.home) == {PoolKind.INDIVIDUAL: 0}
+    assert await person.available(person.org.organization_id) == {PoolKind.PERSONAL: 11, PoolKind.SHARED: 0}
+    before, after = await person.grants(person.home), await person.grants(person.org.organization_id)
+    assert [(each.amount_micros // CREDIT, each.priority, each.expires_at, each.is_free) for each in after] == [
+        (7, 5, end, False),
+        (4, 100, None, True),
+    ]
+    assert {each.source for each in after} == {GrantSource.TRANSFER}
+    assert sum(each.left_micros for each in before) == 0
+    # Three tenths were burnt at home; the value of the rest went along, to the last nano-dollar.
+    burnt = await person.call(
+        "select sum(value_nano_usd)::bigint from credits.burns where organization_id = %s", person.home
+    )
+    assert (burnt, after[0].cost_basis_nano_usd) == (300_000_000, 700_000_001)
+    async with person.org.tenant() as conn:
+        [arrival] = await moving.list_arrivals(conn, organization_id=person.org.organization_id)
+    assert (arrival.user_id, arrival.from_organization_id, arrival.amount_micros) == (
+        person.user,
+        person.home,
+        11 * CREDIT,
+    )
+
+
+async def test_what_running_requests_hold_stays_and_can_be_brought_later(person: Person) -> None:
+    await person.grant(10)
+    request = uuid7()
+    await person.call("select credits.authorize(%s, %s, %s, null, 4000000, 'm')", person.home, request, person.user)
+    move = await person.move(into=Into.SHARED)
+    assert (move.amount_micros // CREDIT, move.held_micros // CREDIT) == (6, 4)
+    assert (await person.available(person.org.organization_id))[PoolKind.SHARED] == 6
+    await person.call("select credits.settle(%s, %s, %s, null, 1000000, 'm')", person.home, request, person.user)
+    assert (await person.move(into=Into.SHARED)).amount_micros == 3 * CREDIT
+    assert (await person.available(person.org.organization_id))[PoolKind.SHARED] == 9
+
+
+async def test_a_move_whose_process_ended_arrives_once(person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+    await person.grant(10)
+    transfer = uuid7()
+
+    async def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(moving, "_arrive", die)
+        await person.move(transfer_id=transfer)
+    assert (await person.available(person.home), await person.grants(person.org.organization_id)) == (
+        {PoolKind.INDIVIDUAL: 0},
+        [],
+    )
+    for _ in range(2):
+        await moving.finish_moves(person.database, older_than=timedelta(0))
+    again = await person.move(transfer_id=transfer)
+    assert again.amount_micros == 10 * CREDIT
+    assert [each.amount_micros for each in await person.grants(person.org.organization_id)] == [10 * CREDIT]
+
+
+async def test_moves_at_the_same_time_as_charges_lose_and_double_nothing(person: Person) -> None:
+    await person.grant(100)
+
+    async def spend(number: int) -> int:
+        charge = "select (credits.deduct_credits(%s, %s, 1000000, 'm', %s)).outcome"
+        return int(await person.call(charge, person.home, person.user, f"k{number}") == 0)
+
+    spent = sum(await asyncio.gather(*[spend(number) for number in range(20)], return_exceptions=False))
+    moves = await asyncio.gather(*[person.move() for _ in range(3)], *[spend(number) for number in range(20, 40)])
+    moved = sum(each.amount_micros for each in moves if isinstance(each, moving.Move)) // CREDIT
+    spent += sum(each for each in moves if isinstance(each, int))
+    assert moved + spent + (await person.available(person.home))[PoolKind.INDIVIDUAL] == 100
+    assert (await person.available(person.org.organization_id))[PoolKind.PERSONAL] == moved
+
+
+async def test_who_owes_or_does_not_belong_moves_nothing(person: Person, make_org: Any) -> None:
+    elsewhere = await make_org()
+    with pytest.raises(OrganizationNotFound):
+        await person.move(organization_id=elsewhere.organization_id)
+    with pytest.raises(moving.NoSuchPlace, match="company"):
+        await person.move(organization_id=person.home)
+    apart = await make_org(is_shared_token_pool=False)
+    await apart.member(email=f"{uuid7().hex}@x.example")
+    await person.grant(1)
+    request = uuid7()
+    await person.call("select credits.authorize(%s, %s, %s, null, 1000000, 'm')", person.home, request, person.user)
+    await person.call("select credits.settle(%s, %s, %s, null, 2000000, 'm')", person.home, request, person.user)
+    with pytest.raises(PoolOwes):
+        await person.move()
