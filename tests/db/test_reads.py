@@ -109,7 +109,7 @@ OTHERS: Final[dict[str, Any]] = {
     **dict.fromkeys(("told_level", "pause_seconds", "collect_minutes", "batch_price_ppm"), 1),
     **dict.fromkeys(("watches", "findings"), Jsonb([])),
     **dict.fromkeys(("measure", "addresses", "auth", "readers", "litellm_provider"), "x"),
-    **dict.fromkeys(("level", "told_limit", "horizon", "asks_for_usage", "organizations"), 1),
+    **dict.fromkeys(("level", "told_limit", "horizon", "asks_for_usage", "organizations", "every"), 1),
     "started_at": datetime.now(UTC),
     "is_approved": True,
     "is_lasting": True,
