@@ -302,6 +302,14 @@ begin
     if exists (select 1 from grant_states where organization_id = p_organization_id and pool_id = p_pool_id and state = 'lingering') then
         perform credits.pour(p_organization_id, p_pool_id, p_now);
         perform credits.expire_grants(p_organization_id, p_pool_id, p_now, p_now);
+        -- What came back may have made a grant active again that had ended: its own end is to be awaited, or is past already.
+        select least(v_at, min(g.expires_at)) into v_at
+        from grant_states s join grants g on g.organization_id = s.organization_id and g.grant_id = s.grant_id
+        where s.organization_id = p_organization_id and s.pool_id = p_pool_id and s.state in ('active', 'spent');
+        if v_at <= p_now then
+            perform credits.fold_pool(p_organization_id, p_pool_id, p_now);
+            return;
+        end if;
         if exists (select 1 from grant_states where organization_id = p_organization_id and pool_id = p_pool_id and state = 'lingering') then
             v_at := '-infinity';  -- due again in every batch until the holds that need it have ended
         end if;
