@@ -165,7 +165,7 @@ class UsageMeter(wire.UsageMeter):
         self.completed = True
         if answer is not None:
             self._take(answer)
-        else:
+        elif not body.lstrip().startswith((b"data:", b"event:")):  # events that nobody asked for are no spoken text
             self._units = tokens.text_units(_NO_TEXT.sub(b"", body).strip().decode("utf-8", "replace"))
             self._cue_ms = _last_cue(body)
 
