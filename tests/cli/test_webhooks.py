@@ -10,6 +10,8 @@ from tests.conftest import MASTER_KEY, Org
 from tests.fakes.receiver import Receiver, receiving
 
 from bursar import cli
+from bursar.clock import uuid7
+from bursar.outbox.endpoints import post_event
 from bursar.settings import Settings
 
 Bursar = Callable[..., Any]
@@ -81,3 +83,22 @@ async def test_rules_are_set_shown_and_taken_back(bursar: Bursar) -> None:
     assert (await bursar("alerts", "list")) == (0, {"items": []})
     _, foreseen = await bursar("alerts", "preview", "pool")
     assert [each["threshold"] for each in foreseen["items"]] == [50, 80, 90, 100]
+
+
+async def test_people_are_listed_by_name_in_what_was_told(org: Org, bursar: Bursar) -> None:
+    user, gone = await org.member(), uuid7()
+    async with org.tenant() as conn:
+        for who in (user, gone):
+            await post_event(
+                conn,
+                organization_id=org.organization_id,
+                kind="allocation.threshold",
+                object_kind="allocation",
+                object_id=uuid7(),
+                payload={"title": f"Share of usr_{who.hex} of the shared credits: 90 % used", "text": []},
+            )
+    _, listed = await bursar("alerts", "list")
+    assert [each["title"] for each in listed["items"]] == [
+        "Share of a former member of the shared credits: 90 % used",
+        "Share of Dana Test of the shared credits: 90 % used",
+    ]

@@ -156,7 +156,7 @@ async def test_requests_and_raises_are_audited_and_told_of(org: Org) -> None:
         told = await rows.fetchall()
         rows = await conn.execute("select action from audit.events where object_id = %s order by at, event_id", [asked])
         recorded = [row[0] for row in await rows.fetchall()]
-    assert told == [("request.created", str(org.admin)), ("request.decided", str(org.admin))]
+    assert told == [(kind, f"usr_{org.admin.hex}") for kind in ("request.created", "request.decided")]
     assert recorded == ["limit_request.created", "limit_request.approved"]
 
 

@@ -16,7 +16,6 @@ from bursar import db
 from bursar.audit.events import OPERATOR
 from bursar.clock import uuid7
 from bursar.identity.memberships import end_membership
-from bursar.outbox.endpoints import post_event
 from bursar.outbox.mails import DueMail, MailServer, MailServerSetting, Postman
 from bursar.settings import Settings
 
@@ -190,28 +189,18 @@ async def test_people_are_named_when_it_is_written_and_no_name_stands_in_the_eve
     assert "And a former member too" in body.get_content()
 
 
-async def test_an_event_without_a_text_is_told_by_its_fields(org: Org, settings: Settings) -> None:
+async def test_a_command_in_an_email_names_people_by_what_the_command_takes(org: Org, settings: Settings) -> None:
     user = await org.member()
-    payload = {"user_id": str(user), "limit_id": str(uuid7()), "is_approved": True, "amount": 5_000_000, "note": "Fine"}
-    async with org.tenant() as conn:
-        await post_event(
-            conn,
-            organization_id=org.organization_id,
-            kind="request.decided",
-            object_kind="limit_request",
-            object_id=uuid7(),
-            payload={**payload, "bought": {"amount": "5", "unit": "credit"}},
-        )
+    lines = [f"Next: bursar credits allocate AMOUNT --org acme --user usr_{user.hex}", f"Of --user usr_{uuid7().hex}"]
+    await post_mail(org, {"title": "Used up", "text": lines}, org.admin)
     with fake.mail_server() as server:
-        assert await send(org, server_at(settings, f"smtp://127.0.0.1:{server.port}")) == ["sent"]
-    [message] = server.taken
-    assert message["Subject"] == "[Test Corp] Your request for more was decided"
-    plain = message.get_body(("plain",))
-    assert plain is not None
-    lines = plain.get_content().splitlines()
-    said = {"who: Dana Test", "note: Fine", "bought: 5 credit", "is approved: yes", "Next: bursar caps list"}
-    assert set(lines) >= said
-    assert not any("amount" in line or "limit id" in line for line in lines)
+        await send(org, server_at(settings, f"smtp://127.0.0.1:{server.port}"))
+    body = server.taken[0].get_body(("plain",))
+    assert body is not None
+    async with org.tenant() as conn:
+        email = await db.fetch_value(conn, "select email from identity.memberships where user_id = %(user)s", user=user)
+    assert f"Next: bursar credits allocate AMOUNT --org acme --user {email}" in body.get_content()
+    assert lines[1] in body.get_content()
 
 
 @pytest.mark.parametrize(

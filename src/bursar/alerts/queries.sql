@@ -229,7 +229,7 @@ limit 1;
 -- name: told
 select event_id, kind, object_kind, object_id, sequence, payload, happened_at
 from outbox.events
-where organization_id = %(organization_id)s and object_kind in ('pool', 'allocation', 'limit', 'grant', 'open')
+where organization_id = %(organization_id)s and kind <> 'webhook.test'
 order by posted_at desc, event_id
 limit %(most)s;
 

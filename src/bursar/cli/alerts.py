@@ -1,7 +1,8 @@
 """`bursar alerts`: what is told when credits run low, to whom, and what was."""
 
 from datetime import timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
+from uuid import UUID
 
 import typer
 
@@ -28,6 +29,8 @@ from bursar.cli.scope import OrgOption, as_id, within
 from bursar.clock import now
 from bursar.identity.organizations import Organization
 from bursar.money import Micros, format_credits
+from bursar.outbox.letters import Person, people_in, with_names
+from bursar.outbox.mails import people_of
 
 app = typer.Typer(help="Alerts: rules, set, list, preview.", no_args_is_help=True)
 
@@ -39,6 +42,7 @@ LeftOption = Annotated[
 ]
 OfOption = Annotated[str | None, typer.Option("--of", help="One pool, share or cap by its id; all otherwise.")]
 DEFAULT_PERCENTS = (50, 80, 90, 100)
+People: TypeAlias = dict[UUID, Person]
 
 
 def _levels(rule: dict[str, Any]) -> str:
@@ -141,16 +145,18 @@ def list_(
     Examples: `bursar alerts list --org acme`, `bursar alerts list --org acme --most 200 --json`
     """
 
-    async def run(conn: db.Connection, _: db.Database, organization: Organization) -> list[Alert]:
-        return await list_alerts(conn, organization_id=organization.organization_id, most=most)
+    async def run(conn: db.Connection, _: db.Database, organization: Organization) -> tuple[list[Alert], People]:
+        place = {"organization_id": organization.organization_id}
+        found = await list_alerts(conn, most=most, **place)
+        return found, await people_of(conn, user_ids=people_in(each.title for each in found), **place)
 
-    found = within(org, run)
+    found, people = within(org, run)
     rows = [
         {
             "event_id": f"evt_{each.event_id.hex}",
             "happened_at": each.happened_at,
             "kind": each.kind,
-            "title": each.title,
+            "title": with_names(each.title, people),
             "object": {"kind": each.object_kind, "id": each.object_id, "sequence": each.sequence},
             "payload": each.payload,
         }

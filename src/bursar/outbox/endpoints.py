@@ -206,13 +206,23 @@ async def disable_endpoint(
 ) -> None:
     """Stop sending there until somebody enables it, and tell administrators. Nothing when it is not active."""
     if await _end(conn, organization_id, endpoint_id, "disabled", by, reason):
+        endpoint = await get_endpoint(conn, organization_id=organization_id, endpoint_id=endpoint_id)
+        slug = await db.fetch_value(conn, QUERIES.organization_slug, organization_id=organization_id)
+        webhook = f"whk_{endpoint_id.hex} --org {slug}"
+        next_step = f"bursar webhooks log {webhook}, then bursar webhooks enable {webhook}"
         await post_event(
             conn,
             organization_id=organization_id,
             kind="webhook.disabled",
             object_kind="webhook",
             object_id=endpoint_id,
-            payload={"reason": reason},
+            payload={
+                "title": f"The webhook to {endpoint.url} was disabled",
+                "text": [f"Reason: {reason}.", "Nothing is sent there until it is enabled.", f"Next: {next_step}"],
+                "url": endpoint.url,
+                "reason": reason,
+                "next_step": next_step,
+            },
         )
 
 
@@ -280,7 +290,7 @@ async def post_test(conn: db.Connection, *, organization_id: UUID, endpoint_id: 
         kind=TEST_KIND,
         object_kind="webhook",
         object_id=endpoint_id,
-        payload={"message": "This is a test. Nothing happened."},
+        payload={"title": "This is a test", "text": ["Nothing happened."]},
     )
     await db.execute(
         conn, QUERIES.replay_one, organization_id=organization_id, endpoint_id=endpoint_id, event_id=event_id

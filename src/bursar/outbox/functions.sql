@@ -1,6 +1,13 @@
 -- Posting an event. These functions act with the rights of who calls them: a money function for any organization, the application for
 -- the one that is set.
 
+-- public_id: an id as people and programs see it, such as usr_….
+create or replace function outbox.public_id(p_prefix text, p_id uuid) returns text
+language sql immutable set search_path = pg_catalog, pg_temp as $$
+    select p_prefix || '_' || replace(p_id::text, '-', '');
+$$;
+comment on function outbox.public_id is 'An id with its prefix, as people and programs see it';
+
 -- wants: whether an endpoint that asked for these kinds gets events of this one.
 create or replace function outbox.wants(p_kinds text[], p_kind text) returns boolean
 language sql immutable set search_path = outbox, pg_temp as $$
@@ -20,8 +27,8 @@ language sql stable set search_path = outbox, pg_temp as $$
         when p_kind = 'request.created' then m.roles && array['org_admin'] or exists (
             select from identity.teams t
             join identity.memberships a on a.organization_id = t.organization_id and a.team_id = t.team_id
-            where t.organization_id = p_organization_id and t.lead_user_id = m.user_id and a.user_id::text = p_payload ->> 'user_id')
-        when p_kind = 'request.decided' then m.user_id::text = p_payload ->> 'user_id'
+            where t.organization_id = p_organization_id and t.lead_user_id = m.user_id and outbox.public_id('usr', a.user_id) = p_payload ->> 'user_id')
+        when p_kind = 'request.decided' then outbox.public_id('usr', m.user_id) = p_payload ->> 'user_id'
         else false end;
 $$;
 comment on function outbox.readers_of is 'Members whom an event is mailed to by its kind: top-ups to who pays, requests to who decides, decisions to who asked';

@@ -5,37 +5,21 @@ by their ids; their names are put in when the e-mail is written, so that no even
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from email.message import EmailMessage
 from email.parser import BytesHeaderParser
 from email.policy import SMTP, compat32
 from email.utils import format_datetime
 from html import escape
-from typing import Any, Final
+from typing import Final
 from uuid import UUID
 
 from bursar import clock
 from bursar.outbox.deliveries import Event
 
 LONGEST_SUBJECT: Final = 150
-PERSON: Final = re.compile(r"\busr_[0-9a-f]{32}\b")
-TITLES: Final = {
-    "request.created": "Somebody asks for more than a limit gives",
-    "request.decided": "Your request for more was decided",
-    "topup.succeeded": "Credits were bought by themselves",
-    "topup.failed": "Credits could not be bought by themselves",
-    "topup.runaway": "Automatic purchases were stopped: too many in a short time",
-    "webhook.disabled": "A webhook was disabled",
-}
-"""Of events whose payload has no title."""
-NEXT_STEPS: Final = {
-    "request.created": "bursar caps requests, bursar caps approve, bursar caps deny",
-    "request.decided": "bursar caps list",
-    "topup.failed": "bursar top-ups list, bursar top-ups show",
-    "topup.runaway": "bursar top-ups show, bursar top-ups set",
-    "webhook.disabled": "bursar webhooks log, bursar webhooks enable",
-}
+PERSON: Final = re.compile(r"(--user )?\busr_([0-9a-f]{32})\b")
 _UNPRINTABLE: Final = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]+")
 
 
@@ -52,6 +36,13 @@ class Letter:
         first = self.told[0][0]
         return first if len(self.told) == 1 else f"{first}, and {len(self.told) - 1} more"
 
+    @property
+    def texts(self) -> Iterator[str]:
+        """Titles and lines."""
+        for title, lines in self.told:
+            yield title
+            yield from lines
+
 
 def letter_of(organization: str, events: Sequence[Event]) -> Letter:
     """What these events say; events: at least one."""
@@ -61,56 +52,59 @@ def letter_of(organization: str, events: Sequence[Event]) -> Letter:
 
 def title_of(event: Event) -> str:
     """The one line of an event."""
-    title = event.payload.get("title")
-    return title if isinstance(title, str) and title else TITLES.get(event.kind, event.kind)
+    return str(event.payload.get("title", event.kind))
 
 
 def lines_of(event: Event) -> tuple[str, ...]:
-    """What there is to say; of an event without a text its fields and the next step."""
-    text = event.payload.get("text")
-    if isinstance(text, list):
-        return tuple(str(each) for each in text)
-    said = [_field(name, value) for name, value in event.payload.items() if name != "title"]
-    next_step = NEXT_STEPS.get(event.kind)
-    return (*filter(None, said), *([f"Next: {next_step}"] if next_step else []))
+    """What there is to say."""
+    return tuple(str(each) for each in event.payload.get("text", ()))
 
 
-def _field(name: str, value: Any) -> str | None:
-    """'amount: 12.5 credit'. What only programs can use (ids, amounts without a unit) is left out."""
-    label = name.replace("_", " ")
-    if name == "user_id" and isinstance(value, str):
-        return f"who: {value if PERSON.fullmatch(value) else f'usr_{UUID(value).hex}'}"
-    if isinstance(value, dict) and value.keys() == {"amount", "unit"}:
-        return f"{label}: {value['amount']} {value['unit']}"
-    if isinstance(value, bool):
-        return f"{label}: {'yes' if value else 'no'}"
-    return f"{label}: {value}" if isinstance(value, str) and not name.endswith("_id") else None
+@dataclass(frozen=True, slots=True)
+class Person:
+    """Who stands in a text by their id."""
+
+    user_id: UUID
+    name: str
+    email: str
 
 
-def people_in(letter: Letter) -> set[UUID]:
-    """Whom the letter names by id."""
-    everything = "\n".join(line for title, lines in letter.told for line in (title, *lines))
-    return {UUID(each.removeprefix("usr_")) for each in PERSON.findall(everything)}
+def people_in(texts: Iterable[str]) -> set[UUID]:
+    """Whom texts name by id."""
+    return {UUID(digits) for text in texts for _, digits in PERSON.findall(text)}
 
 
-def message_of(letter: Letter, *, mail_id: UUID, sender: str, to: str, names: Mapping[UUID, str]) -> EmailMessage:
-    """The e-mail. names: of the people in it; who has none is “a former member”.
+def with_names(text: str, people: Mapping[UUID, Person]) -> str:
+    """A text with people's names in place of their ids, and their e-mails in commands, which know them by these.
+
+    Who is not among them is “a former member”.
+    """
+
+    def named(found: re.Match[str]) -> str:
+        option, digits = found.groups()
+        who = people.get(UUID(digits))
+        if option:
+            return f"{option}{who.email}" if who else found[0]
+        return who.name if who else "a former member"
+
+    return PERSON.sub(named, text)
+
+
+def message_of(letter: Letter, *, mail_id: UUID, sender: str, to: str, people: Mapping[UUID, Person]) -> EmailMessage:
+    """The e-mail. people: who are in it.
 
     No text can end a header and begin another: what is not printable becomes a space, and nothing is left that the
     library would decode into a line's end.
     """
 
-    def named(text: str) -> str:
-        return PERSON.sub(lambda found: names.get(UUID(found[0][4:]), "a former member"), text)
-
     message = EmailMessage(policy=SMTP)
-    message["Subject"] = _one_line(f"[{letter.organization}] {named(letter.subject)}")[:LONGEST_SUBJECT]
+    message["Subject"] = _one_line(f"[{letter.organization}] {with_names(letter.subject, people)}")[:LONGEST_SUBJECT]
     message["From"] = sender
     message["To"] = to
     message["Date"] = format_datetime(clock.now())
     message["Message-ID"] = f"<{mail_id.hex}@{_domain_of(sender)}>"
     message["Auto-Submitted"] = "auto-generated"
-    told = [(named(title), [named(line) for line in lines]) for title, lines in letter.told]
+    told = [(with_names(title, people), [with_names(line, people) for line in lines]) for title, lines in letter.told]
     message.set_content("\n\n".join("\n".join([title, "", *lines]) for title, lines in told) + "\n\n-- \nBursar\n")
     message.add_alternative(_html(told), subtype="html")
     written = BytesHeaderParser(policy=compat32).parsebytes(message.as_bytes())

@@ -8,6 +8,7 @@ final.
 import asyncio
 import smtplib
 import ssl
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from email.message import EmailMessage
@@ -22,7 +23,7 @@ from bursar import clock, db
 from bursar.errors import BursarError
 from bursar.outbox.deliveries import Event, next_wait
 from bursar.outbox.endpoints import QUERIES
-from bursar.outbox.letters import can_be_mailed, letter_of, message_of, people_in
+from bursar.outbox.letters import Person, can_be_mailed, letter_of, message_of, people_in
 from bursar.outbox.outside import usual_tls
 from bursar.settings import Settings
 
@@ -143,12 +144,6 @@ class _Reader:
     email: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Name:
-    user_id: UUID
-    display_name: str
-
-
 class Postman:
     """Hands over what is due. server: None where there is none; then what is due is dropped, and says so."""
 
@@ -219,9 +214,16 @@ class Postman:
             return None
         events = await db.fetch_all(conn, Event, QUERIES.mail_events, **place, mail_id=due.mail_id)
         letter = letter_of(str(await db.fetch_value(conn, QUERIES.organization_name, **place)), events)
-        people = await db.fetch_all(conn, _Name, QUERIES.names_of, **place, user_ids=list(people_in(letter)))
-        names = {each.user_id: each.display_name for each in people}
-        return message_of(letter, mail_id=due.mail_id, sender=self._server.sender, to=to, names=names)
+        people = await people_of(conn, organization_id=due.organization_id, user_ids=people_in(letter.texts))
+        return message_of(letter, mail_id=due.mail_id, sender=self._server.sender, to=to, people=people)
+
+
+async def people_of(conn: db.Connection, *, organization_id: UUID, user_ids: Iterable[UUID]) -> dict[UUID, Person]:
+    """Members, also former ones, by their ids."""
+    found = await db.fetch_all(
+        conn, Person, QUERIES.people_of, organization_id=organization_id, user_ids=list(user_ids)
+    )
+    return {each.user_id: each for each in found}
 
 
 def _text(error: smtplib.SMTPResponseException) -> str:

@@ -191,8 +191,11 @@ where m.organization_id = %(organization_id)s and m.user_id = %(user_id)s and m.
 -- name: organization_name
 select name from identity.organizations where organization_id = %(organization_id)s;
 
--- name: names_of
-select user_id, display_name from identity.memberships where organization_id = %(organization_id)s and user_id = any (%(user_ids)s);
+-- name: organization_slug
+select slug from identity.organizations where organization_id = %(organization_id)s;
+
+-- name: people_of
+select user_id, display_name as name, email from identity.memberships where organization_id = %(organization_id)s and user_id = any (%(user_ids)s);
 
 -- name: note_mail
 update outbox.mails

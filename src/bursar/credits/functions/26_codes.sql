@@ -185,8 +185,12 @@ begin
     values (p_organization_id, p_redemption_id, p_code_id, v_campaign.campaign_id, p_user_id, p_domain_hash, p_into_organization_id,
         v_campaign.amount_micros, least(v_campaign.credits_expire_at, v_now + make_interval(days => v_campaign.credits_days)), v_campaign.priority, v_now)
     returning * into v_redemption;
-    perform outbox.post_event(p_organization_id, 'code.redeemed', 'code', p_code_id,
-        jsonb_build_object('campaign', v_campaign.name, 'hint', v_code.hint, 'user_id', p_user_id, 'amount_micros', v_campaign.amount_micros), v_now);
+    perform outbox.post_event(p_organization_id, 'code.redeemed', 'code', p_code_id, credits.told(p_organization_id,
+        format('A code of %s was redeemed: %s', v_campaign.name, credits.spoken_amount(credits.as_amount(v_redemption.amount_micros))),
+        array[format('By %s, the code that ends with %s.', outbox.public_id('usr', p_user_id), v_code.hint)],
+        'bursar codes list --org ORG',
+        jsonb_build_object('campaign', v_campaign.name, 'hint', v_code.hint, 'user_id', outbox.public_id('usr', p_user_id),
+            'amount', credits.as_amount(v_redemption.amount_micros))), v_now);
     return v_redemption;
 end $$;
 comment on function credits.redeem_code is 'Claims a redemption of a code for a person; BR441 ended, BR442 for others, BR443 redeemed as often as it can be';

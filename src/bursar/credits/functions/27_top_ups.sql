@@ -105,30 +105,63 @@ begin
         and requested_at >= least(credits.period_start('month', v_zone, v_now), v_now - interval '1 hour');
     if v_hour >= v_policy.most_per_hour then
         update top_up_policies set state = 'runaway' where organization_id = p_organization_id and pool_id = p_pool_id;
-        perform outbox.post_event(p_organization_id, 'topup.runaway', 'pool', p_pool_id, jsonb_build_object('reason', 'too many within an hour',
-            'purchases', v_hour, 'amount', credits.as_amount(v_policy.amount_micros)), v_now);
+        perform outbox.post_event(p_organization_id, 'topup.runaway', 'pool', p_pool_id, credits.told(p_organization_id,
+            format('%s: automatic purchases were stopped, too many within an hour', credits.spoken_pool(p_organization_id, p_pool_id)),
+            array[format('Begun within an hour: %s, each of %s; the most allowed: %s.', v_hour,
+                         credits.spoken_amount(credits.as_amount(v_policy.amount_micros)), v_policy.most_per_hour),
+                  'Nothing is bought until somebody has looked at it and set the policy again.'],
+            'bursar top-ups list --org ORG, then bursar top-ups set --org ORG',
+            jsonb_build_object('reason', 'too many within an hour', 'purchases', v_hour, 'amount', credits.as_amount(v_policy.amount_micros))), v_now);
         return null;
     elsif v_bought + v_policy.amount_micros > v_policy.ceiling_micros then
         v_month_end := credits.period_end('month', v_zone, v_now);
         update top_up_policies set next_try_at = v_month_end where organization_id = p_organization_id and pool_id = p_pool_id;
-        perform outbox.post_event(p_organization_id, 'topup.failed', 'pool', p_pool_id, jsonb_build_object('reason', 'the monthly ceiling is reached',
-            'bought', credits.as_amount(v_bought), 'ceiling', credits.as_amount(v_policy.ceiling_micros), 'until', v_month_end), v_now);
+        perform outbox.post_event(p_organization_id, 'topup.failed', 'pool', p_pool_id, credits.told(p_organization_id,
+            format('%s: automatic purchases have reached the ceiling of the month', credits.spoken_pool(p_organization_id, p_pool_id)),
+            array[format('%s were bought this month; %s more would pass the ceiling of %s.', credits.spoken_amount(credits.as_amount(v_bought)),
+                         credits.spoken_amount(credits.as_amount(v_policy.amount_micros)),
+                         credits.spoken_amount(credits.as_amount(v_policy.ceiling_micros))),
+                  format('Nothing is bought before %s.', credits.spoken_time(p_organization_id, v_month_end))],
+            'bursar top-ups set --org ORG with a higher --ceiling, or bursar credits add AMOUNT --org ORG',
+            jsonb_build_object('reason', 'the monthly ceiling is reached', 'bought', credits.as_amount(v_bought),
+                'ceiling', credits.as_amount(v_policy.ceiling_micros), 'until', v_month_end)), v_now);
         return null;
     end if;
     insert into top_ups (organization_id, top_up_id, pool_id, amount_micros, requested_at)
     values (p_organization_id, p_top_up_id, p_pool_id, v_policy.amount_micros, v_now) returning * into v_top_up;
-    perform outbox.post_event(p_organization_id, 'topup.requested', 'pool', p_pool_id,
-        jsonb_build_object('top_up_id', p_top_up_id, 'amount', credits.as_amount(v_policy.amount_micros)), v_now);
+    perform outbox.post_event(p_organization_id, 'topup.requested', 'pool', p_pool_id, credits.told(p_organization_id,
+        format('%s: %s are to be bought', credits.spoken_pool(p_organization_id, p_pool_id),
+               credits.spoken_amount(credits.as_amount(v_policy.amount_micros))),
+        array[format('Less than %s were available.', credits.spoken_amount(credits.as_amount(v_policy.threshold_micros))),
+              format('With this one %s are bought this month; the ceiling is %s.',
+                     credits.spoken_amount(credits.as_amount(v_bought + v_policy.amount_micros)),
+                     credits.spoken_amount(credits.as_amount(v_policy.ceiling_micros)))],
+        format('bursar top-ups list --org ORG; where a person pays: bursar top-ups confirm %s --org ORG', outbox.public_id('top', p_top_up_id)),
+        jsonb_build_object('top_up_id', outbox.public_id('top', p_top_up_id), 'amount', credits.as_amount(v_policy.amount_micros))), v_now);
     return v_top_up;
 end $$;
 comment on function credits.begin_top_up is 'The purchase that a pool must make now, begun when there is none open; null: none';
 
--- as_amount: an amount as events tell it.
-create or replace function credits.as_amount(p_micros bigint) returns jsonb
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-    select jsonb_build_object('amount', trim_scale((p_micros / 1000000.0)::numeric(24, 6))::text, 'unit', 'credit');
+-- told_top_up: what is told of a purchase that succeeded or failed.
+create or replace function credits.told_top_up(p_top_up credits.top_ups) returns jsonb
+language sql stable set search_path = credits, pg_temp as $$
+    select credits.told(p_top_up.organization_id,
+        format('%s: %s %s', credits.spoken_pool(p_top_up.organization_id, p_top_up.pool_id), credits.spoken_amount(a.amount),
+               case when p_top_up.state = 'succeeded' then 'were bought' else 'could not be bought' end),
+        case when p_top_up.state = 'succeeded'
+             then array['Paid: ' || trim_scale(p_top_up.paid_nano_usd / 1000000000.0)::text || ' USD', 'Reference: ' || p_top_up.reference]
+             else array['Reason: ' || coalesce(p_top_up.reason, 'none was given'),
+                        case when p.state = 'declined' then format('It was declined %s times in a row. Nothing is bought until it is set again.', p.declines)
+                             else format('The next purchase is not before %s.', credits.spoken_time(p_top_up.organization_id, p.next_try_at)) end] end,
+        case when p_top_up.state = 'succeeded' then 'bursar top-ups list --org ORG'
+             else 'bursar top-ups list --org ORG, then bursar top-ups set --org ORG or bursar credits add AMOUNT --org ORG' end,
+        jsonb_build_object('top_up_id', outbox.public_id('top', p_top_up.top_up_id), 'amount', a.amount, 'reference', p_top_up.reference,
+            'reason', p_top_up.reason))
+    from top_up_policies p
+    cross join lateral (select credits.as_amount(p_top_up.amount_micros) as amount) a
+    where p.organization_id = p_top_up.organization_id and p.pool_id = p_top_up.pool_id;
 $$;
-comment on function credits.as_amount is 'An amount of micros as {amount, unit}';
+comment on function credits.told_top_up is 'What is told of a purchase that succeeded or failed';
 
 -- decide_top_up: an open purchase succeeded (its credits are granted) or failed (the next one waits, longer each time). Deciding the same
 -- again changes nothing. One that failed may turn out to have been paid; one that succeeded does not fail any more.
@@ -164,8 +197,7 @@ begin
         reason = p_reason, grant_id = v_grant, paid_nano_usd = case when p_succeeded then p_paid_nano_usd end
     where organization_id = p_organization_id and top_up_id = p_top_up_id returning * into v_top_up;
     perform outbox.post_event(p_organization_id, case when p_succeeded then 'topup.succeeded' else 'topup.failed' end, 'pool', v_top_up.pool_id,
-        jsonb_build_object('top_up_id', p_top_up_id, 'amount', credits.as_amount(v_top_up.amount_micros), 'reference', p_reference, 'reason', p_reason),
-        v_now);
+        credits.told_top_up(v_top_up), v_now);
     return v_top_up;
 end $$;
 comment on function credits.decide_top_up is 'Ends an open purchase: grants what was bought, or lets the next one wait';

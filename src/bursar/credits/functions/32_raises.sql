@@ -170,6 +170,31 @@ begin
 end $$;
 comment on function credits.end_raise is 'Ends a raise before its time';
 
+-- told_request: what is told of a request as it stands; p_raise_id: what was given, of one that was approved.
+create or replace function credits.told_request(p_organization_id uuid, p_limit_request_id uuid, p_raise_id uuid) returns jsonb
+language sql stable set search_path = credits, pg_temp as $$
+    select credits.told(p_organization_id,
+        format(case q.state when 'open' then '%s asks for %s more' else 'What %s asked for was ' || q.state || ': %s more' end, i.who,
+               credits.spoken_amount(i.amount)),
+        array[format('%s, until %s.', i.name, credits.spoken_time(p_organization_id, i.until_at)),
+              'Reason: ' || nullif(q.reason, ''), 'Note: ' || nullif(q.note, ''),
+              case when q.state = 'open' then format('Without a decision it lapses on %s.', credits.spoken_time(p_organization_id, q.lapses_at)) end],
+        case when q.state = 'open' then format('bursar caps approve %1$s --org ORG, or bursar caps deny %1$s --org ORG', i.id)
+             else 'bursar caps requests --org ORG' end,
+        jsonb_build_object('limit_request_id', i.id, 'user_id', i.who, 'limit_id', outbox.public_id('lim', q.limit_id), 'name', i.name,
+            'is_approved', case when q.state <> 'open' then q.state = 'approved' end, 'amount', i.amount, 'until_at', i.until_at,
+            'reason', q.reason, 'note', q.note))
+    from limit_requests q
+    join limits l on l.organization_id = q.organization_id and l.limit_id = q.limit_id
+    left join raises r on r.organization_id = q.organization_id and r.raise_id = p_raise_id
+    cross join lateral (
+        select outbox.public_id('lrq', q.limit_request_id) as id, outbox.public_id('usr', q.user_id) as who,
+            credits.spoken_limit(p_organization_id, q.limit_id) as name, credits.as_amount_of(l.metric, coalesce(r.amount, q.amount)) as amount,
+            coalesce(r.ends_at, q.until_at) as until_at) i
+    where q.organization_id = p_organization_id and q.limit_request_id = p_limit_request_id;
+$$;
+comment on function credits.told_request is 'What is told of a request for more as it stands';
+
 -- request_raise: a member asks for more than a limit that asks gives. Nothing changes until somebody decides.
 create or replace function credits.request_raise(
     p_organization_id uuid, p_limit_request_id uuid, p_limit_id uuid, p_subject_id uuid, p_user_id uuid, p_amount bigint, p_until_at timestamptz,
@@ -209,8 +234,7 @@ begin
     values (p_organization_id, p_limit_request_id, v_target.balance_id, v_target.limit_id, p_user_id, p_amount, p_until_at, p_reason, v_now,
             least(v_now + interval '14 days', p_until_at));
     perform outbox.post_event(p_organization_id, 'request.created', 'limit_request', p_limit_request_id,
-        jsonb_build_object('user_id', p_user_id, 'limit_id', v_target.limit_id, 'balance_id', v_target.balance_id, 'amount', p_amount,
-            'until_at', p_until_at, 'reason', p_reason), v_now);
+        credits.told_request(p_organization_id, p_limit_request_id, null), v_now);
     perform credits.store_outcome(p_organization_id, p_idempotency_key, v_hash, jsonb_build_object('limit_request_id', p_limit_request_id), v_now);
     return p_limit_request_id;
 end $$;
@@ -241,9 +265,7 @@ begin
             coalesce(p_amount, v_row.amount), null, coalesce(p_until_at, v_row.until_at), v_row.reason, p_decided_by, v_now);
     end if;
     perform outbox.post_event(p_organization_id, 'request.decided', 'limit_request', p_limit_request_id,
-        jsonb_build_object('user_id', v_row.user_id, 'limit_id', v_row.limit_id, 'balance_id', v_row.balance_id, 'is_approved', p_is_approved,
-            'amount', case when p_is_approved then coalesce(p_amount, v_row.amount) end,
-            'until_at', case when p_is_approved then coalesce(p_until_at, v_row.until_at) end, 'note', p_note), v_now);
+        credits.told_request(p_organization_id, p_limit_request_id, case when p_is_approved then p_raise_id end), v_now);
     return case when p_is_approved then p_raise_id end;
 end $$;
 comment on function credits.decide_request is 'Approves or denies a request for more; what is approved is a raise that ends by itself';
