@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -204,6 +205,17 @@ async def test_tries_at_the_same_time_are_counted_one_by_one(database: db.Databa
     assert sorted(type(each).__name__ for each in found) == ["CodeUnknown"] * 5 + ["TooManyTries"] * 7
 
 
+async def test_redeemed_again_with_another_destination_is_the_first_redemption_and_says_so(
+    database: db.Database, org: Any
+) -> None:
+    member = await org.member()
+    [text] = await make(database, PLATFORM_ORGANIZATION_ID)
+    first = await redeem(database, text, member, org.organization_id)
+    again = await redeem(database, text, member)
+    assert (first.is_again, again.is_again) == (False, True)
+    assert again == replace(first, is_again=True)
+
+
 async def test_a_claim_whose_process_ended_is_granted_by_the_job_once(
     database: db.Database, org: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,7 +275,7 @@ async def test_over_http_with_ones_own_key(database: db.Database, org: Any, clie
     assert (await ask(Scope.WRITE, None, code=text)).status_code == 403, "a service has no balance of its own"
     done = await ask(Scope.WRITE, user, code=text.lower().replace("-", ""))
     assert (done.status_code, done.json()["credits"]) == (201, {"amount": "5", "unit": "credit"})
-    assert (await ask(Scope.WRITE, user, code=text)).json() == done.json()
+    assert (await ask(Scope.WRITE, user, code=text)).json() == {**done.json(), "is_again": True}
     unknown = await ask(Scope.WRITE, user, code="nonsense")
     assert (unknown.status_code, unknown.json()["code"]) == (404, "code_unknown")
     for _ in range(4):

@@ -23,7 +23,7 @@ from bursar.cli.scope import as_id, every_page, org_of, user_of
 from bursar.clock import in_utc
 from bursar.credits import codes
 from bursar.credits.codes import Campaign, Terms
-from bursar.identity.organizations import PLATFORM_ORGANIZATION_ID
+from bursar.identity.organizations import PLATFORM_ORGANIZATION_ID, get_organization
 from bursar.money import Micros, format_credits
 from bursar.problems import NotFound
 
@@ -249,15 +249,25 @@ def redeem(
             into=await org_of(database, into) if into else None,
             by=OPERATOR,
         )
+        async with database.tenant(redemption.into_organization_id) as conn:
+            organization = await get_organization(conn, organization_id=redemption.into_organization_id)
         return {
             "credits": format_credits(redemption.amount_micros),
             "campaign": redemption.campaign,
+            "into": "their own" if organization.kind == "individual" else organization.slug,
+            "redeemed": redemption.claimed_at,
             "expires": redemption.credits_expire_at,
             "organization_id": f"org_{redemption.into_organization_id.hex}",
             "grant_id": f"grt_{redemption.grant_id.hex}" if redemption.grant_id else None,
+            "is_again": redemption.is_again,
         }
 
-    print_fields(with_database(work), as_json=as_json)
+    found = with_database(work)
+    if found["is_again"] and not as_json:
+        typer.echo(
+            f"Already redeemed on {found['redeemed']:%Y-%m-%d %H:%M} UTC into {found['into']}: nothing was granted now."
+        )
+    print_fields(found, as_json=as_json)
 
 
 async def _owner(database: db.Database, org: str | None) -> UUID:

@@ -54,13 +54,15 @@ class RedeemCode(BaseModel):
 
 
 class RedemptionAnswer(BaseModel):
-    """What a code became."""
+    """What a code became. is_again: it had been redeemed before, and nothing was granted now."""
 
     grant_id: str
     organization_id: str
     credits: dict[str, str] = Field(examples=[{"amount": "500", "unit": "credit"}])
     campaign: str
+    redeemed_at: datetime
     expires_at: datetime | None
+    is_again: bool
 
     @classmethod
     def of(cls, redemption: Redemption) -> "RedemptionAnswer":
@@ -71,7 +73,9 @@ class RedemptionAnswer(BaseModel):
             organization_id=f"org_{redemption.into_organization_id.hex}",
             credits={"amount": format_credits(redemption.amount_micros), "unit": "credit"},
             campaign=redemption.campaign,
+            redeemed_at=redemption.claimed_at,
             expires_at=redemption.credits_expire_at,
+            is_again=redemption.is_again,
         )
 
 

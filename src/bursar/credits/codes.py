@@ -130,7 +130,7 @@ class Code:
 
 @dataclass(frozen=True, slots=True)
 class Redemption:
-    """A claim. grant_id: None until the grant is booked. hint: of the code."""
+    """A claim. grant_id: None until the grant is booked. hint: of the code. is_again: it had been redeemed before."""
 
     redemption_id: UUID
     code_id: UUID
@@ -142,6 +142,7 @@ class Redemption:
     grant_id: UUID | None
     campaign: str
     hint: str
+    is_again: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +312,7 @@ async def redeem(
     database: db.Database, *, text: str, user_id: UUID, into: UUID | None, by: Actor, address_hash: bytes | None = None
 ) -> Redemption:
     """Redeem a code into a person's own balance: in `into`, where they belong, else in the code's organization, else at
-    home. The same person and code again is the same redemption.
+    home. The same person and code again is the first redemption, wherever that went.
 
     Raises:
         TooManyTries: tries that did not succeed, by person and address, in the last hour.

@@ -390,7 +390,7 @@ select route.forget_tries(%(window)s)
 
 -- name: redeem_code
 select r.redemption_id, r.code_id, r.into_organization_id, r.amount_micros, nullif(r.credits_expire_at, 'infinity') as credits_expire_at,
-    r.priority, r.claimed_at, r.grant_id, c.name as campaign, k.hint
+    r.priority, r.claimed_at, r.grant_id, c.name as campaign, k.hint, r.redemption_id <> %(redemption_id)s as is_again
 from credits.redeem_code(%(organization_id)s, %(redemption_id)s, %(code_id)s, %(user_id)s, %(domain_hash)s, %(into_organization_id)s) r
 join credits.code_campaigns c on c.organization_id = r.organization_id and c.campaign_id = r.campaign_id
 join credits.codes k on k.organization_id = r.organization_id and k.code_id = r.code_id
@@ -405,7 +405,8 @@ select credits.finish_redemption(%(organization_id)s, %(redemption_id)s, %(grant
 -- name: unfinished_redemptions
 -- Those of a process that ended between claim and grant.
 select r.organization_id, r.user_id, r.redemption_id, r.code_id, r.into_organization_id, r.amount_micros,
-    nullif(r.credits_expire_at, 'infinity') as credits_expire_at, r.priority, r.claimed_at, r.grant_id, c.name as campaign, k.hint
+    nullif(r.credits_expire_at, 'infinity') as credits_expire_at, r.priority, r.claimed_at, r.grant_id, c.name as campaign, k.hint,
+    true as is_again
 from credits.code_redemptions r
 join credits.code_campaigns c on c.organization_id = r.organization_id and c.campaign_id = r.campaign_id
 join credits.codes k on k.organization_id = r.organization_id and k.code_id = r.code_id
