@@ -237,6 +237,20 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
         "true",
         rules.test_a_strict_limit_on_other_models_or_on_what_the_customers_own_key_does_not_use_takes_guesses,
     ),
+    *(
+        (
+            "is_strict_for",
+            guard,
+            instead,
+            rules.test_a_strict_default_takes_no_guess_from_anybody_and_a_limit_of_ones_own_none_where_the_default_had_counted,
+        )
+        for guard, instead in (
+            ("l.balance_id = e.id or l.limit_id = k.limit_id", "l.balance_id = e.id"),
+            ("l.balance_id = e.id or l.limit_id = k.limit_id", "l.limit_id in (e.id, k.limit_id)"),
+            ("l.ended_at is null and", ""),
+            ("order by l.is_default limit 1", "order by not l.is_default limit 1"),
+        )
+    ),
     (
         "move_batch",
         "when u.action = 1 and u.outcome = 1 and u.flags & 1024 = 1024 then 10",

@@ -829,6 +829,26 @@ def test_a_strict_limit_on_other_models_or_on_what_the_customers_own_key_does_no
     assert scene.authorize(0, user, flags=Flag.UNLIMITED | Flag.OWN_KEY, tokens=1).outcome is RESIZE
 
 
+def test_a_strict_default_takes_no_guess_from_anybody_and_a_limit_of_ones_own_none_where_the_default_had_counted(
+    scene: Scene,
+) -> None:
+    user, other = scene.user(), scene.user()
+    scene.grant(scene.pool(), 100)
+    scene.limit(90, scope="user", each=True, strict=True)
+    assert scene.authorize(10, user, flags=Flag.UNLIMITED).outcome is RESIZE
+    assert scene.authorize(10, user).outcome is ACCEPTED
+    own = scene.limit(80, scope="user", of=user)
+    assert scene.authorize(10, user, flags=Flag.UNLIMITED).outcome is ACCEPTED
+    scene.limit(80, scope="user", of=user, strict=True)
+    scene.limit(90, scope="user", each=True)
+    assert scene.authorize(10, user, flags=Flag.UNLIMITED).outcome is RESIZE
+    assert scene.authorize(10, other, flags=Flag.UNLIMITED).outcome is ACCEPTED
+    scene.end_limit(own)
+    scene.limit(90, models="big%", strict=True)
+    assert scene.authorize(10, user, flags=Flag.UNLIMITED).outcome is ACCEPTED
+    assert scene.findings() == []
+
+
 def test_a_guess_without_room_may_be_made_again_and_its_refusal_is_not_final(scene: Scene) -> None:
     pool, user = scene.pool(), scene.user()
     scene.grant(pool, 100)

@@ -190,12 +190,18 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function credits.first_leg is 'First leg of a chain that may pay for a model; 0: none';
 
--- is_strict_for: whether a strict limit of a chain counts a request for this model.
+-- is_strict_for: whether a strict limit of a chain counts a request for this model. A balance is counted by the limit of its own that is in
+-- force, else by the default.
 create or replace function credits.is_strict_for(p_chain credits.chains, p_model text, p_is_own_key boolean) returns boolean
 language sql stable set search_path = credits, pg_temp as $$
     select exists (
         select from unnest(p_chain.entry_ids, p_chain.entry_metrics, p_chain.entry_filters) e(id, metric, filter)
-        join limits l on l.organization_id = p_chain.organization_id and l.limit_id = e.id
+        left join counters k on k.organization_id = p_chain.organization_id and k.balance_id = e.id
+        cross join lateral (
+            select l.is_strict from limits l
+            where l.organization_id = p_chain.organization_id and l.ended_at is null and (l.balance_id = e.id or l.limit_id = k.limit_id)
+            order by l.is_default limit 1
+        ) l
         where l.is_strict and (e.filter is null or p_model like e.filter) and not (e.metric = 0 and p_is_own_key));
 $$;
 comment on function credits.is_strict_for is 'Whether a strict limit of a chain counts requests for a model: their holds must not be guesses';
