@@ -16,6 +16,7 @@ from tests.credits import test_hopeless as hopeless
 from tests.credits import test_limits as limits
 from tests.credits import test_rules as rules
 from tests.credits import test_tenancy as tenancy
+from tests.credits import test_top_ups as top_ups
 from tests.credits.conftest import scratch_database
 from tests.credits.scenes import Scene
 from tests.promises import test_races as races
@@ -236,6 +237,15 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
         "not (e.metric = 0 and p_is_own_key)",
         "true",
         rules.test_a_strict_limit_on_other_models_or_on_what_the_customers_own_key_does_not_use_takes_guesses,
+    ),
+    *(
+        (
+            name,
+            guard,
+            "",
+            top_ups.test_what_a_pool_had_begun_to_buy_before_it_closed_is_granted_where_its_credits_went,
+        )
+        for name, guard in (("add_grant", " or p_source = 'top_up'"), ("begin_top_up", " and p.closed_at is null"))
     ),
     *(
         (

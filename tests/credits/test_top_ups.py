@@ -213,6 +213,25 @@ def test_a_policy_that_ended_buys_no_more_and_an_open_purchase_goes_on(scene: Sc
     assert state(scene) == "ended"
 
 
+def test_what_a_pool_had_begun_to_buy_before_it_closed_is_granted_where_its_credits_went(scene: Scene) -> None:
+    pool, users = scene.pool(), [scene.user(), scene.user()]
+    set_policy(scene, pool, ceiling=10_000)
+    top_up = begin(scene, pool)
+    scene.switch("personal")
+    assert begin(scene, pool) == top_up
+    with scene.refusal("BR404"):
+        scene.grant(pool, 1)
+    assert decide(scene, top_up, True) == "succeeded"
+    own = [scene.pool("personal", owner=user) for user in users]
+    assert [scene.grants(each) for each in own] == [[("transfer", 250, 250, "active")]] * 2
+    assert scene.balance(pool).limit == 0
+    assert begin(scene, pool) is None, "a closed pool buys nothing"
+    scene.switch("shared")
+    scene.deduct(450, users[0])
+    assert begin(scene, pool)
+    assert scene.findings() == []
+
+
 @pytest.mark.parametrize(("below", "amount", "ceiling"), [(-1, 1, 1), (0, 0, 1), (0, 2, 1), (0, 10**16, 10**16)])
 def test_amounts_that_cannot_be_are_refused(scene: Scene, below: int, amount: int, ceiling: int) -> None:
     pool = scene.pool()

@@ -441,6 +441,7 @@ order by requested_at desc, top_up_id limit %(limit)s
 -- Of every organization: pools that fell below their threshold, and those with a purchase that is not decided.
 select t.organization_id, t.pool_id
 from credits.top_up_policies t
+join credits.pools p on p.organization_id = t.organization_id and p.pool_id = t.pool_id and p.closed_at is null
 join credits.balances b on b.organization_id = t.organization_id and b.balance_id = t.pool_id and b.period_start = '-infinity'
 where t.state = 'active' and t.next_try_at <= statement_timestamp() and b.limit_amount - b.used_amount - b.held_amount < t.threshold_micros
 union

@@ -446,7 +446,9 @@ begin
         return (v_stored ->> 'grant_id')::uuid;
     end if;
     perform credits.require_amount(p_amount_micros, 1);
-    if not exists (select 1 from pools where organization_id = p_organization_id and pool_id = p_pool_id and closed_at is null) then
+    -- What a pool had begun to buy was paid for: where it has closed meanwhile, that goes on to where its credits went.
+    if not exists (select 1 from pools
+                   where organization_id = p_organization_id and pool_id = p_pool_id and (closed_at is null or p_source = 'top_up')) then
         raise exception 'no such open pool' using errcode = 'BR404';
     end if;
     if coalesce(p_expires_at, 'infinity') <= greatest(v_now, p_effective_at) then

@@ -94,8 +94,9 @@ begin
     end if;
     select * into v_policy from top_up_policies where organization_id = p_organization_id and pool_id = p_pool_id;
     if not found or v_policy.state <> 'active' or v_policy.next_try_at > v_now or not exists (
-        select from balances where organization_id = p_organization_id and balance_id = p_pool_id
-        and limit_amount - used_amount - held_amount < v_policy.threshold_micros) then
+        select from balances b join pools p on p.organization_id = b.organization_id and p.pool_id = b.balance_id and p.closed_at is null
+        where b.organization_id = p_organization_id and b.balance_id = p_pool_id
+          and b.limit_amount - b.used_amount - b.held_amount < v_policy.threshold_micros) then
         return null;
     end if;
     select zone into strict v_zone from identity.organizations where organization_id = p_organization_id;
