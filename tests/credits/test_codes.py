@@ -237,6 +237,55 @@ async def test_a_claim_whose_process_ended_is_granted_by_the_job_once(
         ]
 
 
+async def test_a_claim_that_cannot_be_granted_keeps_no_other_waiting(
+    database: db.Database, org: Any, make_org: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = await make_org()
+    pool_for = codes.pool_for
+
+    async def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    async def fail_here(conn: db.Connection, *, organization_id: UUID, owner_user_id: UUID | None) -> UUID:
+        if organization_id == org.organization_id:
+            raise ConnectionError
+        return await pool_for(conn, organization_id=organization_id, owner_user_id=owner_user_id)
+
+    for each in (org, other):
+        [text] = await make(database, each.organization_id)
+        user = await each.member()
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(codes, "pool_for", die)
+            await redeem(database, text, user)
+    with monkeypatch.context() as patched:
+        patched.setattr(codes, "pool_for", fail_here)
+        await codes.finish_redemptions(database, older_than=timedelta(0))
+    for each, granted in ((org, 0), (other, 1)):
+        async with each.tenant() as conn:
+            assert len(await list_grants(conn, organization_id=each.organization_id)) == granted
+
+
+async def test_a_claim_whose_credits_have_expired_is_not_tried_again(
+    database: db.Database, org: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = clock.now() + timedelta(seconds=1)
+    [text] = await make(database, org.organization_id, credits_expire_at=ends)
+    user = await org.member()
+
+    async def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(codes, "pool_for", die)
+        await redeem(database, text, user)
+    async with database.platform() as conn:
+        await conn.execute("select pg_sleep_until(%s)", [ends])
+        left = await db.fetch_all(
+            conn, codes._Unfinished, codes.QUERIES.unfinished_redemptions, older_than=timedelta(0), most=1_000_000
+        )
+    assert org.organization_id not in {each.organization_id for each in left}
+
+
 async def test_what_is_burnt_is_told_by_campaign(database: db.Database, org: Any, simulate: Any) -> None:
     user = await org.member()
     [text] = await make(database, org.organization_id, name="Told")

@@ -14,7 +14,7 @@ from bursar.credits import moving
 from bursar.credits.grants import Grant, GrantSource, add_grant, list_grants
 from bursar.credits.moving import Into
 from bursar.credits.pools import PoolKind, list_pools, pool_for
-from bursar.credits.transfers import PoolOwes
+from bursar.credits.transfers import PoolOwes, Sharing, switch_pools
 from bursar.identity.organizations import OrganizationNotFound
 from bursar.money import Micros
 from bursar.problems import translated
@@ -67,12 +67,16 @@ class Person:
             return await moving.move_in(self.database, **{**asked, **terms})
 
 
-@pytest.fixture
-async def person(org: Any, database: db.Database) -> Person:
+async def person_in(org: Any, database: db.Database) -> Person:
     user = await org.member()
     async with database.untenanted() as conn:
         home = await db.fetch_value(conn, "select home_organization_id from route.find_user(%(user)s)", user=user)
     return Person(org, user, home)
+
+
+@pytest.fixture
+async def person(org: Any, database: db.Database) -> Person:
+    return await person_in(org, database)
 
 
 async def test_grants_go_along_with_priority_time_and_what_was_paid(person: Person) -> None:
@@ -119,14 +123,7 @@ async def test_what_running_requests_hold_stays_and_can_be_brought_later(person:
 
 async def test_a_move_whose_process_ended_arrives_once(person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
     await person.grant(10)
-    transfer = uuid7()
-
-    async def die(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(moving, "_arrive", die)
-        await person.move(transfer_id=transfer)
+    transfer = await left_behind(person, monkeypatch)
     assert (await person.available(person.home), await person.grants(person.org.organization_id)) == (
         {PoolKind.INDIVIDUAL: 0},
         [],
@@ -136,6 +133,57 @@ async def test_a_move_whose_process_ended_arrives_once(person: Person, monkeypat
     again = await person.move(transfer_id=transfer)
     assert again.amount_micros == 10 * CREDIT
     assert [each.amount_micros for each in await person.grants(person.org.organization_id)] == [10 * CREDIT]
+
+
+async def left_behind(person: Person, monkeypatch: pytest.MonkeyPatch, **terms: Any) -> UUID:
+    """A move whose process ended before it arrived."""
+    transfer = uuid7()
+
+    async def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(moving, "_arrive", die)
+        await person.move(transfer_id=transfer, **terms)
+    return transfer
+
+
+async def test_what_was_meant_for_a_shared_pool_that_was_divided_meanwhile_becomes_the_persons_own(
+    person: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await person.grant(10)
+    await left_behind(person, monkeypatch, into=Into.SHARED)
+    organization_id = person.org.organization_id
+    async with person.org.tenant() as conn:
+        await switch_pools(
+            conn, organization_id=organization_id, to=Sharing.PERSONAL, by=OPERATOR, idempotency_key=uuid7().hex
+        )
+    await moving.finish_moves(person.database, older_than=timedelta(0))
+    assert await person.available(organization_id) == {PoolKind.PERSONAL: 10}
+
+
+async def test_a_move_that_cannot_be_finished_keeps_no_other_waiting(
+    person: Person, make_org: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await person.grant(10)
+    other = await person_in(await make_org(), person.database)
+    await other.grant(7)
+    stuck = await left_behind(person, monkeypatch)
+    await left_behind(other, monkeypatch)
+    arrive = moving._arrive
+
+    async def arrive_but_one(database: db.Database, move: moving.Move, by: Any) -> None:
+        if move.transfer_id == stuck:
+            raise ConnectionError
+        await arrive(database, move, by)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(moving, "_arrive", arrive_but_one)
+        await moving.finish_moves(person.database, older_than=timedelta(0))
+    assert await person.grants(person.org.organization_id) == []
+    assert (await other.available(other.org.organization_id))[PoolKind.PERSONAL] == 7
+    await moving.finish_moves(person.database, older_than=timedelta(0))
+    assert (await person.available(person.org.organization_id))[PoolKind.PERSONAL] == 10
 
 
 async def test_moves_at_the_same_time_as_charges_lose_and_double_nothing(person: Person) -> None:

@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
 
+import structlog
 from psycopg.types.json import Jsonb
 
 from bursar import clock, db
@@ -37,6 +38,8 @@ TRIES: Final = 5
 TRIES_WINDOW: Final = timedelta(hours=1)
 USUAL_PRIORITY: Final = 50
 _MISREAD: Final = str.maketrans("OIL", "011", "- ")
+
+log = structlog.get_logger(__name__)
 
 
 class CodeUnknown(Problem):
@@ -349,12 +352,17 @@ async def redeem(
 
 
 async def finish_redemptions(database: db.Database, *, older_than: timedelta = timedelta(minutes=1)) -> int:
-    """Book the grants of claims whose process ended before it did; returns how many."""
+    """Book the grants of claims whose process ended before it did; returns how many. What has expired is none."""
     async with database.platform() as conn:
         left = await db.fetch_all(conn, _Unfinished, QUERIES.unfinished_redemptions, older_than=older_than, most=100)
+    done = 0
     for each in left:
-        await _finish(database, each.organization_id, each.user_id, each, SYSTEM)
-    return len(left)
+        try:
+            await _finish(database, each.organization_id, each.user_id, each, SYSTEM)
+            done += 1
+        except Exception:  # one redemption's fault is not another's; it is tried again
+            log.exception("a redemption cannot be finished", redemption_id=str(each.redemption_id))
+    return done
 
 
 async def forget_tries(database: db.Database) -> int:

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any, Final
 from uuid import UUID
 
+import structlog
 from psycopg.types.json import Jsonb
 
 from bursar import db
@@ -22,6 +23,8 @@ from bursar.money import Micros
 from bursar.problems import Problem
 
 QUERIES: Final = db.load_queries("bursar.credits")
+
+log = structlog.get_logger(__name__)
 
 
 class NoSuchPlace(Problem):
@@ -136,9 +139,14 @@ async def finish_moves(database: db.Database, *, older_than: timedelta = timedel
     """Bring in what left and did not arrive, because its process ended; returns how many moves."""
     async with database.platform() as conn:
         left = await db.fetch_all(conn, Move, QUERIES.departures_under_way, older_than=older_than, most=100)
+    done = 0
     for move in left:
-        await _arrive(database, move, SYSTEM)
-    return len(left)
+        try:
+            await _arrive(database, move, SYSTEM)
+            done += 1
+        except Exception:  # one move's fault is not another's; it is tried again
+            log.exception("a move cannot be finished", transfer_id=str(move.transfer_id))
+    return done
 
 
 async def list_arrivals(conn: db.Connection, *, organization_id: UUID) -> list[Arrival]:

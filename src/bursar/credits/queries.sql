@@ -403,14 +403,14 @@ select credits.grant_code(%(organization_id)s, %(grant_id)s, %(pool_id)s, %(rede
 select credits.finish_redemption(%(organization_id)s, %(redemption_id)s, %(grant_id)s)
 
 -- name: unfinished_redemptions
--- Those of a process that ended between claim and grant.
+-- Those of a process that ended between claim and grant; what would have expired by now is not granted any more.
 select r.organization_id, r.user_id, r.redemption_id, r.code_id, r.into_organization_id, r.amount_micros,
     nullif(r.credits_expire_at, 'infinity') as credits_expire_at, r.priority, r.claimed_at, r.grant_id, c.name as campaign, k.hint,
     true as is_again
 from credits.code_redemptions r
 join credits.code_campaigns c on c.organization_id = r.organization_id and c.campaign_id = r.campaign_id
 join credits.codes k on k.organization_id = r.organization_id and k.code_id = r.code_id
-where r.grant_id is null and r.claimed_at < statement_timestamp() - %(older_than)s::interval
+where r.grant_id is null and r.claimed_at < statement_timestamp() - %(older_than)s::interval and r.credits_expire_at > statement_timestamp()
 order by r.organization_id, r.redemption_id limit %(most)s
 
 -- name: forgive_debt

@@ -75,6 +75,7 @@ end $$;
 comment on function credits.depart is 'Takes what no running request holds out of a person''s home, for another organization';
 
 -- arrive: what left a home comes into an organization, as grants with the same priority, time, kind and money paid. Again changes nothing.
+-- What was meant for a shared pool that was divided on the way goes to the person's own.
 create or replace function credits.arrive(
     p_organization_id uuid, p_transfer_id uuid, p_user_id uuid, p_from_organization_id uuid, p_kind text, p_parts jsonb, p_created_by uuid,
     p_at timestamptz default null
@@ -82,6 +83,7 @@ create or replace function credits.arrive(
 language plpgsql volatile security definer set search_path = credits, pg_temp as $$
 declare
     v_now timestamptz := credits.lock_gate(p_organization_id, p_at);
+    v_is_shared boolean := p_kind = 'shared' and (select is_shared_token_pool from identity.organizations where organization_id = p_organization_id);
     v_part record;
     v_pool uuid;
     v_new uuid;
@@ -94,8 +96,8 @@ begin
         select * from jsonb_to_recordset(p_parts) as p(grant_id uuid, model_filter text, amount_micros bigint, value_nano_usd bigint,
             priority smallint, is_free boolean, effective_at timestamptz, expires_at timestamptz)
     loop
-        v_pool := case p_kind when 'shared' then credits.shared_pool(p_organization_id, v_part.model_filter, v_now)
-                              else credits.personal_pool(p_organization_id, p_user_id, v_part.model_filter, v_now) end;
+        v_pool := case when v_is_shared then credits.shared_pool(p_organization_id, v_part.model_filter, v_now)
+                       else credits.personal_pool(p_organization_id, p_user_id, v_part.model_filter, v_now) end;
         perform credits.pour(p_organization_id, v_pool, v_now);  -- what was used there before is paid by the grants that there were
         v_new := gen_random_uuid();
         insert into grants (organization_id, grant_id, pool_id, source, amount_micros, priority, is_free, cost_basis_nano_usd, effective_at, expires_at,
