@@ -2,9 +2,12 @@
 
 from datetime import date, timedelta
 
+import psycopg
 import pytest
+from tests.credits.scenes import Scene
 
-from bursar.credits.forecasts import Credit, Forecast, forecast
+from bursar import db
+from bursar.credits.forecasts import Credit, Expected, Forecast, forecast, forecast_budgets
 
 TODAY = date(2026, 6, 15)  # a Monday
 WORKING_WEEK = (100, 100, 100, 100, 100, 0, 0)
@@ -90,3 +93,45 @@ def test_what_is_used_up_already_is_used_up_today() -> None:
 def test_nothing_is_told_from_a_past_that_says_nothing(days: list[int], reason: str) -> None:
     told = forecast(days, [Credit(1000)], today=TODAY)
     assert (told.likely, told.first, told.last, told.reason) == (None, None, None, reason)
+
+
+async def _budgets(books: db.Database, scene: Scene) -> list[Expected]:
+    async with books.tenant(scene.organization) as conn:
+        return await forecast_budgets(conn, organization_id=scene.organization)
+
+
+async def test_a_renewed_share_has_what_is_left_of_its_period_also_where_nobody_has_renewed_it_yet(
+    books: db.Database,
+) -> None:
+    with psycopg.connect(books.dsn("admin"), autocommit=True) as conn:
+        scene = Scene(conn)
+        now = scene.admin("select clock_timestamp()")[0][0]
+        scene.now = now - timedelta(days=3)
+        user, pool = scene.user(), scene.pool()
+        scene.grant(pool, 1000)
+        scene.share(pool, user, 10, period="month", carry=2)
+        scene.share(pool, scene.user(), 7, period="day", carry=15)
+        for _ in range(2):
+            scene.deduct(2, user)
+        lump, daily = await _budgets(books, scene)
+        assert lump.available in (6, 12)  # a month may have begun in between
+        assert (daily.available, lump.resets_on, daily.resets_on) == (
+            7 + 15,
+            (now.date().replace(day=1) + timedelta(days=31)).replace(day=1),
+            now.date() + timedelta(days=1),
+        )
+        scene.now = now
+        scene.fold()
+        assert [each.available for each in await _budgets(books, scene)] == [lump.available, daily.available]
+
+
+async def test_a_raised_cap_has_the_raise_too(books: db.Database) -> None:
+    with psycopg.connect(books.dsn("admin"), autocommit=True) as conn:
+        scene = Scene(conn)
+        scene.now = scene.admin("select clock_timestamp()")[0][0]
+        user = scene.user()
+        scene.grant(scene.pool(), 1000)
+        scene.raise_(scene.limit(100), 50)
+        assert [each.available for each in await _budgets(books, scene)] == [150]
+        scene.deduct(30, user)
+        assert [each.available for each in await _budgets(books, scene)] == [120]

@@ -1,6 +1,7 @@
 """The views of the schema reporting: one organization's story in them, and nothing of another's."""
 
 from collections.abc import Iterator
+from datetime import timedelta
 
 import psycopg
 import pytest
@@ -63,6 +64,24 @@ def test_pools_and_shares_say_what_is_left(story: Story) -> None:
     assert rows(story, "user_id, allocated_micros, used_micros, available_micros", "user_credit_allocations") == [
         (story.bob, 4_000_000, 1_500_000, 2_500_000)
     ]
+
+
+def test_a_renewed_share_says_what_was_used_of_its_period(books: db.Database) -> None:
+    with psycopg.connect(books.dsn("admin"), autocommit=True) as conn:
+        scene = Scene(conn)
+        now = scene.admin("select clock_timestamp()")[0][0]
+        scene.now = now - timedelta(days=1)
+        user, pool = scene.user(), scene.pool()
+        scene.grant(pool, 100)
+        share = scene.share(pool, user, 10, period="day")
+        scene.deduct(8, user)
+        scene.now = now
+        scene.deduct(3, user)
+        day = now.replace(hour=0, minute=0, second=0, microsecond=0)
+        columns = "period_start, period_end, used_micros, available_micros"
+        assert rows(scene, columns, "user_credit_allocations") == [(day, day + timedelta(days=1), 3, 7)]
+        scene.end_share(share)
+        assert rows(scene, "used_micros, available_micros", "user_credit_allocations")[0][1] == 0
 
 
 def test_what_was_drawn_names_who_owned_and_who_used_it(story: Story) -> None:

@@ -514,25 +514,38 @@ from left_now
 order by pool_id, priority, expires_at nulls last, is_free desc, effective_at, created_at, grant_id
 
 -- name: forecast_budgets
--- Caps that stop and shares, with the room they have now; one that nobody has met in this period yet has all of it.
+-- Caps that stop and shares, with the room they have now; a cap that nobody has met in this period yet has all of it. A share whose renewal is
+-- due has what it will have when somebody books that.
 select o.kind, o.id, o.scope, o.scope_id, o.metric, o.period, o.model_filter,
-    greatest(0, o.amount - coalesce(b.used_amount + b.held_amount, 0)) as available,
-    case when o.period <> 'none' then coalesce(b.period_end, credits.period_end(o.period, z.zone, clock_timestamp(), z.anchor)) end as resets_at,
+    greatest(0, case
+        when o.renews_at <= clock_timestamp() then o.amount + least(o.carry, greatest(0, r.room) + (this.nr - due.nr)::numeric * o.amount)::bigint
+        when r.room is not null then r.room
+        else o.amount + coalesce((
+            select sum(x.amount) from credits.raises x
+            where x.organization_id = %(organization_id)s and x.balance_id = o.balance_id and x.starts_at <= clock_timestamp()
+              and least(x.ends_at, x.ended_at) > clock_timestamp()), 0)::bigint end) as available,
+    case when o.period <> 'none' then case
+        when o.renews_at > clock_timestamp() and isfinite(o.renews_at) then o.renews_at
+        when isfinite(b.period_end) then b.period_end else this.ends_at end end as resets_at,
     coalesce(array(
         select distinct a.model from ledger.attribution a
         where o.model_filter is not null and a.organization_id = %(organization_id)s and a.used_at > clock_timestamp() - interval '61 days'
           and a.model like o.model_filter), '{}') as counts_model
 from (
     select 'limit' as kind, l.limit_id as id, coalesce(l.balance_id, l.limit_id) as balance_id, l.scope, l.scope_id, l.metric, l.period,
-        l.model_filter, l.amount, l.created_at
+        l.model_filter, l.amount, 0::bigint as carry, 'infinity'::timestamptz as renews_at, l.created_at
     from credits.limits l
     where l.organization_id = %(organization_id)s and l.ended_at is null and l.action <> 'warns' and l.amount is not null and not l.is_default
     union all
-    select 'allocation', a.allocation_id, a.allocation_id, 'user', a.user_id, 'credits', a.period, null, a.amount_micros, a.created_at
+    select 'allocation', a.allocation_id, a.allocation_id, 'user', a.user_id, 'credits', a.period, null, a.amount_micros, a.carry_micros,
+        a.renews_at, a.created_at
     from credits.allocations a where a.organization_id = %(organization_id)s and a.ended_at is null) o
 cross join credits.calendar_of(%(organization_id)s) z
+cross join lateral credits.period_around(o.period, z.zone, z.anchor, clock_timestamp()) this
+left join lateral credits.period_around(o.period, z.zone, z.anchor, o.renews_at) due on isfinite(o.renews_at)
 left join credits.balances b on b.organization_id = %(organization_id)s and b.balance_id = o.balance_id
     and b.period_start <= clock_timestamp() and b.period_end > clock_timestamp()
+cross join lateral (select b.limit_amount - b.used_amount - b.held_amount as room) r
 order by o.created_at, o.id
 
 -- name: depart

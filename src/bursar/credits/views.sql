@@ -64,14 +64,20 @@ comment on column reporting.organization_credit_pools.closed_at is 'Since when i
 
 create view reporting.user_credit_allocations with (security_invoker = true) as
 select a.organization_id, a.allocation_id, a.pool_id, a.user_id, a.kind as allocation_kind, a.period, a.amount_micros as allocated_micros,
-    b.period_start, b.period_end, coalesce(b.used_amount, 0) as used_micros, coalesce(b.held_amount, 0) as held_micros,
-    greatest(0, a.amount_micros - coalesce(b.used_amount + b.held_amount, 0)) as available_micros, a.when_empty, a.created_at, a.created_by, a.ended_at
+    case when r.period_start is null then b.period_start else r.period_start end as period_start,
+    case when r.period_end is null then b.period_end else r.period_end end as period_end,
+    greatest(0, coalesce(b.used_amount, 0) - coalesce(r.opening_micros, 0)) as used_micros, coalesce(b.held_amount, 0) as held_micros,
+    greatest(0, coalesce(b.limit_amount - b.used_amount - b.held_amount, a.amount_micros)) as available_micros, a.when_empty, a.created_at,
+    a.created_by, a.ended_at
 from credits.allocations a
 left join lateral (
     select * from credits.balances b
     where b.organization_id = a.organization_id and b.balance_id = a.allocation_id and b.period_start <= now()
     order by b.period_start desc limit 1
-) b on b.period_end > now();
+) b on b.period_end > now()
+-- A reserved share that is renewed has one balance for ever: what it had used before its period is past.
+left join credits.allocation_periods r
+    on r.organization_id = a.organization_id and r.allocation_id = a.allocation_id and r.period_end = a.renews_at;
 comment on view reporting.user_credit_allocations is 'One row per share of a shared pool, with what is used of it in its current period';
 comment on column reporting.user_credit_allocations.organization_id is 'The organization';
 comment on column reporting.user_credit_allocations.allocation_id is 'The share';
