@@ -4,7 +4,7 @@ A step names what happens by small integers, read against what there is at that 
 history, also after steps were taken out of it.
 """
 
-import copy
+import pickle
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import psycopg
 from tests.credits import reference as ref
@@ -25,6 +26,9 @@ from bursar.money import Micros
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 Step = tuple[Any, ...]
+Run = Callable[[ref.Organization], Any]
+Ask = Callable[[str | None], tuple[list[Any], Run]]
+"""The arguments of a command and the same for the reference. What it is told makes it another body under its key."""
 
 BEGINNING = datetime(2026, 3, 27, 20, 0, tzinfo=UTC)  # clocks change in the days after, in all three zones
 ZONES = ("UTC", "Europe/Paris", "America/Havana", "Asia/Kolkata")
@@ -35,9 +39,14 @@ ALL_PERIODS = (*PERIODS, "cycle")
 WEIGHTS = {
     "batch": 60, "grant": 9, "allocate": 5, "limit": 4, "end_limit": 2, "end_allocation": 2, "void": 3, "pool": 3,
     "expire": 7, "person": 2, "touch": 2, "default": 4, "own": 2, "raise": 3, "end_raise": 1, "renewed": 3,
-    "reallocate": 2, "cycle": 1, "transfer": 4,
+    "reallocate": 2, "cycle": 1, "transfer": 4, "refund": 6, "schedule": 3, "cancel": 1, "forgive": 2, "switch": 2,
+    "again": 5,
 }  # fmt: skip
-ARGUMENTS = {"allocate": 7, "limit": 7, "person": 3, "default": 9, "own": 8, "raise": 7, "renewed": 8, "transfer": 5}
+ARGUMENTS = {
+    "allocate": 7, "limit": 7, "person": 3, "default": 9, "own": 8, "raise": 7, "renewed": 8, "transfer": 5,
+    "schedule": 9,
+}  # fmt: skip
+EARLIER = BEGINNING - timedelta(days=1)
 LATENESS = (0, 10, 10, 10**6, 30 * 10**6, 3600 * 10**6, 8 * 3600 * 10**6, 3 * 86400 * 10**6)  # microseconds
 
 
@@ -53,8 +62,16 @@ HOLDS = """
         h.tokens, h.floor_micros, h.progress_micros, h.is_sent, h.flags, h.model, h.placed_at, h.lease_expires_at
     from credits.holds h join credits.chains c using (organization_id, chain_id) where h.organization_id = %s"""
 CHARGES = """
-    select request_id, sum(charged_micros)::bigint from ledger.attribution where organization_id = %s group by 1"""
+    select request_id, coalesce(sum(charged_micros) filter (where kind < 2), 0)::bigint,
+        coalesce(-sum(charged_micros) filter (where kind = 2), 0)::bigint
+    from ledger.attribution where organization_id = %s group by 1"""
 ESTIMATES = "select request_id, leg_micros from credits.estimates where organization_id = %s"
+POOLS = """
+    select pool_id, kind, owner_user_id, model_filter, closed_at is not null
+    from credits.pools where organization_id = %s"""
+NAMES = """
+    select grant_id, pool_id, parent_grant_id, amount_micros from credits.grants
+    where organization_id = %s and created_at = %s order by grant_id"""
 POUR = "select credits.pour(organization_id, pool_id, %s) from credits.pools where organization_id = %s"
 GRANTS = """
     select s.grant_id, s.state, s.left_micros,
@@ -64,7 +81,8 @@ GRANTS = """
         coalesce(sum(e.amount) filter (where e.kind = 'expiry'), 0)::bigint,
         (select coalesce(sum(x.amount), 0)::bigint from ledger.entries x
          where x.organization_id = s.organization_id and x.from_grant_id = s.grant_id),
-        case when coalesce(bool_or(e.kind in ('grant', 'roll_over', 'transfer')), false)
+        coalesce(sum(e.amount) filter (where e.kind = 'refund'), 0)::bigint,
+        case when coalesce(bool_or(e.kind in ('grant', 'roll_over', 'transfer', 'forgiveness')), false)
              then coalesce(sum(e.amount) filter (where e.kind = 'void'), 0)::bigint
              when s.state = 'ended' then g.amount_micros else 0 end
     from credits.grant_states s join credits.grants g using (organization_id, grant_id)
@@ -114,6 +132,44 @@ class Cast:
     teams: list[UUID]
     departments: list[UUID]
     requests: list[UUID] = field(default_factory=list)
+    sent: list[tuple[str, "Ask"]] = field(default_factory=list)  # commands with idempotency keys
+
+
+class Told(ref.Names):
+    """Ids that the database drew in the step that is played now, looked up by what they are of."""
+
+    def __init__(self, stage: "Stage", organization_id: UUID) -> None:
+        self.stage, self.organization_id = stage, organization_id
+        self.at = EARLIER
+        self.new: dict[tuple[Any, ...], list[UUID]] = {}
+
+    def __reduce__(self) -> Any:
+        """On a copy, where what is refused is tried, any id will do."""
+        return ref.Names, ()
+
+    def pool(self, kind: str, owner: UUID | None, pattern: str | None) -> tuple[UUID, UUID | None]:
+        """As in Names."""
+        row = self.stage.admin.execute(
+            "select pool_id, open_part_id from credits.pools where organization_id = %s and kind = %s"
+            " and owner_user_id is not distinct from %s and model_filter is not distinct from %s",
+            [self.organization_id, kind, owner, pattern],
+        ).fetchone()
+        if row is None:
+            raise Disagreement(f"there is no {kind} pool of {owner} for {pattern}")
+        return row[0], row[1]
+
+    def grant(self, pool_id: UUID, parent: UUID | None, amount: int) -> UUID:
+        """As in Names."""
+        if self.at != self.stage.now:
+            self.at, self.new = self.stage.now, {}
+            known = self.stage.world.organizations[self.organization_id].grants
+            for row in self.stage.admin.execute(NAMES, [self.organization_id, self.at], prepare=True):
+                if row[0] not in known:
+                    self.new.setdefault(row[1:], []).append(row[0])
+        found = self.new.get((pool_id, parent, amount))
+        if not found:
+            raise Disagreement(f"no grant of {amount} from {parent} came into {pool_id}; there came {self.new}")
+        return found.pop(0)
 
 
 class Disagreement(AssertionError):
@@ -129,8 +185,6 @@ class Stage:
         self.now = BEGINNING
         self.world = ref.World()
         self.cast = [self._open(n) for n in range(2)]
-        self.bodies = 0
-        self.found: Any = None  # what the database answered to the command that the reference plays now
 
     def play(self, steps: Sequence[Step], *, look_every: int = 8) -> None:
         """Play the steps; grants and burns are compared every so many steps and at the end.
@@ -142,10 +196,13 @@ class Stage:
             self._pass_time(step[1])
             getattr(self, f"_{step[0]}")(*step[2:])
             for cast in self.cast if step[0] in ("batch", "expire") else [self.cast[step[2] % 2]]:
-                self._compare(cast, number, with_grants=number % look_every == 0)
+                self._compare(cast, number)
+                if number % look_every == 0:
+                    self._compare_deeply(cast, number)
         self._release_all()
         for cast in self.cast:
-            self._compare(cast, len(steps), with_grants=True)
+            self._compare(cast, len(steps))
+            self._compare_deeply(cast, len(steps))
 
     # ------------------------------------------------------------------ setting
 
@@ -167,6 +224,7 @@ class Stage:
             organization.keys[key] = ref.Key(
                 key, key, owner, team=team, expires=self.now + timedelta(days=9) if i == 2 else None
             )
+        organization.names = Told(self, cast.organization)
         self.world.organizations[cast.organization] = organization
         with self.admin.transaction():
             self._insert(cast, organization)
@@ -205,10 +263,11 @@ class Stage:
             events += [g.expires for g in organization.grants.values() if g.state in ("active", "spent")]
             events += [h.expires for h in organization.holds.values()]
             events += [c.valid_until for c in organization.chains.values()]
+            events += [s.next_at for s in organization.schedules.values()]
             events += [a.renews_at for a in organization.allocations.values() if not a.is_ended]
             events += [r.starts for r in organization.raises.values() if r.state == "scheduled"]
             events += [r.ends for r in organization.raises.values() if r.state == "active"]
-        event = min(each for each in events if each > self.now)
+        event = min(each for each in events if each > self.now and each != ref.LATEST)
         before = self.now
         self.now = event - timedelta(microseconds=1) if how == 10 else event  # just before it, or at it
         if self.now == before:
@@ -216,41 +275,47 @@ class Stage:
 
     # ------------------------------------------------------------------ commands
 
-    def _command(self, cast: Cast, sql: str, arguments: list[Any], run: Callable[[ref.Organization], Any]) -> None:
+    def _command(self, cast: Cast, sql: str, arguments: list[Any], run: Run) -> None:
         """The command in both; both succeed with the same result or are refused with the same code."""
         found = code = expected = refused = None
         try:
             row = self.simulator.execute(sql, arguments).fetchone()
-            found = self.found = row[0] if row else None
+            found = row[0] if row else None
         except psycopg.Error as error:
-            code, self.found = error.sqlstate, None
+            code = error.sqlstate
         try:
             # What is refused changes nothing, so that it is tried on a copy.
-            expected = run(copy.deepcopy(self._model(cast)) if code else self._model(cast))
+            expected = run(pickle.loads(pickle.dumps(self._model(cast), -1)) if code else self._model(cast))
         except ref.Refused as refusal:
             refused = refusal.code
         if code != refused or (expected is not None and found != expected):
             raise Disagreement(f"{sql} {arguments}: {found} {code}, the reference {expected} {refused}")
+
+    def _keyed(self, cast: Cast, sql: str, ask: Ask) -> None:
+        """A command with an idempotency key, which may be sent again."""
+        arguments, run = ask(None)
+        self._command(cast, sql, arguments, run)
+        cast.sent.append((sql, ask))
+
+    def _again(self, org: int, which: int, how: int, *_: int) -> None:
+        """A command of before once more under its key: as it was, or with another body. Most often one of late."""
+        cast = self.cast[org % 2]
+        if cast.sent:
+            lately = cast.sent[-4:] if which % 3 else cast.sent
+            sql, ask = lately[which % len(lately)]
+            self._command(cast, sql, *ask("another" if how % 3 == 0 else None))
 
     def _pool(self, org: int, kind: int, owner: int, pattern: int, *_: int) -> None:
         cast = self.cast[org % 2]
         name = ("personal", "personal", "shared")[kind % 3] if kind else "shared"
         user = cast.users[owner % 3] if name == "personal" else None
         like = FILTERS[pattern % len(FILTERS)]
-        pools = self._model(cast).pools.values()
-        if any((p.kind, p.owner, p.filter) == (name, user, like) for p in pools):
-            return
-        pool_id = uuid7()
-        self.simulator.execute(
+        self._command(
+            cast,
             "select credits.open_pool(%s, %s, %s, %s, 'Pool', %s, %s)",
-            [cast.organization, pool_id, name, user, like, self.now],
+            [cast.organization, uuid7(), name, user, like, self.now],
+            lambda o: o.open_pool(name, user, like, self.now),
         )
-        row = self.admin.execute(
-            "select open_part_id from credits.pools where organization_id = %s and pool_id = %s",
-            [cast.organization, pool_id],
-        ).fetchone()
-        assert row is not None
-        self._model(cast).open_pool(pool_id, name, user, like, row[0], self.now)
 
     def _pick_pool(self, cast: Cast, which: int) -> UUID:
         pools = list(self._model(cast).pools)
@@ -264,65 +329,155 @@ class Stage:
         lives = (None, None, 600, 86400, 2 * 86400, 5 * 86400, 1)
         life = lives[ends % len(lives)]
         expires = None if life is None else (effective or self.now) + timedelta(seconds=life)
-        pool_id, grant_id = self._pick_pool(cast, pool), uuid7()
+        pool_id = self._pick_pool(cast, pool)
         priority, is_free = (50, 100, 100)[order % 3], order % 2 == 0
-        idempotency_key = f"grant {key % 40}" if key % 5 == 0 else f"grant {grant_id}"
+        key_text = f"grant {key % 40}" if key % 5 == 0 else f"grant {uuid7()}"
         rolls = (None, None, (0, 30), (20, 60), (40, 40), (5, 4))[key % 6]
         until = None if key % 2 else (expires or self.now) + timedelta(days=1, seconds=ends % 3)
         rolls_until = until if rolls else None
-        self._command(
+
+        def ask(reason: str | None) -> tuple[list[Any], Run]:
+            grant_id = uuid7()
+            given = [pool_id, amount, priority, is_free, effective, expires]
+            end = [key_text, self.now, *(rolls or (None, None)), rolls_until]
+            return [cast.organization, grant_id, *given, reason, *end], lambda o: o.add_grant(
+                grant_id, pool_id, amount, priority, is_free, effective, expires, key_text, self.now, rolls,
+                rolls_until, reason,
+            )  # fmt: skip
+
+        self._keyed(
             cast,
-            "select credits.add_grant(%s, %s, %s, 'purchase', %s, %s::smallint, %s, 0, %s, %s, null, null, %s, %s,"
-            " %s, %s, %s) is null",
-            [
-                cast.organization,
-                grant_id,
-                pool_id,
-                amount,
-                priority,
-                is_free,
-                effective,
-                expires,
-                idempotency_key,
-                self.now,
-                *(rolls or (None, None)),
-                rolls_until,
-            ],
-            lambda o: o.add_grant(
-                grant_id, pool_id, amount, priority, is_free, effective, expires, idempotency_key, self.now, rolls,
-                rolls_until,
-            ),
-        )  # fmt: skip
+            "select credits.add_grant(%s, %s, %s, 'purchase', %s, %s::smallint, %s, 0, %s, %s, %s, null, %s, %s,"
+            " %s, %s, %s)",
+            ask,
+        )
 
     def _transfer(self, org: int, giver: int, taker: int, amount: int, key: int) -> None:
         cast = self.cast[org % 2]
         pools = self._pick_pool(cast, giver), self._pick_pool(cast, taker)
         micros = (None, 1, 10, 40, 0, 10**16)[amount % 6 if amount % 7 else amount % 4]
-        idempotency_key = f"transfer {key % 40}"
+        key_text = f"transfer {key % 40}"
+        self._keyed(
+            cast,
+            "select credits.transfer_credits(%s, %s, %s, %s, %s, null, %s, %s)",
+            lambda reason: (
+                [cast.organization, *pools, micros, reason, key_text, self.now],
+                lambda o: o.transfer(*pools, micros, key_text, self.now, reason),
+            ),
+        )
+
+    def _refund(self, org: int, which: int, amount: int, key: int) -> None:
+        """Mostly of what was charged lately. One that was charged by two ways to pay has two sets of caps: not here."""
+        cast = self.cast[org % 2]
+        charges = self._model(cast).charges
+        requests = list(charges)[-12 if which % 4 else 0 :] if which % 19 else cast.requests
+        request = requests[which % len(requests)] if requests else uuid7()
+        if request in charges and charges[request].is_again:
+            return
+        micros = (None, None, 1, 3, 10, 0)[amount % 6]
+        key_text = f"refund {key % 60}" if key % 3 == 0 else f"refund {uuid7()}"
+        self._keyed(
+            cast,
+            "select credits.refund_charge(%s, %s, %s, %s, null, %s, %s)",
+            lambda reason: (
+                [cast.organization, request, micros, reason, key_text, self.now],
+                lambda o: o.refund(request, micros, key_text, self.now, reason),
+            ),
+        )
+
+    def _forgive(self, org: int, pool: int, amount: int, key: int) -> None:
+        cast = self.cast[org % 2]
+        pools = self._model(cast).pools
+        owing = [p for p in pools if self._model(cast).balance(p).excess]
+        pool_id = owing[pool % len(owing)] if owing and pool % 5 else self._pick_pool(cast, pool)
+        micros = (None, None, 1, 5, 0)[amount % 5]
+        key_text = f"forgive {key % 60}"
+        self._keyed(
+            cast,
+            "select credits.forgive_debt(%s, %s, %s, %s, null, %s, %s)",
+            lambda reason: (
+                [cast.organization, pool_id, micros, reason, key_text, self.now],
+                lambda o: o.forgive_debt(pool_id, micros, key_text, self.now, reason),
+            ),
+        )
+
+    def _schedule(
+        self, org: int, pool: int, amount: int, unit: int, anchor: int, lasts: int, ends: int, rolls: int, zone: int
+    ) -> None:
+        cast = self.cast[org % 2]
+        pool_id, micros = self._pick_pool(cast, pool), (3, 15, 40, 0)[amount % 4 if amount % 5 else amount % 3]
+        name, every = (("day", 1), ("day", 3), ("week", 1), ("month", 1), ("day", 2), ("year", 1))[unit % 6]
+        back = (0, 0, 3600, 5 * 86400, -7200, 70 * 86400, -86400)[anchor % 7]
+        start = self.now - timedelta(seconds=back)
+        life = (None, None, timedelta(hours=5), timedelta(days=1), timedelta(days=4, hours=1))[lasts % 5]
+        is_lasting = lasts % 8 == 7
+        until = (None, None, self.now + timedelta(days=6), self.now + timedelta(hours=1))[ends % 4]
+        bounds = (None, None, (0, 8), (5, 20), (30, 30), (5, 4))[rolls % 6]
+        key_text = f"schedule {rolls % 30}"
+
+        def ask(reason: str | None) -> tuple[list[Any], Run]:
+            schedule_id = uuid7()
+            head = [cast.organization, schedule_id, pool_id, micros, amount % 2 == 0, ZONES[zone % 4], start]
+            tail = [name, every, life, is_lasting, until, *(bounds or (None, None)), reason, key_text, self.now]
+            return head + tail, lambda o: o.add_schedule(
+                ref.Schedule(
+                    schedule_id, pool_id, micros, 80, amount % 2 == 0, ZoneInfo(ZONES[zone % 4]), start, name, every,
+                    life, is_lasting, until or ref.LATEST, bounds,
+                ),
+                key_text, self.now, reason,
+            )  # fmt: skip
+
+        self._keyed(
+            cast,
+            "select credits.add_schedule(%s, %s, %s, 'plan', %s, 80::smallint, %s, 0, %s, %s, %s, %s, %s, %s, %s, %s,"
+            " %s, %s, null, %s, %s)",
+            ask,
+        )
+
+    def _cancel(self, org: int, which: int, *_: int) -> None:
+        cast = self.cast[org % 2]
+        schedules = list(self._model(cast).schedules)
+        schedule_id = schedules[which % len(schedules)] if schedules else uuid7()
         self._command(
             cast,
-            "select credits.transfer_credits(%s, %s, %s, %s, null, null, %s, %s)",
-            [cast.organization, *pools, micros, idempotency_key, self.now],
-            lambda o: o.transfer(*pools, micros, idempotency_key, self.now, self.found or []),
+            "select credits.cancel_schedule(%s, %s, %s) is null",
+            [cast.organization, schedule_id, self.now],
+            lambda o: o.cancel_schedule(schedule_id, self.now),
+        )
+
+    def _switch(self, org: int, to: int, key: int, _: int) -> None:
+        cast = self.cast[org % 2]
+        ways = ("personal", "shared")
+        is_shared = any(p.kind == "shared" and not p.is_closed for p in self._model(cast).pools.values())
+        way = ways[1 - is_shared] if to % 5 else ways[to % 2]  # mostly the one that it has not
+        key_text = f"switch {key % 60}"
+        self._keyed(
+            cast,
+            "select credits.switch_pools(%s, %s, null, %s, %s)",
+            lambda other: (
+                [cast.organization, "neither" if other else way, key_text, self.now],
+                lambda o: o.switch_pools("neither" if other else way, key_text, self.now),
+            ),
         )
 
     def _void(self, org: int, which: int, key: int, _: int) -> None:
         cast = self.cast[org % 2]
         grants = list(self._model(cast).grants)
         grant_id = grants[which % len(grants)] if grants and which % 17 else uuid7()
-        idempotency_key = f"void {key % 50}"
-        self._command(
+        key_text = f"void {key % 50}"
+        self._keyed(
             cast,
-            "select credits.void_grant(%s, %s, null, null, %s, %s)",
-            [cast.organization, grant_id, idempotency_key, self.now],
-            lambda o: o.void_grant(grant_id, idempotency_key, self.now),
+            "select credits.void_grant(%s, %s, %s, null, %s, %s)",
+            lambda reason: (
+                [cast.organization, grant_id, reason, key_text, self.now],
+                lambda o: o.void_grant(grant_id, key_text, self.now, reason),
+            ),
         )
 
     def _allocate(self, org: int, pool: int, user: int, kind: int, amount: int, empty: int, key: int) -> None:
         cast = self.cast[org % 2]
-        allocation_id = uuid7()
         share = "reserved" if kind % 3 else "capped"
-        arguments = (
+        picked = (
             self._pick_pool(cast, pool),
             cast.users[user % 3],
             share,
@@ -331,13 +486,20 @@ class Stage:
             ("stops", "open_part")[empty % 2],
             empty % 5 == 0,
         )
-        idempotency_key = f"share {key % 60}" if key % 4 == 0 else f"share {allocation_id}"
-        self._command(
-            cast,
-            "select credits.allocate(%s, %s, %s, %s, %s, %s, %s, %s, %s, null, %s, %s) is null",
-            [cast.organization, allocation_id, *arguments, idempotency_key, self.now],
-            lambda o: o.allocate(allocation_id, *arguments, idempotency_key, self.now),
-        )
+        key_text = f"share {key % 60}" if key % 4 == 0 else f"share {uuid7()}"
+        self._share(cast, picked, 0, key_text)
+
+    def _share(self, cast: Cast, picked: tuple[Any, ...], carry: int, key: str) -> None:
+        """picked: as allocate takes it, from the pool to whether more than there is may be reserved."""
+
+        def ask(other: str | None) -> tuple[list[Any], Run]:
+            share_id = uuid7()
+            arguments = (*picked[:-1], not picked[-1]) if other else picked
+            return [cast.organization, share_id, *arguments, key, self.now, carry], lambda o: o.allocate(
+                share_id, *arguments, key, self.now, carry
+            )
+
+        self._keyed(cast, "select credits.allocate(%s, %s, %s, %s, %s, %s, %s, %s, %s, null, %s, %s, %s)", ask)
 
     def _end_allocation(self, org: int, which: int, *_: int) -> None:
         cast = self.cast[org % 2]
@@ -456,14 +618,15 @@ class Stage:
             starts,
             (starts or self.now) + timedelta(seconds=(60, 3600, 86400, 3 * 86400, 0)[ends % 5]),
         )
-        raise_id = uuid7()
-        idempotency_key = f"raise {key % 40}" if key % 5 == 0 else f"raise {raise_id}"
-        self._command(
-            cast,
-            "select credits.raise_limit(%s, %s, %s, %s, %s, %s, %s, null, null, %s, %s) is null",
-            [cast.organization, raise_id, *arguments, idempotency_key, self.now],
-            lambda o: o.raise_limit(raise_id, *arguments, idempotency_key, self.now),
-        )
+        key_text = f"raise {key % 40}" if key % 5 == 0 else f"raise {uuid7()}"
+
+        def ask(reason: str | None) -> tuple[list[Any], Run]:
+            raise_id = uuid7()
+            return [cast.organization, raise_id, *arguments, reason, key_text, self.now], lambda o: o.raise_limit(
+                raise_id, *arguments, key_text, self.now, reason
+            )
+
+        self._keyed(cast, "select credits.raise_limit(%s, %s, %s, %s, %s, %s, %s, %s, null, %s, %s)", ask)
 
     def _end_raise(self, org: int, which: int, *_: int) -> None:
         cast = self.cast[org % 2]
@@ -481,8 +644,7 @@ class Stage:
     ) -> None:
         """A reserved share that is renewed."""
         cast = self.cast[org % 2]
-        allocation_id = uuid7()
-        arguments = (
+        picked = (
             self._pick_pool(cast, pool),
             cast.users[user % 3],
             "reserved",
@@ -491,14 +653,7 @@ class Stage:
             ("stops", "open_part")[empty % 2],
             over % 3 == 0,
         )
-        kept = (0, 0, 15, 100)[carry % 4]
-        key = f"share {allocation_id}"
-        self._command(
-            cast,
-            "select credits.allocate(%s, %s, %s, %s, %s, %s, %s, %s, %s, null, %s, %s, %s) is null",
-            [cast.organization, allocation_id, *arguments, key, self.now, kept],
-            lambda o: o.allocate(allocation_id, *arguments, key, self.now, kept),
-        )
+        self._share(cast, picked, (0, 0, 15, 100)[carry % 4], f"share {uuid7()}")
 
     def _reallocate(self, org: int, which: int, to: int, amount: int) -> None:
         cast = self.cast[org % 2]
@@ -506,12 +661,15 @@ class Stage:
         share = shares[which % len(shares)] if shares else uuid7()
         target = shares[to % len(shares)] if shares and to % 3 else None
         wanted = (None, 3, 10, 40)[amount % 4]
-        self._command(
-            cast,
-            "select credits.reallocate(%s, %s, %s, %s, %s, %s)",
-            [cast.organization, share, target, wanted, f"reallocate {uuid7()}", self.now],
-            lambda o: o.reallocate(share, target, wanted, self.now),
-        )
+        key_text = f"reallocate {uuid7()}"
+
+        def ask(other: str | None) -> tuple[list[Any], Run]:
+            micros = 1 if other else wanted
+            return [cast.organization, share, target, micros, key_text, self.now], lambda o: o.reallocate(
+                share, target, micros, key_text, self.now
+            )
+
+        self._keyed(cast, "select credits.reallocate(%s, %s, %s, %s, %s, %s)", ask)
 
     def _cycle(self, org: int, day: int, *_: int) -> None:
         cast = self.cast[org % 2]
@@ -586,12 +744,16 @@ class Stage:
     # ------------------------------------------------------------------ batches
 
     def _batch(self, moves: Sequence[Sequence[int]]) -> None:
-        self._move([self._as_move(each) for each in moves])
+        """One that names a request twice is decided request by request; most do not, or they would be no batches."""
+        asked = [self._as_move(each) for each in moves]
+        if moves[0][9] % 5:
+            asked = list({move.request: move for move in asked}.values())
+        self._move(asked)
 
     def _move(self, asked: list[ref.Move]) -> None:
-        expected = self.world.move(asked, self.now)
         rows = self.simulator.execute(*as_call([real(move) for move in asked], self.now), binary=True)
         by_place = sorted(rows.fetchall(), key=lambda row: row[0])
+        expected = self.world.move(asked, self.now)
         for move, verdict, row, told in zip(asked, expected, by_place, as_verdicts(by_place), strict=True):
             found = ref.Verdict(
                 told.outcome, told.request_id, told.held_micros, told.charged_micros, told.available_micros,
@@ -669,7 +831,7 @@ class Stage:
 
     # ------------------------------------------------------------------ comparing
 
-    def _compare(self, cast: Cast, number: int, *, with_grants: bool) -> None:
+    def _compare(self, cast: Cast, number: int) -> None:
         model = self._model(cast)
         self._same(number, "balances", self._balances(cast), {
             key: (b.kind, b.stops, b.end, b.limit, b.used, b.held, b.excess) for key, b in model.balances.items()
@@ -678,14 +840,21 @@ class Stage:
             request: (h.legs, h.tokens, h.floor, h.progress, h.is_sent, h.flags, h.model, h.placed, h.expires)
             for request, h in model.holds.items()
         })  # fmt: skip
-        if not with_grants:
-            return
-        self._same(number, "charges", self._charges(cast), model.charged)
-        self._same(number, "estimates", self._estimates(cast), {r: e.legs for r, e in model.estimates.items()})
+
+    def _compare_deeply(self, cast: Cast, number: int) -> None:
+        model = self._model(cast)
+        self._same(number, "charges", self._rows(CHARGES, cast), {
+            r: (charged, model.charges[r].refunded if r in model.charges else 0) for r, charged in model.charged.items()
+        })  # fmt: skip
+        self._same(number, "estimates", self._rows(ESTIMATES, cast), {r: (e.legs,) for r, e in model.estimates.items()})
+        self._same(number, "pools", self._rows(POOLS, cast), {
+            p.pool_id: (p.kind, p.owner, p.filter, p.is_closed) for p in model.pools.values()
+        })  # fmt: skip
         for pool in model.pools.values():
             model.pour(pool, self.now)
         self._same(number, "grants", self._grants(cast), {
-            g.grant_id: (g.state, g.left, g.burnt, g.expired, g.gone, g.voided) for g in model.grants.values()
+            g.grant_id: (g.state, g.left, g.burnt, g.expired, g.gone, g.refunded, g.voided)
+            for g in model.grants.values()
         })  # fmt: skip
 
     def _same(self, number: int, what: str, found: dict[Any, Any], expected: dict[Any, Any]) -> None:
@@ -701,11 +870,8 @@ class Stage:
     def _holds(self, cast: Cast) -> dict[Any, Any]:
         return {row[0]: row[1:] for row in self.admin.execute(HOLDS, [cast.organization], prepare=True)}
 
-    def _charges(self, cast: Cast) -> dict[Any, Any]:
-        return dict(self.admin.execute(CHARGES, [cast.organization]).fetchall())
-
-    def _estimates(self, cast: Cast) -> dict[Any, Any]:
-        return dict(self.admin.execute(ESTIMATES, [cast.organization]).fetchall())
+    def _rows(self, sql: str, cast: Cast) -> dict[Any, Any]:
+        return {row[0]: row[1:] for row in self.admin.execute(sql, [cast.organization], prepare=True)}
 
     def _grants(self, cast: Cast) -> dict[Any, Any]:
         """As they are when what was used has been poured, which a rolled back transaction does."""

@@ -7,14 +7,13 @@ aware datetimes; ids are UUIDs; None is "never", "for ever" or "nobody".
 
 import re
 from calendar import monthrange
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from hashlib import md5
 from itertools import pairwise
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 from zoneinfo import ZoneInfo
 
 AUTHORIZE, EXTEND, SETTLE, RELEASE, DEDUCT = 1, 2, 3, 4, 5
@@ -62,6 +61,21 @@ def _comes_twice(local: datetime, zone: ZoneInfo) -> bool:
     return second.astimezone(UTC).astimezone(zone).replace(tzinfo=None) == local and first.utcoffset() != (
         second.utcoffset()
     )
+
+
+def _local(at: datetime, zone: ZoneInfo) -> datetime:
+    """What the clocks of a zone show at an instant."""
+    return at.astimezone(zone).replace(tzinfo=None)
+
+
+def occurrence(anchor: datetime, zone: ZoneInfo, unit: str, every: int, number: int) -> datetime:
+    """When a schedule comes for the nth time, by the clocks of a zone, always counted from the anchor."""
+    if number == 0:
+        return anchor
+    first = _local(anchor, zone)
+    if unit in ("day", "week"):
+        return _instant(first + timedelta(days=number * every * (7 if unit == "week" else 1)), zone)
+    return _instant(_months_later(first, number * every * (12 if unit == "year" else 1)), zone)
 
 
 def _floor(period: str, local: datetime) -> datetime:
@@ -145,6 +159,9 @@ class Grant:
     lapsed: int = 0  # had been left at its end
     rolls: tuple[int, int] | None = None  # least and most that rolls over
     rolls_until: datetime = LATEST
+    refunded: int = 0
+    parent: UUID | None = None
+    is_part: bool = False  # of its parent, since a transfer or a switch
 
     def rolls_over(self, left: int) -> int:
         """How much goes on at its end."""
@@ -167,6 +184,9 @@ class Pool:
     created: datetime
     open_part: UUID | None
     burns: list[tuple[UUID, int]] = field(default_factory=list)  # in order; their sum is what was poured
+    is_closed: bool = False
+    leaving: dict[UUID, tuple[int, UUID]] = field(default_factory=dict)
+    """Of a closed pool: what each request that was running then held here, and to which pool goes what it leaves."""
 
 
 @dataclass
@@ -183,8 +203,9 @@ class Allocation:
     is_ended: bool = False
     carry: int = 0
     renews_at: datetime = LATEST
+    began: datetime = EARLIEST
     opening: int = 0
-    """What was used and held when its period began, with what was carried over and given or taken since."""
+    """What was used and held when its period began, with what was carried over and given, taken or refunded since."""
 
 
 @dataclass
@@ -210,6 +231,55 @@ class Limit:
     def kind(self) -> tuple[Any, ...]:
         """What a default and what takes its place have in common."""
         return (self.scope, self.metric, self.filter, self.period, self.action == "warns")
+
+
+@dataclass
+class Schedule:
+    """A grant that comes again and again. lasts: how long each can be spent; None: until the next, or for ever."""
+
+    schedule_id: UUID
+    pool_id: UUID
+    amount: int
+    priority: int
+    is_free: bool
+    zone: ZoneInfo
+    anchor: datetime
+    unit: str
+    every: int
+    lasts: timedelta | None
+    is_lasting: bool
+    ends: datetime
+    rolls: tuple[int, int] | None
+    number: int = 0
+    next_at: datetime = LATEST
+
+    def comes(self, number: int) -> datetime:
+        """When it comes for the nth time."""
+        return occurrence(self.anchor, self.zone, self.unit, self.every, number)
+
+    def lasting(self, at: datetime) -> datetime:
+        """The end of what begins at an instant and lasts as its grants do."""
+        assert self.lasts is not None
+        return _instant(_local(at, self.zone) + self.lasts, self.zone)
+
+    def end_of(self, number: int) -> datetime:
+        """When the grant of the nth time ends, and what rolled over from the one before it."""
+        if self.is_lasting:
+            return LATEST
+        return self.comes(number + 1) if self.lasts is None else self.lasting(self.comes(number))
+
+
+@dataclass
+class Charge:
+    """What a request was charged: from which stretches of which pools' running totals, in order."""
+
+    chain: "Chain"
+    model: str | None
+    booked: datetime
+    is_again: bool = False
+    """Its request was charged before, by another way to pay."""
+    draws: list[tuple[UUID, int, int]] = field(default_factory=list)
+    refunded: int = 0
 
 
 @dataclass
@@ -272,6 +342,7 @@ class Chain:
     refusal: str | None
     legs: tuple[Leg, ...]
     always: tuple[Entry, ...]
+    user: UUID = NOBODY
 
     def first_leg(self, model: str | None) -> int | None:
         """The first leg that may pay for a model."""
@@ -357,6 +428,7 @@ class Answer:
     chain: Chain | None = None
     elder: int | None = None
     is_booked: bool = False
+    paid: list[int] | None = None
 
 
 @dataclass
@@ -371,6 +443,18 @@ class Stored:
     binding: UUID | None
     detail: str | None
     kept_until: datetime
+
+
+class Names:
+    """Ids that the database draws by itself. Here any will do; whoever plays beside a database asks it."""
+
+    def pool(self, kind: str, owner: UUID | None, pattern: str | None) -> tuple[UUID, UUID | None]:
+        """Of a pool that was opened, and of its open part."""
+        return uuid4(), uuid4() if kind == "shared" else None
+
+    def grant(self, pool_id: UUID, parent: UUID | None, amount: int) -> UUID:
+        """Of a grant that came of another one, or of none."""
+        return uuid4()
 
 
 # ---------------------------------------------------------------------------------------------- one organization
@@ -399,7 +483,12 @@ class Organization:
     anchor: datetime = EARLIEST
     counters: dict[tuple[Any, ...], UUID] = field(default_factory=dict)
     raises: dict[UUID, Raise] = field(default_factory=dict)
-    transfers: dict[str, list[UUID]] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    schedules: dict[UUID, Schedule] = field(default_factory=dict)
+    charges: dict[UUID, Charge] = field(default_factory=dict)
+    unrecorded: set[UUID] = field(default_factory=set)
+    """Requests whose holds ended in the batch that is being decided."""
+    names: Names = field(default_factory=Names)
 
     # ------------------------------------------------------------------ balances
 
@@ -437,6 +526,9 @@ class Organization:
         return row
 
     # ------------------------------------------------------------------ grants and time
+
+    def _add_grant(self, grant: Grant) -> None:
+        self.grants[grant.grant_id] = grant
 
     def _grants_of(self, pool: Pool, *states: str) -> list[Grant]:
         found = (g for g in self.grants.values() if g.pool_id == pool.pool_id and g.state in states)
@@ -500,9 +592,11 @@ class Organization:
         if rolls:
             name = f"{grant.grant_id} after {grant.lapsed}".encode()
             new = UUID(md5(name, usedforsecurity=False).hexdigest())
-            self.grants[new] = Grant(
+            rolled = Grant(
                 new, pool.pool_id, rolls, grant.priority, grant.is_free, at, grant.rolls_until, at, rolls, "active"
             )
+            rolled.parent = grant.grant_id
+            self._add_grant(rolled)
 
     def _activate(self, pool: Pool, at: datetime) -> None:
         for grant in self._grants_of(pool, "scheduled"):
@@ -513,8 +607,8 @@ class Organization:
 
     def fold(self, now: datetime) -> None:
         """Apply what became due, each event at its own instant; then what no hold needs any more goes."""
-        for pool in self.pools.values():
-            self._fold_pool(pool, now)
+        for pool_id in sorted(self.pools):
+            self._fold_pool(self.pools[pool_id], now)
         self._follow_raises(now)
         self._renew_shares(now)
 
@@ -543,6 +637,7 @@ class Organization:
                 row = self.balance(share.allocation_id)
                 carried = min(share.carry, max(0, row.room))
                 share.opening = row.used + row.held + carried
+                share.began = share.renews_at
                 row.limit = share.opening + share.amount
                 share.renews_at = period_of(share.period, self.zone, share.renews_at, self.anchor)[1]
                 self.version += 1
@@ -551,22 +646,45 @@ class Organization:
     def _fold_pool(self, pool: Pool, now: datetime) -> None:
         self.pour(pool, now)
         while True:
-            scheduled = [g.effective for g in self._grants_of(pool, "scheduled")]
-            active = [g.expires for g in self._grants_of(pool, "active", "spent")]
-            at = min([*scheduled, *active, LATEST])
+            comes = [g.effective for g in self._grants_of(pool, "scheduled")]
+            comes += [s.next_at for s in self.schedules.values() if s.pool_id == pool.pool_id]
+            ends = [g.expires for g in self._grants_of(pool, "active", "spent")]
+            at = min([*comes, *ends, LATEST])
             if at > now or at == LATEST:
                 break
             self._expire(pool, at)
+            self._make_occurrences(pool, at)
             self._activate(pool, at)
             self.pour(pool, at)
         if self._grants_of(pool, "lingering"):
             self._expire(pool, now)
         self.reopen()
+        if pool.is_closed:
+            self._sweep(pool, now)
+
+    def _make_occurrences(self, pool: Pool, at: datetime) -> None:
+        """The grants of schedules that come now; each bears the instant at which it should come."""
+        for each in self.schedules.values():
+            if each.pool_id != pool.pool_id or each.next_at > at:
+                continue
+            grant_id = UUID(md5(f"{each.schedule_id} {each.number}".encode(), usedforsecurity=False).hexdigest())
+            begins, ends = each.next_at, each.end_of(each.number)
+            follows_next = each.is_lasting or each.lasts is None
+            rolls_until = each.end_of(each.number + 1) if follows_next else each.lasting(ends)
+            if ends > begins:
+                grant = Grant(
+                    grant_id, pool.pool_id, each.amount, each.priority, each.is_free, begins, ends, begins, each.amount
+                )
+                grant.rolls, grant.rolls_until = each.rolls, rolls_until
+                self._add_grant(grant)
+            each.number += 1
+            upcoming = each.comes(each.number)
+            each.next_at = upcoming if upcoming < each.ends else LATEST
 
     # ------------------------------------------------------------------ commands
 
-    def _begin(self, now: datetime, key: str | None, body: tuple[Any, ...]) -> Any:
-        """The stored result of the command, if any."""
+    def _begin(self, now: datetime, key: str | None, body: tuple[Any, ...]) -> Stored | None:
+        """The stored result of the command, if any; what it was is in `results`."""
         self.fold(now)
         if key is None:
             return None
@@ -577,28 +695,39 @@ class Organization:
             raise Refused("BR422")
         return stored
 
-    def _end(self, now: datetime, key: str | None, body: tuple[Any, ...], result: int = 0) -> None:
+    def _end(self, now: datetime, key: str | None, body: tuple[Any, ...], result: Any = None) -> None:
         self.reopen()
         if key is not None:
             until = now + timedelta(days=35)
-            self.stored[key] = Stored(repr(body).encode(), 0, None, 0, result, None, None, until)
+            self.stored[key] = Stored(repr(body).encode(), 0, None, 0, 0, None, None, until)
+            self.results[key] = result
 
-    def open_pool(
-        self,
-        pool_id: UUID,
-        kind: str,
-        owner: UUID | None,
-        pattern: str | None,
-        open_part: UUID | None,
-        now: datetime,
-    ) -> None:
-        """A pool; the one of its kind, owner and filter."""
+    def open_pool(self, kind: str, owner: UUID | None, pattern: str | None, now: datetime) -> UUID:
+        """The pool of a kind, owner and filter; one that was closed is open again."""
         self.fold(now)
-        self.pools[pool_id] = Pool(pool_id, kind, owner, pattern, now, open_part)
+        return self._pool_of(kind, owner, pattern, now).pool_id
+
+    def _pool_of(self, kind: str, owner: UUID | None, pattern: str | None, now: datetime) -> Pool:
+        for pool in self.pools.values():
+            if (pool.kind, pool.owner, pool.filter) == (kind, owner, pattern):
+                if pool.is_closed:
+                    pool.is_closed = False
+                    pool.leaving.clear()
+                    self.version += 1
+                return pool
+        pool_id, open_part = self.names.pool(kind, owner, pattern)
+        pool = self.pools[pool_id] = Pool(pool_id, kind, owner, pattern, now, open_part)
         self.balances[pool_id, EARLIEST] = Balance("pool", 0)
         if open_part is not None:
             self.balances[open_part, EARLIEST] = Balance("open", 0)
         self.version += 1
+        return pool
+
+    def _open_pool_named(self, pool_id: UUID) -> Pool:
+        pool = self.pools.get(pool_id)
+        if pool is None or pool.is_closed:
+            raise Refused("BR404")
+        return pool
 
     def add_grant(
         self,
@@ -613,15 +742,15 @@ class Organization:
         now: datetime,
         rolls: tuple[int, int] | None = None,
         rolls_until: datetime | None = None,
-    ) -> None:
-        """Credits into a pool."""
-        body = ("add_grant", pool_id, amount, priority, is_free, effective, expires, rolls, rolls_until)
+        reason: str | None = None,
+    ) -> UUID:
+        """Credits into a pool; the id of the grant."""
+        body = ("add_grant", pool_id, amount, priority, is_free, effective, expires, rolls, rolls_until, reason)
         if self._begin(now, key, body) is not None:
-            return
+            return UUID(str(self.results[key]))
         if not 1 <= amount <= MOST:
             raise Refused("BR400")
-        if pool_id not in self.pools:
-            raise Refused("BR404")
+        self._open_pool_named(pool_id)
         begins, ends = effective or now, expires or LATEST
         if ends <= max(now, begins):
             raise Refused("BR400")
@@ -629,16 +758,16 @@ class Organization:
             raise Refused("BR400")
         grant = Grant(grant_id, pool_id, amount, priority, is_free, begins, ends, now, amount)
         grant.rolls, grant.rolls_until = rolls, rolls_until or LATEST
-        self.grants[grant_id] = grant
+        self._add_grant(grant)
         self.fold(now)
-        self._end(now, key, body)
+        self._end(now, key, body, grant_id)
+        return grant_id
 
-    def void_grant(self, grant_id: UUID, key: str, now: datetime) -> int:
+    def void_grant(self, grant_id: UUID, key: str, now: datetime, reason: str | None = None) -> int:
         """Take back what a grant has left and its pool does not need; how much that was."""
-        body = ("void_grant", grant_id)
-        stored = self._begin(now, key, body)
-        if stored is not None:
-            return int(stored.charged)
+        body = ("void_grant", grant_id, reason)
+        if self._begin(now, key, body) is not None:
+            return int(self.results[key])
         if grant_id not in self.grants:
             raise Refused("BR404")
         grant = self.grants[grant_id]
@@ -658,65 +787,89 @@ class Organization:
         return taken
 
     def transfer(
-        self, from_id: UUID, to_id: UUID, amount: int | None, key: str, now: datetime, new: list[UUID]
+        self, from_id: UUID, to_id: UUID, amount: int | None, key: str, now: datetime, reason: str | None = None
     ) -> list[UUID]:
-        """Unspent credits go to another pool, grant by grant; new: ids of the grants that come of it."""
-        body = ("transfer", from_id, to_id, amount)
+        """Unspent credits go to another pool, grant by grant; the grants that come of it."""
+        body = ("transfer", from_id, to_id, amount, reason)
         if self._begin(now, key, body) is not None:
-            return self.transfers[key]
+            return list(self.results[key])
         if amount is not None and not 1 <= amount <= MOST:
             raise Refused("BR400")
-        if from_id not in self.pools or to_id not in self.pools:
-            raise Refused("BR404")
-        giver, taker = self.pools[from_id], self.pools[to_id]
+        giver, taker = self._open_pool_named(from_id), self._open_pool_named(to_id)
         if giver is taker or (giver.filter is not None and giver.filter != taker.filter):
             raise Refused("BR400")
         self.reopen()
-        room = self.balance(from_id).room
-        if giver.open_part is not None:
-            room = min(room, self.balance(giver.open_part).room)
-        room = max(0, room)
+        room = self._spare(giver)
         if amount is not None and amount > room:
             raise Refused("BR431")
-        used = self._move_grants(giver, taker, room if amount is None else amount, now, iter(new))
+        new = self._divide(giver, [(taker, room if amount is None else amount)], now)
         self.fold(now)
-        self.transfers[key] = used
-        self._end(now, key, body, len(used))
-        return used
+        self._end(now, key, body, new)
+        return new
 
-    def _move_grants(self, giver: Pool, taker: Pool, need: int, now: datetime, new: Iterator[UUID]) -> list[UUID]:
-        """In burn order, past what open holds would burn."""
-        if need == 0:
+    def _spare(self, pool: Pool) -> int:
+        """What neither holds nor reserved shares need."""
+        room = self.balance(pool.pool_id).room
+        if pool.open_part is not None:
+            room = min(room, self.balance(pool.open_part).room)
+        return max(0, room)
+
+    def _divide(self, giver: Pool, shares: list[tuple[Pool, int]], now: datetime) -> list[UUID]:
+        """So much to each, in burn order, past what open holds would burn; each gets its part of every grant.
+
+        Parts are rounded so that all of them up to any one are at most what is due to these together.
+        """
+        total = sum(share for _, share in shares)
+        if total == 0:
             return []
-        self.pour(taker, now)
+        for taker, _ in shares:
+            if not taker.is_closed:
+                self._fold_pool(taker, now)
+            self.pour(taker, now)
         self.pour(giver, now)
-        held, used = self.balance(giver.pool_id).held, []
-        self.balance(giver.pool_id).limit -= need
-        self.balance(taker.pool_id).limit += need
+        held, new = self.balance(giver.pool_id).held, []
+        need, needs = total, [share for _, share in shares]
         for grant in self._grants_of(giver, "active", "lingering"):
             kept = min(grant.left, held)
             held -= kept
-            part = min(grant.left - kept, need) if grant.state == "active" else 0
-            if part == 0:
+            take = min(grant.left - kept, need) if grant.state == "active" else 0
+            if take == 0:
                 continue
-            need -= part
-            used.append(next(new))
-            moved = Grant(
-                used[-1], taker.pool_id, part, grant.priority, grant.is_free, grant.effective, grant.expires, now, part,
-                "active",
-            )  # fmt: skip
-            if grant.rolls:
-                least = grant.rolls[0] if part == grant.amount else 0
-                moved.rolls = (least, grant.rolls[1] * part // grant.amount)
-            moved.rolls_until = grant.rolls_until
-            self.grants[moved.grant_id] = moved
-            grant.left -= part
-            grant.gone += part
-            if grant.left == 0:
-                grant.state = "ended"
+            before = 0
+            for n, (taker, _) in enumerate(shares):
+                part = take * (before + needs[n]) // need - take * before // need
+                before += needs[n]
+                if part:
+                    new.append(self._move_part(grant, taker, part, now))
+                    needs[n] -= part
+            need -= take
         assert need == 0
+        self.balance(giver.pool_id).limit -= total
+        for taker, share in shares:
+            self.balance(taker.pool_id).limit += share
+        self.reopen()
+        for taker, share in shares:
+            if share and not taker.is_closed:
+                self._fold_pool(taker, now)
         self.version += 1
-        return used
+        return new
+
+    def _move_part(self, grant: Grant, taker: Pool, part: int, now: datetime) -> UUID:
+        """Bounds of a roll-over go along with a whole grant; a part takes its share of the most and no least."""
+        moved = replace(
+            grant, grant_id=self.names.grant(taker.pool_id, grant.grant_id, part), pool_id=taker.pool_id, amount=part,
+            left=part, created=now, state="active", burnt=0, expired=0, voided=0, gone=0, lapsed=0, refunded=0,
+            parent=grant.grant_id, is_part=True,
+        )  # fmt: skip
+        if grant.rolls:
+            least = grant.rolls[0] if part == grant.amount else 0
+            moved.rolls = (least, grant.rolls[1] * part // grant.amount)
+        self._add_grant(moved)
+        grant.left -= part
+        grant.gone += part
+        if grant.left == 0:
+            grant.state = "ended"
+        return moved.grant_id
 
     def allocate(
         self,
@@ -731,15 +884,15 @@ class Organization:
         key: str,
         now: datetime,
         carry: int = 0,
-    ) -> None:
-        """Set a user's share of a shared pool."""
+    ) -> UUID:
+        """Set a user's share of a shared pool; its id."""
         body = ("allocate", pool_id, user, kind, period, amount, when_empty, oversubscribe, carry)
         if self._begin(now, key, body) is not None:
-            return
+            return UUID(str(self.results[key]))
         if not 0 <= amount <= MOST:
             raise Refused("BR400")
-        pool = self.pools.get(pool_id)
-        if pool is None or pool.open_part is None:
+        pool = self._open_pool_named(pool_id)
+        if pool.open_part is None:
             raise Refused("BR404")
         old = next(
             (a for a in self.allocations.values() if a.pool_id == pool_id and a.user == user and not a.is_ended), None
@@ -750,19 +903,22 @@ class Organization:
         grows = amount - (old.amount if old else 0)
         if kind == "reserved" and grows > max(0, self.balance(pool.open_part).room) and not oversubscribe:
             raise Refused("BR430")
+        allocation_id = old.allocation_id if old else allocation_id
         if old is None:
             share = Allocation(allocation_id, pool_id, user, kind, period, amount, when_empty, carry=carry)
             self.allocations[allocation_id] = share
             if kind == "reserved":
                 self.balances[allocation_id, EARLIEST] = Balance("allocation", amount)
                 share.renews_at = period_of(period, self.zone, now, self.anchor)[1]
+                share.began = now
         else:
             old.amount, old.when_empty, old.carry = amount, when_empty, carry
             row = self.current(old.allocation_id, now)
             if row is not None:
                 row.limit = max(0, amount + old.opening)
         self.version += 1
-        self._end(now, key, body)
+        self._end(now, key, body, allocation_id)
+        return allocation_id
 
     def _close(self, allocation: Allocation) -> None:
         allocation.is_ended = True
@@ -825,11 +981,12 @@ class Organization:
         ends: datetime,
         key: str,
         now: datetime,
-    ) -> None:
+        reason: str | None = None,
+    ) -> UUID:
         """More than a limit gives, for a time. Of a default: for the one that is named, or what is theirs instead."""
-        body = ("raise", limit_id, subject, amount, starts, ends)
+        body = ("raise", limit_id, subject, amount, starts, ends, reason)
         if self._begin(now, key, body) is not None:
-            return
+            return UUID(str(self.results[key]))
         limit = self.limits.get(limit_id)
         if limit is not None and limit.each and not limit.is_ended and limit.amount is not None:
             own = (o for o in self.limits.values() if not o.is_ended and not o.each and o.kind == limit.kind)
@@ -843,7 +1000,8 @@ class Organization:
             raise Refused("BR464")
         self.raises[raise_id] = Raise(self._balance_of(limit, subject), amount, starts or now, ends)
         self._follow_raises(now)
-        self._end(now, key, body)
+        self._end(now, key, body, raise_id)
+        return raise_id
 
     def end_raise(self, raise_id: UUID, now: datetime) -> None:
         """End a raise before its time."""
@@ -856,9 +1014,11 @@ class Organization:
         found.ends = now
         self._follow_raises(now)
 
-    def reallocate(self, share_id: UUID, to_id: UUID | None, amount: int | None, now: datetime) -> int:
+    def reallocate(self, share_id: UUID, to_id: UUID | None, amount: int | None, key: str, now: datetime) -> int:
         """Give what a reserved share has left to another one, or back to the open part; how much that was."""
-        self.fold(now)
+        body = ("reallocate", share_id, to_id, amount)
+        if self._begin(now, key, body) is not None:
+            return int(self.results[key])
         share, to = self.allocations.get(share_id), self.allocations.get(to_id) if to_id else None
         if share is None or share.is_ended or share.kind != "reserved":
             raise Refused("BR404")
@@ -880,7 +1040,7 @@ class Organization:
                     each.opening += delta
                 self.balance(each.allocation_id).limit = max(0, each.amount + each.opening)
         self.version += 1
-        self._end(now, None, ())
+        self._end(now, key, body, amount)
         return amount
 
     def set_cycle(self, anchor: datetime, now: datetime) -> None:
@@ -897,6 +1057,308 @@ class Organization:
             raise Refused("BR404")
         limit.is_ended, limit.ended = True, now
         self.version += 1
+
+    # ------------------------------------------------------------------ schedules and debt
+
+    def add_schedule(self, schedule: Schedule, key: str, now: datetime, reason: str | None = None) -> UUID:
+        """Grants that come again, from the first time that is not past; its id."""
+        asked = replace(schedule, schedule_id=NOBODY)
+        body = ("add_schedule", repr(asked), reason)
+        if self._begin(now, key, body) is not None:
+            return UUID(str(self.results[key]))
+        if not 1 <= schedule.amount <= MOST or (schedule.rolls and schedule.rolls[0] > schedule.rolls[1]):
+            raise Refused("BR400")
+        self._open_pool_named(schedule.pool_id)
+        if schedule.is_lasting and (schedule.lasts is not None or schedule.rolls is not None):
+            raise Refused("BR400")
+        while schedule.comes(schedule.number) < now:
+            schedule.number += 1
+        schedule.next_at = schedule.comes(schedule.number)
+        if schedule.next_at >= schedule.ends:
+            raise Refused("BR400")
+        self.schedules[schedule.schedule_id] = schedule
+        self.fold(now)
+        self._end(now, key, body, schedule.schedule_id)
+        return schedule.schedule_id
+
+    def cancel_schedule(self, schedule_id: UUID, now: datetime) -> None:
+        """It comes no more; what it granted stays."""
+        self.fold(now)
+        if schedule_id not in self.schedules:
+            raise Refused("BR404")
+        schedule = self.schedules[schedule_id]
+        schedule.ends, schedule.next_at = min(schedule.ends, now), LATEST
+
+    def forgive_debt(
+        self, pool_id: UUID, amount: int | None, key: str, now: datetime, reason: str | None = None
+    ) -> int:
+        """A free grant that burns at once, as large as what was used beyond all grants, or a part of it."""
+        body = ("forgive", pool_id, amount, reason)
+        if self._begin(now, key, body) is not None:
+            return int(self.results[key])
+        if pool_id not in self.pools:
+            raise Refused("BR404")
+        row = self.balance(pool_id)
+        debt = max(0, row.used - row.limit)
+        amount = debt if amount is None else amount
+        if not 1 <= amount <= debt:
+            raise Refused("BR450")
+        self._open_pool_named(pool_id)
+        self._grant_now(pool_id, amount, 0, True, now)
+        self._end(now, key, body, amount)
+        return amount
+
+    def _grant_now(self, pool_id: UUID, amount: int, priority: int, is_free: bool, now: datetime) -> None:
+        """Credits that never expire, into a pool that there is."""
+        grant_id = self.names.grant(pool_id, None, amount)
+        self._add_grant(Grant(grant_id, pool_id, amount, priority, is_free, now, LATEST, now, amount))
+        self.fold(now)
+
+    # ------------------------------------------------------------------ refunds
+
+    def refund(self, request: UUID, amount: int | None, key: str, now: datetime, reason: str | None = None) -> int:
+        """What a request was charged goes back to the grants that paid, last first; how much that was."""
+        body = ("refund", request, amount, reason)
+        if self._begin(now, key, body) is not None:
+            return int(self.results[key])
+        if amount is not None and not 1 <= amount <= MOST:
+            raise Refused("BR400")
+        if request not in self.charged:
+            raise Refused("BR404")
+        charge = self.charges.get(request)
+        left = self.charged[request] - charge.refunded if charge else 0
+        amount = left if amount is None else amount
+        if charge is None or not 1 <= amount <= left:
+            raise Refused("BR432")
+        self.estimates.pop(request, None)
+        back = self._last_of(charge, amount)
+        grown = []
+        for pool_id, start, end in back:
+            self.pour(self.pools[pool_id], now)
+            grown.append(self._return(self.pools[pool_id], start, end, now))
+        charge.refunded += amount
+        self._give_room_back(charge, back, grown, now)
+        for (pool_id, _, _), grows in zip(back, grown, strict=True):
+            self.balance(pool_id).limit += grows
+        self.reopen()
+        for (pool_id, _, _), grows in zip(back, grown, strict=True):
+            pool = self.pools[pool_id]
+            if grows and pool.kind == "shared" and pool.is_closed:
+                owner = self._pool_of_user(charge.chain.user, pool.filter, now)
+                self._pass_on(pool, owner, grows, now)
+            self._fold_pool(pool, now)
+        self.version += 1
+        self._end(now, key, body, amount)
+        return amount
+
+    def _last_of(self, charge: Charge, amount: int) -> list[tuple[UUID, int, int]]:
+        """The last stretches that a request drew and that were not refunded before, the very last first."""
+        skip, found = charge.refunded, []
+        for pool_id, start, end in reversed(charge.draws):
+            less = min(skip, end - start)
+            skip -= less
+            part = min(amount, end - less - start)
+            if part:
+                amount -= part
+                found.append((pool_id, end - less - part, end - less))
+        return found
+
+    def _return(self, pool: Pool, start: int, end: int, now: datetime) -> int:
+        """A stretch goes back to the grants that paid it; what none paid is a grant of its own. How much stays."""
+        shares: dict[UUID, int] = {}
+        at = 0
+        for grant_id, amount in pool.burns:
+            overlap = min(at + amount, end) - max(at, start)
+            if overlap > 0:
+                shares[grant_id] = shares.pop(grant_id, 0) + overlap
+            at += amount
+        bare, grows = end - start, 0
+        for grant_id in reversed(shares):
+            grant = self.grants[grant_id]
+            back = min(shares[grant_id], grant.burnt - grant.refunded)  # a correction may have brought it back already
+            if back <= 0:
+                continue
+            bare -= back
+            grant.refunded += back
+            if grant.expires <= now:
+                grant.expired += back
+            else:
+                grant.left += back
+                grant.state = "active"
+                grows += back
+        if bare:
+            grant_id = self.names.grant(pool.pool_id, None, bare)
+            self._add_grant(Grant(grant_id, pool.pool_id, bare, 100, True, now, LATEST, now, bare, "active"))
+        return grows + bare
+
+    def _give_room_back(
+        self, charge: Charge, back: list[tuple[UUID, int, int]], grown: list[int], now: datetime
+    ) -> None:
+        """Caps and capped shares have so much less used; a reserved share is so much larger, unless others share it."""
+        total = sum(end - start for _, start, end in back)
+        for entry in charge.chain.always:
+            if entry.metric == CREDITS and admits(entry.filter, charge.model):
+                self.balances[entry.balance].used -= total
+        for leg in charge.chain.legs:
+            of_pool = sum(end - start for pool_id, start, end in back if pool_id == leg.pool_id)
+            grows = sum(g for (pool_id, _, _), g in zip(back, grown, strict=True) if pool_id == leg.pool_id)
+            for entry in leg.entries:
+                share = self.allocations.get(entry.balance[0])
+                if share is not None and share.kind == "capped":
+                    self.balances[entry.balance].used -= of_pool
+                elif share is not None and grows and not share.is_ended:
+                    goes_on = sum(1 for other in charge.chain.legs if other.pool_id == leg.pool_id) > 1
+                    if not goes_on and (share.period == "none" or share.began <= charge.booked):
+                        share.opening += grows
+                        self.balance(share.allocation_id).limit = max(0, share.amount + share.opening)
+
+    # ------------------------------------------------------------------ shared or personal
+
+    def switch_pools(self, to: str, key: str, now: datetime) -> dict[str, int]:
+        """All credits go from shared pools to those of the members, or back."""
+        body = ("switch_pools", to)
+        if self._begin(now, key, body) is not None:
+            return dict(self.results[key])
+        if to not in ("personal", "shared"):
+            raise Refused("BR400")
+        kinds = ("shared",) if to == "personal" else ("personal", "residual")
+        closing = [p for p in self.pools.values() if p.kind in kinds and not p.is_closed]
+        closing.sort(key=lambda p: (p.created, p.pool_id))
+        if any(self.balance(p.pool_id).excess for p in closing):
+            raise Refused("BR433")
+        told = {"moved_micros": 0, "residual_micros": 0, "held_micros": 0, "pools": len(closing)}
+        if to == "personal":
+            for pool in closing:
+                self._scatter(pool, told, now)
+        else:
+            self._pool_of("shared", None, None, now)
+            for pattern in sorted({p.filter for p in closing}, key=lambda f: (f is None, f)):
+                shared = self._pool_of("shared", None, pattern, now)
+                group = [p for p in closing if p.filter == pattern]
+                told["moved_micros"] += self._gather(group, shared, now)
+                told["held_micros"] += sum(self._note_leaving(p, shared, now) for p in group)
+        for pool in closing:
+            pool.is_closed = True
+        self.fold(now)
+        self.version += 1
+        self._end(now, key, body, told)
+        return told
+
+    def _scatter(self, pool: Pool, told: dict[str, int], now: datetime) -> None:
+        shares = [a for a in self.allocations.values() if a.pool_id == pool.pool_id and not a.is_ended]
+        rests = {a.user: max(0, self.balance(a.allocation_id).room) for a in shares if a.kind == "reserved"}
+        for share in shares:
+            self._close(share)
+        told["moved_micros"] += self._spare(pool)
+        told["residual_micros"] += self._spread_over_members(pool, rests, now)
+        told["held_micros"] += self._note_leaving(pool, None, now)
+
+    def _spread_over_members(self, pool: Pool, rests: dict[UUID, int], now: datetime) -> int:
+        """To each what is set apart for them, or their part of it; then the same to all; the rest to nobody."""
+        left = total = self._spare(pool)
+        claimed = sum(rests.values())
+        members = sorted(user for user, member in self.members.items() if member.status == "active")
+        shares = dict.fromkeys(sorted({*members, *rests}), 0)
+        for user, rest in rests.items():
+            shares[user] = rest if claimed <= total else total * rest // claimed
+        left -= sum(shares.values())
+        each = left // len(members) if members else 0
+        for user in members:
+            shares[user] += each
+        left -= each * len(members)
+        parts = [(self._pool_of_user(u, pool.filter, now), share) for u, share in shares.items() if share]
+        if left:
+            parts.append((self._pool_of_user(NOBODY, pool.filter, now), left))
+        self._divide(pool, parts, now)
+        return left
+
+    def _pool_of_user(self, user: UUID, pattern: str | None, now: datetime) -> Pool:
+        """Where a member's credits go, and what is nobody's."""
+        if user == NOBODY:
+            return self._pool_of("residual", None, pattern, now)
+        return self._pool_of("personal", user, pattern, now)
+
+    def _gather(self, givers: list[Pool], taker: Pool, now: datetime) -> int:
+        """What several pools can spare goes into one; parts of what was one grant are one again."""
+        groups: dict[tuple[Any, ...], list[tuple[Grant, int]]] = {}
+        for pool in [*givers, taker]:
+            self.pour(pool, now)
+        for pool in givers:
+            held = self.balance(pool.pool_id).held
+            for grant in self._grants_of(pool, "active", "lingering"):
+                kept = min(grant.left, held)
+                held -= kept
+                if grant.state == "active" and grant.left > kept:
+                    like = (grant.priority, grant.is_free, grant.effective, grant.expires, grant.rolls_until)
+                    group = (self._origin(grant), *like, grant.rolls is None)
+                    groups.setdefault(group, []).append((grant, grant.left - kept))
+        for (origin, *_), parts in groups.items():
+            total = sum(free for _, free in parts)
+            first = parts[0][0]
+            whole = replace(
+                first, grant_id=self.names.grant(taker.pool_id, origin, total), pool_id=taker.pool_id, amount=total,
+                left=total, created=now, state="active", burnt=0, expired=0, voided=0, gone=0, lapsed=0, refunded=0,
+                parent=origin, is_part=True,
+            )  # fmt: skip
+            if first.rolls:
+                bounds = [(g.rolls or (0, 0), free, g.amount) for g, free in parts]
+                whole.rolls = (
+                    sum(least if free == amount else 0 for (least, _), free, amount in bounds),
+                    sum(most * free // amount for (_, most), free, amount in bounds),
+                )
+            self._add_grant(whole)
+            self.balance(taker.pool_id).limit += total
+            for grant, free in parts:
+                grant.left -= free
+                grant.gone += free
+                grant.state = grant.state if grant.left else "ended"
+                self.balance(grant.pool_id).limit -= free
+        self.reopen()
+        self._fold_pool(taker, now)
+        return sum(free for parts in groups.values() for _, free in parts)
+
+    def _origin(self, grant: Grant) -> UUID:
+        while grant.is_part and grant.parent is not None:
+            grant = self.grants[grant.parent]
+        return grant.grant_id
+
+    def _note_leaving(self, pool: Pool, to: Pool | None, now: datetime) -> int:
+        """Where goes what each running request leaves of what it holds; how much they hold."""
+        kept = 0
+        for request in sorted(self.holds):
+            hold = self.holds[request]
+            held = [n for leg, n in zip(hold.chain.legs, hold.legs, strict=True) if leg.pool_id == pool.pool_id]
+            if held and not hold.flags & OWN_KEY:
+                target = to or self._pool_of_user(hold.chain.user, pool.filter, now)
+                pool.leaving[request] = (sum(held), target.pool_id)
+                kept += sum(held)
+        return kept
+
+    def _sweep(self, pool: Pool, now: datetime) -> None:
+        """What turns up in a closed pool goes where it belongs."""
+        for request in sorted(pool.leaving):
+            if request in self.holds or request in self.unrecorded:
+                continue
+            kept, to_id = pool.leaving.pop(request)
+            draws = self.charges[request].draws if request in self.charges else []
+            used = sum(end - start for pool_id, start, end in draws if pool_id == pool.pool_id)
+            if used < kept:
+                self._pass_on(pool, self.pools[to_id], kept - used, now)
+            elif used > kept:
+                owed = self.balance(pool.pool_id).excess
+                self._pass_on(self.pools[to_id], pool, min(used - kept, owed), now)
+                self.pour(pool, now)
+        if any(request not in self.holds for request in pool.leaving):
+            return
+        if self._spare(pool) and pool.kind == "shared":
+            self._spread_over_members(pool, {}, now)
+        elif self._spare(pool):
+            for each in list(self.pools.values()):
+                if (each.kind, each.filter, each.is_closed) == ("shared", pool.filter, False):
+                    self._pass_on(pool, each, self._spare(pool), now)
+
+    def _pass_on(self, giver: Pool, taker: Pool, amount: int, now: datetime) -> None:
+        self._divide(giver, [(taker, min(amount, self._spare(giver)))], now)
 
     # ------------------------------------------------------------------ chains
 
@@ -920,7 +1382,7 @@ class Organization:
         An empty way is left out while another has something for the same models.
         """
         ranks = {"personal": 0, "shared": 1, "individual": 2}
-        pools = [p for p in self.pools.values() if p.kind in ranks and p.owner in (None, user)]
+        pools = [p for p in self.pools.values() if p.kind in ranks and p.owner in (None, user) and not p.is_closed]
         pools.sort(key=lambda p: (p.filter is None, ranks[p.kind], p.created, p.pool_id))
         ways: list[tuple[Leg, bool]] = []
         until = LATEST
@@ -1013,6 +1475,7 @@ class Organization:
             refusal or (None if legs else "no_pool"),
             tuple(legs),
             tuple(always),
+            user,
         )
         self.chains[user, key_id] = chain
         return chain
@@ -1107,6 +1570,7 @@ class Organization:
         self.fold(now)
         self._demands(moves, answers, now)
         self._place(moves, answers, now)
+        self._record(moves, answers, now)
         self._store(moves, answers, now)
         for pool in self.pools.values():
             self.pour(pool, now)
@@ -1195,6 +1659,7 @@ class Organization:
         if hold is None:
             self._settle_late(move, answer, now)
             return
+        is_slow = self._is_slow(move, hold)
         del self.holds[move.request]
         own_key = bool(hold.flags & OWN_KEY)
         release = move.action == RELEASE
@@ -1217,8 +1682,14 @@ class Organization:
             freed_calls=1,
             freed_tokens=hold.tokens,
         )
+        if release or not is_slow:
+            self.unrecorded.add(move.request)
         if not release:
             self.charged[move.request] = self.charged.get(move.request, 0) + move.amount
+            if is_slow:
+                self._draw(move, hold.chain, paid, now)
+            else:
+                answer.chain, answer.paid = hold.chain, paid
             if move.flags & BY_EXPIRY:
                 self.estimates[move.request] = Estimate(hold.chain, paid, move.tokens, hold.flags, hold.model)
 
@@ -1231,7 +1702,7 @@ class Organization:
         estimate = self.estimates.pop(move.request, None)
         if estimate is not None:
             amount = 0 if estimate.flags & OWN_KEY else move.amount
-            self._correct(estimate, amount, move.tokens, now)
+            self._correct(estimate, move, amount, now)
             self.charged[move.request] = self.charged[move.request] - sum(estimate.legs) + amount
             answer.charged = amount
             return
@@ -1242,11 +1713,12 @@ class Organization:
         if not chain.legs:
             answer.outcome, answer.detail, answer.is_booked = NOT_ALLOWED, "no_pool", False
             return
+        paid = self.spread(chain, move.model, move.amount)
         self.book(
             chain,
             move.model,
             bool(move.flags & OWN_KEY),
-            used=self.spread(chain, move.model, move.amount),
+            used=paid,
             calls=1,
             tokens=move.tokens,
             freed=[0] * len(chain.legs),
@@ -1254,8 +1726,9 @@ class Organization:
             freed_tokens=0,
         )
         self.charged[move.request] = move.amount
+        self._draw(move, chain, paid, now)
 
-    def _correct(self, estimate: Estimate, amount: int, tokens: int, now: datetime) -> None:
+    def _correct(self, estimate: Estimate, move: Move, amount: int, now: datetime) -> None:
         """Too much goes back to those who paid, last first; too little is spread like any charge without hold."""
         delta = amount - sum(estimate.legs)
         if delta > 0:
@@ -1272,15 +1745,64 @@ class Organization:
             bool(estimate.flags & OWN_KEY),
             used=moved,
             calls=0,
-            tokens=tokens - estimate.tokens,
+            tokens=move.tokens - estimate.tokens,
             freed=nothing,
             freed_calls=0,
             freed_tokens=0,
         )
+        if delta > 0:
+            self._draw(move, estimate.chain, moved, now)
         if delta < 0:
+            assert move.request is not None
+            self._undraw(self.charges[move.request], estimate.chain, moved)
             for pool_id in {leg.pool_id for leg, back in zip(estimate.chain.legs, moved, strict=True) if back}:
                 self._fold_pool(self.pools[pool_id], now)
             self.version += 1
+
+    # ------------------------------------------------------------------ where charges stand
+
+    def _draw(self, move: Move, chain: Chain, paid: list[int], now: datetime) -> None:
+        """What was just booked stands at the end of each pool's running total."""
+        by_pool = _by_pool(chain, paid)
+        ends = {pool_id: self.balance(pool_id).used for pool_id in by_pool}
+        self._note_charge(move, chain, {p: (ends[p] - paid, ends[p]) for p, paid in by_pool.items()}, now)
+
+    def _note_charge(self, move: Move, chain: Chain, draws: dict[UUID, tuple[int, int]], now: datetime) -> None:
+        assert move.request is not None
+        charge = self.charges.get(move.request)
+        if charge is None:
+            charge = self.charges[move.request] = Charge(chain, move.model, now)
+        elif charge.chain is not chain:
+            charge.is_again = True
+        charge.draws += [(pool_id, start, end) for pool_id, (start, end) in draws.items()]
+
+    def _undraw(self, charge: Charge, chain: Chain, moved: list[int]) -> None:
+        """What a correction takes back of a pool is gone from the last stretches of it."""
+        for pool_id, back in _by_pool(chain, moved).items():
+            left = -back
+            for n in reversed(range(len(charge.draws))):
+                pool, start, end = charge.draws[n]
+                if pool == pool_id:
+                    less = min(left, end - start)
+                    charge.draws[n] = (pool, start, end - less)
+                    left -= less
+
+    def _record(self, moves: list[Move], answers: list[Answer], now: datetime) -> None:
+        """What was settled and deducted stands in the order of the batch."""
+        drawn = [
+            (move, answer.chain, _by_pool(answer.chain, answer.paid))
+            for move, answer in zip(moves, answers, strict=True)
+            if answer.paid is not None and answer.chain is not None
+        ]
+        at = {p: self.balance(p).used for _, _, paid in drawn for p in paid}
+        for _, _, paid in drawn:
+            for pool_id, amount in paid.items():
+                at[pool_id] -= amount
+        for move, chain, paid in drawn:
+            self._note_charge(move, chain, {p: (at[p], at[p] + amount) for p, amount in paid.items()}, now)
+            for pool_id, amount in paid.items():
+                at[pool_id] += amount
+        self.unrecorded.clear()
 
     # ------------------------------------------------------------------ demands
 
@@ -1367,6 +1889,7 @@ class Organization:
             hold.tokens += move.tokens
         else:
             self.charged[move.request] = self.charged.get(move.request, 0) + move.amount
+            answer.paid = takes
 
     def _add(self, entry: Entry, amount: int, used: int = 0, held: int = 0) -> None:
         self.balances[entry.balance].used += used * amount
@@ -1504,6 +2027,15 @@ class Organization:
         if own.elder is not None:  # a twin learns what its elder got
             outcome = {ACCEPTED: KNOWN, REFUSED: KNOWN_REFUSED, NOT_ALLOWED: KNOWN_REFUSED}.get(outcome, outcome)
         return Verdict(outcome, answer.request, held, charged, available, answer.binding, answer.detail)
+
+
+def _by_pool(chain: Chain, paid: list[int]) -> dict[UUID, int]:
+    """What each pool paid, in the order of the ways to pay."""
+    sums: dict[UUID, int] = {}
+    for leg, amount in zip(chain.legs, paid, strict=True):
+        if amount:
+            sums[leg.pool_id] = sums.get(leg.pool_id, 0) + amount
+    return sums
 
 
 def _is_valid(move: Move) -> bool:

@@ -175,8 +175,7 @@ def _reference(grants: list[dict[str, Any]], holds: list[dict[str, Any]], usage:
     """The same, told to the reference: balances of grants, and overage, used and held of the pool."""
     own = ref.Organization(uuid7())
     world = ref.World({own.organization_id: own})
-    pool_id, open_id = uuid7(), uuid7()
-    own.open_pool(pool_id, "shared", None, None, open_id, START)
+    pool_id = own.open_pool("shared", None, None, START)
     ids = [uuid7() for _ in grants]
     for identifier, g in zip(ids, grants, strict=True):
         begins = START + timedelta(hours=g["begins"])

@@ -255,12 +255,15 @@ begin
         return false;
     end if;
     for v_row in
-        delete from sweeps w
-        where w.organization_id = p_organization_id and w.pool_id = p_pool_id
-          and not exists (select from holds h where h.organization_id = w.organization_id and h.request_id = w.request_id)
-          and (exists (select from ledger.attribution a where a.organization_id = w.organization_id and a.request_id = w.request_id)
-               or exists (select from unbilled_requests u where u.organization_id = w.organization_id and u.request_id = w.request_id))
-        returning w.*
+        with ended as (
+            delete from sweeps w
+            where w.organization_id = p_organization_id and w.pool_id = p_pool_id
+              and not exists (select from holds h where h.organization_id = w.organization_id and h.request_id = w.request_id)
+              and (exists (select from ledger.attribution a where a.organization_id = w.organization_id and a.request_id = w.request_id)
+                   or exists (select from unbilled_requests u where u.organization_id = w.organization_id and u.request_id = w.request_id))
+            returning w.*
+        )
+        select * from ended order by request_id  -- so that the same is left of which grant, whatever the rows' places
     loop
         select v_row.kept_micros - coalesce(sum(d.micros), 0) into v_freed
         from (
