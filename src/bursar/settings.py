@@ -13,7 +13,15 @@ from urllib.parse import urlsplit
 from bursar.errors import BursarError
 
 SHORTEST_MASTER_KEY = 32
-LOWEST = {"port": 0, "workers": 1, "pool_size": 1, "lease_seconds": 2, "wait_seconds": 0, "verify_hours": 0}
+LOWEST = {
+    "port": 0,
+    "workers": 1,
+    "pool_size": 1,
+    "lease_seconds": 2,
+    "wait_seconds": 0,
+    "verify_hours": 0,
+    "events_days": 0,
+}
 """The least value of each setting that is a number."""
 SWITCHES = ("webhooks_http", "webhooks_loopback")
 """Settings that are on or off."""
@@ -107,6 +115,12 @@ class Settings:
         metadata=_setting(
             "BURSAR_WEBHOOKS_LOOPBACK",
             "1: webhooks may go to any port of this machine; for tests and development, never where customers add them",
+        ),
+    )
+    events_days: int = field(
+        default=30,
+        metadata=_setting(
+            "BURSAR_EVENTS_DAYS", "How long events are kept after they were told by webhook and e-mail; 0: for ever"
         ),
     )
     anchor_dir: Path | None = field(

@@ -163,7 +163,8 @@ RULES = {
     """,
     "triggers only guard": f"""
         select t.name || ' ' || g.tgname from ({TABLES}) t join pg_trigger g on g.tgrelid = t.oid
-        where not g.tgisinternal and g.tgfoid <> 'tenancy.refuse_change'::regproc
+        where not g.tgisinternal
+        and g.tgfoid <> all (array['tenancy.refuse_change'::regproc, 'outbox.refuse_change'::regproc])
     """,
     "nothing depends on advisory locks, notifications or sequences": f"""
         select name from ({FUNCTIONS}) f

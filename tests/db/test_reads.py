@@ -70,6 +70,8 @@ READS_MORE: Final = {
     "alerts.expired": "looks at the ends of grants of a day",
     "credits.forecast_pool_use": "reads the use that it forecasts from",
     "outbox.waiting": "a gauge over what waits",
+    "outbox.organizations_to_purge": "looks at old events until one may end, once an hour",
+    "outbox.purge": "looks at every old event, once an hour",
     "outbox.note_working": "all that waits for a webhook that works again",
     "audit.first_use_of_forms": "reads every seal, for a verification of all of them",
 }

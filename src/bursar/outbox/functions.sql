@@ -100,5 +100,47 @@ begin
 end $$;
 comment on function outbox.post_event is 'Writes an event, numbered among those of its object, and who is to be told of it; returns its id';
 
+-- purge: end deliveries and e-mails that ended so many days ago, then events as old that nothing refers to any more and that are not the last
+-- of their object. Of each kind as many as p_most at once; returns how many rows went. What is still to be sent stays, and its event with it.
+create or replace function outbox.purge(p_organization_id uuid, p_days integer, p_most integer) returns integer
+language plpgsql volatile security definer set search_path = outbox, pg_temp as $$
+declare
+    v_before constant timestamptz := clock_timestamp() - make_interval(days => p_days);
+    v_some integer;
+    v_gone integer := 0;
+begin
+    if p_organization_id is distinct from nullif(current_setting('app.organization_id', true), '')::uuid then
+        raise exception 'no such organization' using errcode = 'BR404';
+    elsif p_days < 1 then
+        raise exception 'events are kept for a day at least' using errcode = 'invalid_parameter_value';
+    end if;
+    delete from deliveries d where d.organization_id = p_organization_id and (d.endpoint_id, d.event_id) in (
+        select o.endpoint_id, o.event_id from deliveries o
+        where o.organization_id = p_organization_id and o.state <> 'pending' and o.ended_at < v_before
+        order by o.ended_at limit p_most for update skip locked);
+    get diagnostics v_gone = row_count;
+    with old as materialized (
+        select m.mail_id from mails m
+        where m.organization_id = p_organization_id and m.state <> 'pending' and m.ended_at < v_before
+        order by m.ended_at limit p_most for update skip locked
+    ), parts as (
+        delete from mail_events e using old where e.organization_id = p_organization_id and e.mail_id = old.mail_id
+    )
+    delete from mails m using old where m.organization_id = p_organization_id and m.mail_id = old.mail_id;
+    get diagnostics v_some = row_count;
+    v_gone := v_gone + v_some;
+    delete from events e where e.organization_id = p_organization_id and e.event_id in (
+        select o.event_id from events o
+        where o.organization_id = p_organization_id and o.posted_at < v_before
+          and exists (select from events n where n.organization_id = p_organization_id and n.object_kind = o.object_kind
+                      and n.object_id = o.object_id and n.sequence > o.sequence)
+          and not exists (select from deliveries d where d.organization_id = p_organization_id and d.event_id = o.event_id)
+          and not exists (select from mail_events m where m.organization_id = p_organization_id and m.event_id = o.event_id)
+        order by o.posted_at limit p_most);
+    get diagnostics v_some = row_count;
+    return v_gone + v_some;
+end $$;
+comment on function outbox.purge is 'Ends what was told so many days ago: deliveries, e-mails, and events that nothing refers to but for the last of each object';
+
 revoke all on all functions in schema outbox from public;
 grant execute on all functions in schema outbox to bursar_app, bursar_money;

@@ -1,12 +1,14 @@
-"""Periodic work of the outbox: webhooks and e-mails that are due, and gauges. No rules here."""
+"""Periodic work of the outbox: webhooks and e-mails that are due, gauges, and the end of what is old. No rules here."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
+from uuid import UUID
 
 from prometheus_client import Gauge
 
 from bursar import db
+from bursar.audit import jobs as audit_jobs
 from bursar.outbox.deliveries import Sender
 from bursar.outbox.endpoints import QUERIES
 from bursar.outbox.mails import MailServer, Postman
@@ -14,6 +16,8 @@ from bursar.outbox.outside import Allowed, Outside
 from bursar.sealing import Keyring
 
 MOST_ROUNDS: Final = 50
+PURGE_LOCK: Final = 0x6275_7273_0004
+PURGED_AT_ONCE: Final = 1_000
 
 DELIVERIES_PENDING = Gauge("bursar_webhooks_pending", "Deliveries of events to webhooks that are still to be made")
 OLDEST_DELIVERY = Gauge("bursar_webhooks_oldest_seconds", "Age of the oldest delivery that is still to be made")
@@ -59,7 +63,40 @@ async def measure_outbox(database: db.Database) -> None:
     MAILS_PENDING.set(found.mails)
 
 
+async def purge_outbox(database: db.Database) -> int:
+    """End what was told longer ago than the settings keep it, a few rows at a time; how many rows."""
+    days = database.settings.events_days
+    if not days:
+        return 0
+    gone = 0
+    async with audit_jobs.alone(database, PURGE_LOCK) as is_mine:
+        if not is_mine:
+            return 0
+        async with database.platform() as conn, conn.cursor() as cursor:
+            await cursor.execute(QUERIES.organizations_to_purge, {"days": days})
+            organization_ids: list[UUID] = [row[0] for row in await cursor.fetchall()]
+        for organization_id in organization_ids:
+            gone += await purge(database, organization_id, days=days)
+    return gone
+
+
+async def purge(database: db.Database, organization_id: UUID, *, days: int, most: int = PURGED_AT_ONCE) -> int:
+    """As `purge_outbox`, of one organization. most: rows of a kind in one transaction."""
+    gone = 0
+    while True:
+        async with database.tenant(organization_id) as conn:
+            some = int(await db.fetch_value(conn, QUERIES.purge, organization_id=organization_id, days=days, most=most))
+        gone += some
+        if some == 0:
+            return gone
+
+
 Job = Callable[[db.Database], Awaitable[object]]
 
-JOBS: Final[tuple[tuple[float, Job], ...]] = ((1.0, send_webhooks), (1.0, send_mails), (15.0, measure_outbox))
+JOBS: Final[tuple[tuple[float, Job], ...]] = (
+    (1.0, send_webhooks),
+    (1.0, send_mails),
+    (15.0, measure_outbox),
+    (3600.0, purge_outbox),
+)
 """Seconds between runs, and what runs."""

@@ -81,10 +81,12 @@ select e.organization_id, p.endpoint_id, e.event_id, e.object_kind, e.object_id,
 from outbox.endpoints p
 join outbox.events e on e.organization_id = p.organization_id and e.posted_at >= %(since)s and outbox.wants(p.kinds, e.kind)
 where p.organization_id = %(organization_id)s and p.endpoint_id = %(endpoint_id)s
+  and (not %(only_failed)s or exists (
+    select from outbox.deliveries d
+    where d.organization_id = e.organization_id and d.endpoint_id = p.endpoint_id and d.event_id = e.event_id and d.state = 'failed'))
 order by e.posted_at
 on conflict (organization_id, endpoint_id, event_id) do update
 set state = 'pending', attempts = 0, next_attempt_at = clock_timestamp(), first_attempt_at = null, ended_at = null
-where not %(only_failed)s or deliveries.state = 'failed'
 returning event_id;
 
 -- name: deliveries
@@ -209,3 +211,19 @@ select
     (select count(*) from outbox.endpoints where state = 'active' and failing_since is not null) as failing_endpoints,
     (select coalesce(extract(epoch from clock_timestamp() - min(created_at)), 0)::bigint from outbox.deliveries where state = 'pending') as oldest_seconds,
     (select count(*) from outbox.mails where state = 'pending') as mails;
+
+-- name: organizations_to_purge
+-- Where something was told so many days ago; each asked by its own indexes.
+select o.organization_id
+from identity.organizations o
+cross join lateral (select clock_timestamp() - make_interval(days => %(days)s) as at offset 0) b
+where exists (select from outbox.deliveries d where d.organization_id = o.organization_id and d.state <> 'pending' and d.ended_at < b.at)
+   or exists (select from outbox.mails m where m.organization_id = o.organization_id and m.state <> 'pending' and m.ended_at < b.at)
+   or exists (
+        select from outbox.events e
+        where e.organization_id = o.organization_id and e.posted_at < b.at
+          and exists (select from outbox.events n where n.organization_id = e.organization_id and n.object_kind = e.object_kind
+                      and n.object_id = e.object_id and n.sequence > e.sequence));
+
+-- name: purge
+select outbox.purge(%(organization_id)s, %(days)s, %(most)s);
