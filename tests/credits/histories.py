@@ -33,7 +33,8 @@ Ask = Callable[[str | None], tuple[list[Any], Run]]
 BEGINNING = datetime(2026, 3, 27, 20, 0, tzinfo=UTC)  # clocks change in the days after, in all three zones
 ZONES = ("UTC", "Europe/Paris", "America/Havana", "Asia/Kolkata")
 MODELS = ("gpt-4", "gpt-4-mini", "claude_3", None)
-FILTERS = (None, None, "gpt%", "claude\\_3", "gpt-4")
+FEATURES = ("chat", "images", "support-bot", None)
+FILTERS = (None, None, "gpt%", "claude\\_3", "gpt-4", "#images", "#support-%")
 PERIODS = ("none", "day", "week", "month")
 ALL_PERIODS = (*PERIODS, "cycle")
 WEIGHTS = {
@@ -59,7 +60,8 @@ HOLDS = """
         coalesce(h.leg_micros, array(
             select case n when h.leg then h.amount_micros else 0 end
             from generate_series(1, cardinality(c.leg_filters)) n order by n)),
-        h.tokens, h.floor_micros, h.progress_micros, h.is_sent, h.flags, h.model, h.placed_at, h.lease_expires_at
+        h.tokens, h.floor_micros, h.progress_micros, h.is_sent, h.flags, h.model, h.feature,
+        h.placed_at, h.lease_expires_at
     from credits.holds h join credits.chains c using (organization_id, chain_id) where h.organization_id = %s"""
 CHARGES = """
     select request_id, coalesce(sum(charged_micros) filter (where kind < 2), 0)::bigint,
@@ -795,7 +797,8 @@ class Stage:
             bits |= ref.MAY_WAIT
         if action in (3, 4) and flags % 11 == 0:
             bits |= ref.BY_EXPIRY
-        amount = self._size(organization, user, api_key, size, MODELS[model % 4])
+        feature = FEATURES[model // 4 % 4]
+        amount = self._size(organization, user, api_key, size, (MODELS[model % 4], feature))
         idempotency_key = body = None
         if key % 7 == 0 and action in (1, 3, 5):
             idempotency_key, body = f"key {key % 70}", bytes([action, other % 7 == 0])
@@ -815,10 +818,11 @@ class Stage:
             model=MODELS[model % 4],
             idempotency_key=idempotency_key,
             body=body,
+            feature=feature,
         )
 
     def _size(
-        self, organization: ref.Organization, user: UUID | None, key: UUID | None, size: int, model: str | None
+        self, organization: ref.Organization, user: UUID | None, key: UUID | None, size: int, what: ref.What
     ) -> int:
         """Mostly small; sometimes exactly what is there, one more, nothing, too much or negative."""
         if size % 9 < 6:
@@ -826,7 +830,7 @@ class Stage:
         if size % 9 == 6:
             return 0
         chain = organization.chains.get((user or ref.NOBODY, key or ref.NOBODY))
-        exact = organization.available(chain, model) if chain else 10
+        exact = organization.available(chain, what) if chain else 10
         return (exact // 3, exact + 1, exact, exact // 4, (-1, ref.MOST + 1, exact)[size % 7 % 3], exact // 2)[size % 6]
 
     # ------------------------------------------------------------------ comparing
@@ -837,7 +841,7 @@ class Stage:
             key: (b.kind, b.stops, b.end, b.limit, b.used, b.held, b.excess) for key, b in model.balances.items()
         })  # fmt: skip
         self._same(number, "holds", self._holds(cast), {
-            request: (h.legs, h.tokens, h.floor, h.progress, h.is_sent, h.flags, h.model, h.placed, h.expires)
+            request: (h.legs, h.tokens, h.floor, h.progress, h.is_sent, h.flags, *h.what, h.placed, h.expires)
             for request, h in model.holds.items()
         })  # fmt: skip
 
@@ -896,6 +900,7 @@ def real(move: ref.Move) -> RealMove:
         model=move.model,
         idempotency_key=move.idempotency_key,
         body_hash=move.body,
+        feature=move.feature,
     )
 
 

@@ -46,9 +46,17 @@ def _pattern(like: str) -> re.Pattern[str]:
     return re.compile("".join(plain), re.DOTALL)
 
 
-def admits(pattern: str | None, model: str | None) -> bool:
-    """A filter (LIKE pattern; None: everything) admits a model."""
-    return pattern is None or (model is not None and _pattern(pattern).fullmatch(model) is not None)
+What = tuple[str | None, str | None]
+"""What a request asks: its model, and the feature it is for."""
+
+
+def admits(pattern: str | None, what: What) -> bool:
+    """A filter (LIKE pattern of models, or after # of features; None: everything) admits a request."""
+    if pattern is None:
+        return True
+    model, feature = what
+    name, like = (feature, pattern[1:]) if pattern.startswith("#") else (model, pattern)
+    return name is not None and _pattern(like).fullmatch(name) is not None
 
 
 def _instant(local: datetime, zone: ZoneInfo) -> datetime:
@@ -344,9 +352,9 @@ class Chain:
     always: tuple[Entry, ...]
     user: UUID = NOBODY
 
-    def first_leg(self, model: str | None) -> int | None:
-        """The first leg that may pay for a model."""
-        return next((n for n, leg in enumerate(self.legs) if admits(leg.filter, model)), None)
+    def first_leg(self, what: What) -> int | None:
+        """The first leg that may pay for a request."""
+        return next((n for n, leg in enumerate(self.legs) if admits(leg.filter, what)), None)
 
 
 @dataclass
@@ -360,7 +368,7 @@ class Hold:
     floor: int
     progress: int
     flags: int
-    model: str | None
+    what: What
     is_sent: bool
     placed: datetime
     expires: datetime
@@ -380,7 +388,7 @@ class Estimate:
     legs: list[int]
     tokens: int
     flags: int
-    model: str | None
+    what: What
 
 
 @dataclass(frozen=True)
@@ -400,6 +408,12 @@ class Move:
     model: str | None = "m"
     idempotency_key: str | None = None
     body: bytes | None = None
+    feature: str | None = None
+
+    @property
+    def what(self) -> What:
+        """Its model and feature."""
+        return self.model, self.feature
 
 
 @dataclass(frozen=True)
@@ -1489,14 +1503,14 @@ class Organization:
         chain = self.chains.get((user, key_id))
         return self.build_chain(user, key_id, now) if chain is None or self.is_stale(chain, now) else chain
 
-    def available(self, chain: Chain, model: str | None) -> int:
-        """What could still be spent on a model: the rooms of its ways to pay, under every limit on credits."""
+    def available(self, chain: Chain, what: What) -> int:
+        """What could still be spent on a request: the rooms of its ways to pay, under every limit on credits."""
         total = sum(
             min(max(0, self.balances[e.balance].room) for e in leg.entries)
             for leg in chain.legs
-            if admits(leg.filter, model)
+            if admits(leg.filter, what)
         )
-        rows = (self.balances[e.balance] for e in chain.always if e.metric == CREDITS and admits(e.filter, model))
+        rows = (self.balances[e.balance] for e in chain.always if e.metric == CREDITS and admits(e.filter, what))
         return min([total, *(max(0, b.room) for b in rows if b.stops)])
 
     # ------------------------------------------------------------------ moving
@@ -1504,7 +1518,7 @@ class Organization:
     def book(
         self,
         chain: Chain,
-        model: str | None,
+        what: What,
         own_key: bool,
         *,
         used: list[int],
@@ -1526,19 +1540,19 @@ class Organization:
             TOKENS: (tokens, freed_tokens),
         }
         for entry in chain.always:
-            if admits(entry.filter, model) and not (own_key and entry.metric == CREDITS):
+            if admits(entry.filter, what) and not (own_key and entry.metric == CREDITS):
                 self.balances[entry.balance].used += amounts[entry.metric][0]
                 self.balances[entry.balance].held -= amounts[entry.metric][1]
         self.reopen()
 
-    def spread(self, chain: Chain, model: str | None, amount: int) -> list[int]:
+    def spread(self, chain: Chain, what: What, amount: int) -> list[int]:
         """Who pays what is not held: ways with room, in order; the rest is the excess of the last that fits."""
         paid = [0] * len(chain.legs)
         last = len(chain.legs) - 1
         for n, leg in enumerate(chain.legs):
             if amount == 0:
                 break
-            if not admits(leg.filter, model):
+            if not admits(leg.filter, what):
                 continue
             last = n
             rooms = [
@@ -1603,10 +1617,11 @@ class Organization:
         return answer
 
     def _as_held(self, move: Move) -> Move:
-        """A request goes on as it was held: on its model, and at no charge where the customer's own key pays."""
+        """A request goes on as it was held: model, feature, and at no charge where the customer's own key pays."""
         hold = self.holds.get(move.request) if move.request else None
         if hold is not None and move.action != AUTHORIZE:
-            move = replace(move, model=hold.model, flags=move.flags & ~OWN_KEY | hold.flags & OWN_KEY)
+            model, feature = hold.what
+            move = replace(move, model=model, feature=feature, flags=move.flags & ~OWN_KEY | hold.flags & OWN_KEY)
         return replace(move, amount=0) if move.flags & OWN_KEY else move
 
     def _known_keys(self, moves: list[Move], answers: list[Answer], now: datetime) -> None:
@@ -1669,11 +1684,11 @@ class Organization:
             paid.append(min(left, held))
             left -= paid[-1]
         if left:
-            more = self.spread(hold.chain, hold.model, left)
+            more = self.spread(hold.chain, hold.what, left)
             paid = [a + b for a, b in zip(paid, more, strict=True)]
         self.book(
             hold.chain,
-            hold.model,
+            hold.what,
             own_key,
             used=paid,
             calls=0 if release else 1,
@@ -1691,7 +1706,7 @@ class Organization:
             else:
                 answer.chain, answer.paid = hold.chain, paid
             if move.flags & BY_EXPIRY:
-                self.estimates[move.request] = Estimate(hold.chain, paid, move.tokens, hold.flags, hold.model)
+                self.estimates[move.request] = Estimate(hold.chain, paid, move.tokens, hold.flags, hold.what)
 
     def _settle_late(self, move: Move, answer: Answer, now: datetime) -> None:
         """There is no hold: an estimate is corrected, what was booked is told, else it is charged all the same."""
@@ -1713,10 +1728,10 @@ class Organization:
         if not chain.legs:
             answer.outcome, answer.detail, answer.is_booked = NOT_ALLOWED, "no_pool", False
             return
-        paid = self.spread(chain, move.model, move.amount)
+        paid = self.spread(chain, move.what, move.amount)
         self.book(
             chain,
-            move.model,
+            move.what,
             bool(move.flags & OWN_KEY),
             used=paid,
             calls=1,
@@ -1732,7 +1747,7 @@ class Organization:
         """Too much goes back to those who paid, last first; too little is spread like any charge without hold."""
         delta = amount - sum(estimate.legs)
         if delta > 0:
-            moved = self.spread(estimate.chain, estimate.model, delta)
+            moved = self.spread(estimate.chain, estimate.what, delta)
         else:
             moved, left = [], -delta
             for paid in reversed(estimate.legs):
@@ -1741,7 +1756,7 @@ class Organization:
         nothing = [0] * len(moved)
         self.book(
             estimate.chain,
-            estimate.model,
+            estimate.what,
             bool(estimate.flags & OWN_KEY),
             used=moved,
             calls=0,
@@ -1812,7 +1827,7 @@ class Organization:
         return {CREDITS: move.amount, CALLS: 0 if extends else 1, TOKENS: move.tokens}[entry.metric]
 
     def _applies(self, move: Move, entry: Entry) -> bool:
-        if not admits(entry.filter, move.model) or (move.flags & OWN_KEY and entry.metric == CREDITS):
+        if not admits(entry.filter, move.what) or (move.flags & OWN_KEY and entry.metric == CREDITS):
             return False
         return move.action != EXTEND or self._asked(move, entry) > 0
 
@@ -1823,7 +1838,7 @@ class Organization:
             if move.action in (AUTHORIZE, EXTEND, DEDUCT) and answer.outcome is None:
                 assert answer.chain is not None
                 own = self.holds[move.request].leg if move.action == EXTEND and move.request else None
-                leg = own if own is not None else answer.chain.first_leg(move.model)
+                leg = own if own is not None else answer.chain.first_leg(move.what)
                 entries = [e for e in answer.chain.always if self._applies(move, e)]
                 if leg is not None and leg < len(answer.chain.legs):
                     entries += [e for e in answer.chain.legs[leg].entries if self._applies(move, e)]
@@ -1875,7 +1890,7 @@ class Organization:
                 move.mark,
                 move.mark,
                 move.flags & (OWN_KEY | STREAMED),
-                move.model,
+                move.what,
                 bool(move.flags & SENT),
                 now,
                 now + timedelta(seconds=move.lease),
@@ -1912,7 +1927,7 @@ class Organization:
         asks_pools = not move.flags & OWN_KEY and not (move.action == EXTEND and move.amount == 0)
         first_is_empty = False
         if asks_pools:
-            order = [n for n, way in enumerate(chain.legs) if admits(way.filter, move.model)]
+            order = [n for n, way in enumerate(chain.legs) if admits(way.filter, move.what)]
             if leg is not None:
                 order = [leg, *(n for n in order if n != leg)]
             if not order and binding is None:
@@ -1954,7 +1969,7 @@ class Organization:
             asks_pools
             and move.action != EXTEND
             and move.amount
-            and leg != chain.first_leg(move.model)
+            and leg != chain.first_leg(move.what)
             and first_is_empty
         ):
             chain.valid_until = min(chain.valid_until, now)
@@ -2022,7 +2037,7 @@ class Organization:
             held = answer.held + moves[at].amount
         if move.action in (SETTLE, DEDUCT) and answer.outcome in (ACCEPTED, KNOWN):
             charged = answer.charged
-        available = self.available(answer.chain, move.model) if answer.chain is not None else None
+        available = self.available(answer.chain, move.what) if answer.chain is not None else None
         outcome = answer.outcome
         if own.elder is not None:  # a twin learns what its elder got
             outcome = {ACCEPTED: KNOWN, REFUSED: KNOWN_REFUSED, NOT_ALLOWED: KNOWN_REFUSED}.get(outcome, outcome)
@@ -2101,7 +2116,8 @@ class World:
                     amount=estimate if hold.is_sent else 0,
                     tokens=hold.tokens,
                     flags=BY_EXPIRY | hold.flags,
-                    model=hold.model,
+                    model=hold.what[0],
+                    feature=hold.what[1],
                 )
             )
         return sum(1 for verdict in self.move(moves, now) if verdict.outcome == ACCEPTED) if moves else 0

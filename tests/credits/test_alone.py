@@ -21,6 +21,7 @@ def test_it_leaves_the_same_rows_as_in_a_batch(scene: Scene) -> None:
             "user_id": user, "api_key_id": key, "tokens": 11, "cost_nano_usd": NanoUsd(7), "mark_micros": Micros(3),
             "usage": EVERY_COUNT, "provider": "demo", "price_version_id": scene.organization, "used_at": scene.now,
             "provider_key_id": scene.organization, "conversation_id": scene.organization, "flags": Flag.STREAMED,
+            "feature": "images",
         }  # fmt: skip
         deducted = scene.move(scene.asked(Action.DEDUCT, None, 20, **wanted))[0]
         held = scene.move(scene.asked(Action.AUTHORIZE, None, 30, **wanted))[0]
@@ -54,9 +55,10 @@ def test_a_settle_leaves_the_same_rows_as_in_a_batch(scene: Scene) -> None:
             "user_id": user, "api_key_id": key, "tokens": 11, "cost_nano_usd": NanoUsd(7), "usage": EVERY_COUNT,
             "provider": "demo", "price_version_id": scene.organization, "used_at": scene.now,
             "provider_key_id": scene.organization, "conversation_id": scene.organization, "flags": Flag.ESTIMATED,
+            "feature": "images",
         }  # fmt: skip
         for charged in (20, 30, 45, 0):
-            request = scene.hold(30, user, api_key_id=key, tokens=13)
+            request = scene.hold(30, user, api_key_id=key, tokens=13, feature="images")
             verdict = scene.move(scene.asked(Action.SETTLE, request, charged, **wanted))[0]
             left.append(
                 scene.admin(

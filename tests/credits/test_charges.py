@@ -15,8 +15,9 @@ from tests.gateway.conftest import base_url, fund, payer, priced, two_servers
 
 from bursar.clock import uuid7
 from bursar.credits import jobs
+from bursar.credits.grants import GrantSource, add_grant
 from bursar.credits.limits import Scope, set_limit
-from bursar.credits.pools import Pool, list_pools
+from bursar.credits.pools import Pool, list_pools, pool_for
 from bursar.identity.roles import Role
 from bursar.identity.roles import Scope as KeyScope
 from bursar.money import Micros
@@ -128,6 +129,42 @@ async def test_the_price_is_that_of_the_hold_also_for_a_process_that_did_not_pla
     assert without_available(again) == without_available(charged)
     [row] = await program.rows("select provider, model, price_version_id is not null from ledger.attribution")
     assert row == ("demo", "demo-1", True)
+
+
+async def test_a_programs_feature_is_kept_and_paid_by_its_pool_also_when_it_settles_late_elsewhere(
+    program: Program, two_servers: list[str]
+) -> None:
+    here, there = (Program(program.org, program.key, url) for url in two_servers)
+    async with program.org.tenant() as conn:
+        pool_id = await pool_for(conn, organization_id=program.org.organization_id, model_filter="#support-%")
+        await add_grant(
+            conn,
+            organization_id=program.org.organization_id,
+            pool_id=pool_id,
+            amount_micros=Micros(3_000_000),
+            source=GrantSource.PURCHASE,
+            idempotency_key="for support",
+        )
+    for feature, amount in (("support-bot", "1"), ("chat", "2"), (None, "4")):
+        body = {"amount": worth(amount)} | ({} if feature is None else {"feature": feature})
+        assert (await here.done("deduct", body))["charged"] == worth(amount)
+    held = await here.done("authorize", {**ONE, "feature": "support-bot"})
+    await here.done("release", {"request_id": held["request_id"]})
+    await there.done("settle", {"request_id": held["request_id"], "amount": worth("1")})
+    rows = await program.rows(
+        "select feature, charged_micros, pool_id from ledger.attribution order by charged_micros, booked_at"
+    )
+    assert [row[:2] for row in rows] == [
+        ("support-bot", 1_000_000), ("support-bot", 1_000_000), ("chat", 2_000_000), (None, 4_000_000)
+    ]  # fmt: skip
+    assert [row[2] == pool_id for row in rows] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("feature", ["", "#images", "Images", "a b", "x" * 64])
+async def test_a_feature_that_is_no_word_is_refused(program: Program, feature: str) -> None:
+    refused = await program.ask("deduct", {**ONE, "feature": feature})
+    assert refused.status_code == 422
+    assert refused.json()["errors"][0]["pointer"] == "#/feature"
 
 
 async def test_an_amount_beside_usage_is_charged_as_it_is_and_the_usage_is_kept(program: Program) -> None:

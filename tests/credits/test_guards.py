@@ -228,7 +228,7 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     (
         "is_strict_for",
-        "(e.filter is null or p_model like e.filter)",
+        "credits.admits(e.filter, p_model, p_feature)",
         "true",
         rules.test_a_strict_limit_on_other_models_or_on_what_the_customers_own_key_does_not_use_takes_guesses,
     ),
@@ -1125,8 +1125,8 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     (
         "move_batch",
-        "<> array_fill(v_n, array[19])",
-        "<> array_fill(v_n, array[19]) and false",
+        "<> array_fill(v_n, array[20])",
+        "<> array_fill(v_n, array[20]) and false",
         rules.test_arrays_that_do_not_match_are_refused_as_a_whole,
     ),
     (
@@ -1270,6 +1270,25 @@ ALONE: list[tuple[str, str, str, Rule]] = [
     ("move_one", "(h.flags | p_flags) & 66 = 0", "p_flags & 66 = 0", alone.test_a_settle_goes_on_as_it_was_held),
     ("move_one", "(h.flags | p_flags) & 66 = 0", "h.flags & 66 = 0", alone.test_expiry_ends_no_lease_that_goes_on),
     ("move_one", "and h.model is not distinct from p_model", "", alone.test_a_settle_goes_on_as_it_was_held),
+    (
+        "move_one",
+        "and h.feature is not distinct from p_feature",
+        "",
+        rules.test_a_settle_keeps_the_feature_of_its_hold,
+    ),
+    (
+        "admits",
+        "starts_with(p_filter, '#')",
+        "false",
+        rules.test_a_pool_for_a_feature_pays_for_it_first_and_for_nothing_else,
+    ),
+    ("admits", "p_feature like substr(p_filter, 2)", "true", rules.test_a_limit_on_features_counts_those_alone),
+    (
+        "move_batch",
+        "or h.feature is distinct from w.feature",
+        "",
+        rules.test_a_request_goes_on_for_the_feature_that_it_was_held_for,
+    ),
     (
         "move_one",
         "and c.chain_id = h.chain_id and c.is_plain",

@@ -1136,9 +1136,11 @@ def test_arrays_that_do_not_match_are_refused_as_a_whole(scene: Scene) -> None:
     scene.grant(scene.pool(), 100)
     call = (
         "select count(*) from credits.move_batch(%s, %s, '{5}', %s, %s, '{null}', '{1}', '{0}', '{0}', <usage>, '{0}', "
-        "'{0}', '{0}', '{null}', <models>, '{null}', '{null}', <conversations>, '{null}', '{null}', '{null}')"
+        "'{0}', '{0}', '{null}', <models>, '{null}', '{null}', <conversations>, '{null}', '{null}', '{null}', "
+        "<features>)"
     )
     good = {"usage": "'{0,0,0,0,0,0,0,0,0,0,0,0,0,0,1,0,0}'", "models": "'{m}'", "conversations": "'{null}'"}
+    good["features"] = "'{null}'"
 
     def count(**other: str) -> int:
         sql = call
@@ -1152,6 +1154,7 @@ def test_arrays_that_do_not_match_are_refused_as_a_whole(scene: Scene) -> None:
         {"usage": "'{0,0,0,0,0,0,0,0,0,0,0,0,0,0,1,0,-1}'"},
         {"usage": "null"},
         {"conversations": "'{}'"},
+        {"features": "'{f,f}'"},
         {"conversations": "'{null,null}'"},
         {"models": "'{m,m}'"},
         {"models": "null"},
@@ -1222,7 +1225,7 @@ def test_only_the_simulator_dates_money(scene: Scene) -> None:
         scene.conn.execute(
             "select * from credits.move_batch(%(o)s, %(os)s, '{5}', %(rs)s, '{null}', '{null}', '{1}', '{0}', '{0}', "
             "'{0,0,0,0,0,0,0,0,0,0,0,0,0,0,1,0,0}', '{0}', '{0}', '{0}', '{null}', '{m}', '{null}', '{null}', "
-            "'{null}', '{null}', '{null}', '{null}', now())",
+            "'{null}', '{null}', '{null}', '{null}', '{null}', now())",
             {"o": scene.organization, "os": [scene.organization], "rs": [uuid7()]},
         )
 
@@ -1234,3 +1237,119 @@ def test_whether_there_is_enough_can_be_asked_before_anything_was_spent(scene: S
         asked = "select credits.has_sufficient_credits(%s, %s, %s)"
         answers = [scene.conn.execute(asked, [scene.organization, user, amount]).fetchone() for amount in (100, 101)]
     assert answers == [(True,), (False,)]
+
+
+# ---------------------------------------------------------------------------------------------- features
+
+
+def test_a_pool_for_a_feature_pays_for_it_first_and_for_nothing_else(scene: Scene) -> None:
+    shared, images, user = scene.pool(), scene.pool(models="#images"), scene.user()
+    scene.grant(shared, 100)
+    scene.grant(images, 100)
+    scene.deduct(10, user, feature="images")
+    scene.deduct(20, user, feature="chat")
+    scene.deduct(30, user)
+    assert (scene.balance(images).used, scene.balance(shared).used) == (10, 50)
+    request = scene.hold(40, user, feature="images")
+    assert (scene.balance(images).held, scene.balance(shared).held) == (40, 0)
+    scene.settle(request, 40, user)
+    assert (scene.balance(images).used, scene.balance(shared).used) == (50, 50)
+    assert scene.findings() == []
+
+
+def test_where_only_another_features_pool_has_credits_nothing_can_be_held(scene: Scene) -> None:
+    images, user = scene.pool(models="#images"), scene.user()
+    scene.grant(images, 100)
+    assert scene.authorize(1, user, feature="chat").detail == "no_pool_for_model"
+    assert scene.authorize(1, user).detail == "no_pool_for_model"
+    assert scene.authorize(1, user, model="images").detail == "no_pool_for_model"
+    assert scene.authorize(1, user, feature="images").outcome is ACCEPTED
+
+
+def test_a_limit_on_features_counts_those_alone(scene: Scene) -> None:
+    user = scene.user()
+    scene.grant(scene.pool(), 1000)
+    limit, calls = scene.limit(30, models="#support-%"), scene.limit(3, models="#images", metric="calls")
+    scene.deduct(20, user, feature="support-bot")
+    for other in ({"feature": "support"}, {"model": "support-bot"}, {}):
+        assert scene.deduct(100, user, **other).outcome is ACCEPTED
+    assert scene.balance(limit).used == 20
+    assert scene.deduct(11, user, feature="support-mail").detail == "cap_reached"
+    request = scene.hold(10, user, feature="support-mail")
+    assert scene.balance(limit).held == 10
+    scene.release(request)
+    assert (scene.balance(limit).used, scene.balance(limit).held) == (20, 0)
+    for _ in range(3):
+        scene.deduct(1, user, feature="images")
+    assert scene.deduct(1, user, feature="images").detail == "cap_reached"
+    assert scene.balance(calls).used == 3
+    assert scene.findings() == []
+
+
+def test_a_request_goes_on_for_the_feature_that_it_was_held_for(scene: Scene) -> None:
+    user = scene.user()
+    scene.grant(scene.pool(), 100)
+    limit = scene.limit(50, models="#images")
+    request = scene.hold(10, user, feature="images")
+    scene.extend(request, 5, feature="chat")
+    assert scene.balance(limit).held == 15
+    scene.settle(request, 12, user, feature="chat")
+    assert (scene.balance(limit).used, scene.balance(limit).held) == (12, 0)
+    assert scene.admin("select feature from ledger.attribution where request_id = %s", request) == [("images",)]
+    assert scene.findings() == []
+
+
+def test_a_settle_keeps_the_feature_of_its_hold(scene: Scene) -> None:
+    user = scene.user()
+    scene.grant(scene.pool(), 100)
+    request = scene.hold(10, user, feature="images")
+    scene.settle(request, 10, user, feature="chat")
+    assert scene.admin("select feature from ledger.attribution where request_id = %s", request) == [("images",)]
+
+
+def test_what_costs_more_than_was_held_is_paid_by_pools_of_its_feature(scene: Scene) -> None:
+    shared, images, other, user = scene.pool(), scene.pool(models="#images"), scene.pool(models="#chat"), scene.user()
+    for pool, amount in ((shared, 100), (images, 10), (other, 100)):
+        scene.grant(pool, amount)
+    request = scene.hold(8, user, feature="images")
+    scene.settle(request, 30, user)
+    assert [scene.balance(pool).used for pool in (shared, images, other)] == [20, 10, 0]
+    assert scene.findings() == []
+
+
+def test_a_late_settle_is_paid_and_counted_by_its_feature(scene: Scene) -> None:
+    shared, images, user = scene.pool(), scene.pool(models="#images"), scene.user()
+    scene.grant(shared, 100)
+    scene.grant(images, 10)
+    limit = scene.limit(50, models="#images")
+    request = scene.hold(5, user, feature="images")
+    scene.release(request)
+    assert scene.admin("select feature from credits.unbilled_requests where request_id = %s", request) == [("images",)]
+    scene.settle(request, 12, user, feature="images")
+    assert [scene.balance(each).used for each in (images, shared, limit)] == [10, 2, 12]
+    assert scene.findings() == []
+
+
+def test_a_correction_of_an_estimate_goes_by_the_feature_that_was_held_for(scene: Scene) -> None:
+    shared, images, user = scene.pool(), scene.pool(models="#images"), scene.user()
+    scene.grant(shared, 100)
+    scene.grant(images, 10)
+    limit = scene.limit(50, models="#images")
+    request = scene.hold(5, user, feature="images", flags=Flag.SENT)
+    scene.later(seconds=601)
+    scene.expire()
+    assert [scene.balance(each).used for each in (images, shared, limit)] == [5, 0, 5]
+    scene.settle(request, 20, user)
+    assert [scene.balance(each).used for each in (images, shared, limit)] == [10, 10, 20]
+    assert scene.findings() == []
+
+
+def test_a_refund_gives_a_limit_on_its_feature_room_again(scene: Scene) -> None:
+    user = scene.user()
+    scene.grant(scene.pool(), 100)
+    images, chat = scene.limit(50, models="#images"), scene.limit(50, models="#chat")
+    request = uuid7()
+    scene.deduct(20, user, request, feature="images")
+    scene.refund(request, 5)
+    assert [scene.balance(each).used for each in (images, chat)] == [15, 0]
+    assert scene.findings() == []

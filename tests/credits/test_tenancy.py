@@ -63,6 +63,7 @@ COMMANDS = {
     "void_grant",
 }
 CALCULATIONS = {
+    "admits",
     "burn_reason",
     "calendar_of",
     "draws_of",
@@ -112,7 +113,7 @@ def test_nobody_but_the_lanes_decides_for_many_organizations(scene: Scene, role:
         with scene.refusal("42501"), scene.acting_as(role, scene.organization):
             scene.conn.execute(f"select {call}")
     with scene.refusal("42501"), scene.acting_as(role, scene.organization):
-        scene.conn.execute("select credits.move_batch(" + ", ".join(["null"] * 21) + ")")
+        scene.conn.execute("select credits.move_batch(" + ", ".join(["null"] * 22) + ")")
 
 
 def test_a_lane_reads_and_changes_no_table_itself(scene: Scene) -> None:

@@ -100,7 +100,7 @@ OTHERS: Final[dict[str, Any]] = {
     **dict.fromkeys(("window", "older_than", "valid_for"), timedelta(hours=1)),
     **dict.fromkeys(("made_at", "overlap_until", "sealed_at"), datetime.now(UTC)),
     **dict.fromkeys(("url", "upstream_model", "answer", "table_name"), "x"),
-    **dict.fromkeys(("model_filter", "alias", "reference", "effect", "form", "stopped_at"), "x"),
+    **dict.fromkeys(("feature", "model_filter", "alias", "reference", "effect", "form", "stopped_at"), "x"),
     **dict.fromkeys(("is_own", "enabled"), True),
     **dict.fromkeys(("told", "headers", "old_value", "holds"), Jsonb({})),
     **dict.fromkeys(("position", "paid_nano_usd", "anchor_number", "key"), 1),

@@ -159,6 +159,7 @@ async def test_a_message_batch_is_held_at_the_batch_price_and_charged_request_by
     assert [(each.custom_id, each.result.type) for each in results] == [(f"r-{n}", "succeeded") for n in range(3)]
     assert all(each.result.type == "succeeded" and each.result.message.usage.output_tokens == 20 for each in results)
     assert await rows(payer) == [(CLAUDE_MICROS, CLAUDE_MICROS, 7, 20, BATCH_FLAG)] * 3
+    assert await payer.rows("select distinct feature from ledger.attribution") == [("messages",)]
     await agree(payer)
     deleted = await client.messages.batches.delete(made.id)
     assert (deleted.id, deleted.type) == (made.id, "message_batch_deleted")
@@ -182,6 +183,7 @@ async def test_a_batch_of_a_file_is_held_charged_and_written_to_a_file(payer: Pa
     )
     assert (made.status, made.input_file_id, made.metadata) == ("finalizing", file.id, {"team": "blue"})
     assert (await payer.pool()).held_micros == 3 * CHAT_MICROS
+    assert await payer.rows("select distinct feature from credits.holds") == [("chat",)]
     await worker.look(payer.org)
     ended = await client.batches.retrieve(made.id)
     assert ended.status == "completed"

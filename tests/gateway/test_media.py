@@ -15,7 +15,9 @@ from tests.conftest import Org
 from tests.gateway import sounds
 from tests.gateway.conftest import Payer, fund
 
+from bursar.credits.grants import GrantSource, add_grant
 from bursar.credits.limits import Metric, Scope, set_limit
+from bursar.credits.pools import pool_for
 from bursar.gateway import demo_provider
 from bursar.money import Micros, format_credits
 
@@ -122,6 +124,26 @@ async def test_images_are_charged_by_the_piece_and_by_their_quality(payer: Payer
     assert [base64.b64decode(each.b64_json or "")[:4] for each in data] == [b"\x89PNG"] * 3
     assert answer.headers["bursar-charged"] == "24"
     assert await only_row(payer, "images, image_output_tokens") == (24_000_000, False, 3, 0)
+
+
+async def test_images_are_paid_by_a_pool_for_images_and_chats_are_not(payer: Payer, client: openai.AsyncOpenAI) -> None:
+    async with payer.org.tenant() as conn:
+        pool_id = await pool_for(conn, organization_id=payer.org.organization_id, model_filter="#images")
+        await add_grant(
+            conn,
+            organization_id=payer.org.organization_id,
+            pool_id=pool_id,
+            amount_micros=Micros(100_000_000),
+            source=GrantSource.PURCHASE,
+            idempotency_key="images",
+        )
+    await client.images.generate(model="demo-image", prompt="a cat", quality="hd", n=3)
+    await client.embeddings.create(model="demo-embedding", input=HELLO)
+    await payer.post({"model": "demo-1", "max_tokens": 20, "messages": [{"role": "user", "content": "hello"}]})
+    rows = await payer.rows("select feature, pool_id from ledger.attribution order by booked_at")
+    assert [(feature, pool == pool_id) for feature, pool in rows] == [
+        ("images", True), ("embeddings", False), ("chat", False)
+    ]  # fmt: skip
 
 
 async def test_images_are_charged_by_tokens_where_the_price_is_for_tokens(

@@ -7,6 +7,7 @@ from typing import Any
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
+from bursar.credits.filters import on_what
 from bursar.money import Micros, format_credits
 
 _HAPPENS = {
@@ -47,8 +48,7 @@ class Subject:
         if self.kind == "allocation":
             return f"Share{self._whose} of the {(self.pool_name or 'shared credits').lower()}"
         per = "" if self.period == "none" else f" per {self.period}"
-        models = f" on {self.model_filter}" if self.model_filter else ""
-        return f"{self.scope.capitalize()} cap on {self.metric}{per}{models}{self._whose}"
+        return f"{self.scope.capitalize()} cap on {self.metric}{per}{on_what(self.model_filter)}{self._whose}"
 
     @property
     def _whose(self) -> str:

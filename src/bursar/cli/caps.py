@@ -10,11 +10,11 @@ import typer
 from bursar import db
 from bursar.audit.events import OPERATOR, Actor
 from bursar.cli import past
-from bursar.cli.credits import KeyOption, credits_of
+from bursar.cli.credits import KeyOption, credits_of, filter_from
 from bursar.cli.output import Column, JsonOption, QuietOption, print_fields, print_rows
 from bursar.cli.scope import OrgOption, department_of, key_of, member_of, names_of, team_of, within
 from bursar.clock import in_utc, uuid7
-from bursar.credits import as_of, limits, raises
+from bursar.credits import as_of, filters, limits, raises
 from bursar.credits import why as asking
 from bursar.credits.limits import Limit, LimitAction, Metric, Period, Scope
 from bursar.identity.api_keys import list_api_keys
@@ -68,6 +68,7 @@ def set_cap(
     team: TeamOption = None,
     department: DepartmentOption = None,
     model: Annotated[str | None, typer.Option(help="Only these models, with % for anything: gpt-%.")] = None,
+    feature: Annotated[str | None, typer.Option(help="Only this feature, as images or support-%.")] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Hold calls without max_tokens by the most their model puts out.")
     ] = False,
@@ -79,6 +80,7 @@ def set_cap(
     Examples: `bursar caps set --org acme --user dana@acme.example --stop 5000cr --per month`,
     `bursar caps set --org acme --key ci --metric calls --stop 1000 --per day`,
     `bursar caps set --org acme --model "%opus%" --stop 2000cr --per cycle`,
+    `bursar caps set --org acme --feature images --stop 50cr --per day`,
     `bursar caps set --org acme --every user --ask 100cr --per day`,
     `bursar caps set --org acme --user dana@acme.example --stop none --per day`
     """
@@ -88,6 +90,7 @@ def set_cap(
         raise typer.BadParameter("give one of --stop, --ask and --warn")
     action, text = actions[0]
     amount = None if text == NONE else _amount(metric, text)
+    model_filter = filter_from(model, feature)
 
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> dict[str, Any]:
         within_scope: Scope | None = None
@@ -111,7 +114,7 @@ def set_cap(
             amount=amount,
             metric=metric,
             period=per,
-            model_filter=model,
+            model_filter=model_filter,
             action=action,
             is_strict=strict,
             is_default=every is not None,
@@ -145,11 +148,12 @@ def list_caps(org: OrgOption, at: past.AtOption = None, as_json: JsonOption = Fa
         return [
             {
                 "limit_id": f"lim_{each.limit_id.hex}",
-                "scope": "model" if each.scope is Scope.ORGANIZATION and each.model_filter else each.scope.value,
+                "scope": _filtered(each.model_filter) if each.scope is Scope.ORGANIZATION else each.scope.value,
                 "scope_id": each.scope_id,
                 "whose": _whose(each, names),
                 "metric": each.metric.value,
-                "models": each.model_filter,
+                "models": filters.models_of(each.model_filter),
+                "features": filters.features_of(each.model_filter),
                 "amount": _shown(each.metric, each.amount),
                 "period": each.period.value,
                 "does": each.action.value,
@@ -160,9 +164,12 @@ def list_caps(org: OrgOption, at: past.AtOption = None, as_json: JsonOption = Fa
         ]
 
     columns = [Column("limit_id", "Cap"), Column("whose", "On"), Column("metric", "Counts"), Column("models", "Models")]
+    rows = within(org, work)
+    if any(row["features"] for row in rows):
+        columns += [Column("features", "Features")]
     columns += [Column("amount", "Amount", right=True), Column("period", "Per"), Column("does", "Does")]
     columns += [Column("strict", "Strict", show=lambda strict: "yes" if strict else ""), Column("origin", "Origin")]
-    print_rows(within(org, work), columns, as_json=as_json, empty="No caps.")
+    print_rows(rows, columns, as_json=as_json, empty="No caps.")
 
 
 def _list_past_caps(org: str, at: datetime, *, as_json: bool) -> None:
@@ -178,7 +185,8 @@ def _list_past_caps(org: str, at: datetime, *, as_json: bool) -> None:
                 "scope_id": each.scope_id,
                 "whose": _whose_then(each, names),
                 "metric": each.metric.value,
-                "models": each.model_filter,
+                "models": filters.models_of(each.model_filter),
+                "features": filters.features_of(each.model_filter),
                 "amount": _shown(each.metric, each.amount),
                 "raised": _shown(each.metric, each.raised) if each.raised else None,
                 "used": _used_then(each),
@@ -191,10 +199,13 @@ def _list_past_caps(org: str, at: datetime, *, as_json: bool) -> None:
         ]
 
     columns = [Column("limit_id", "Cap"), Column("whose", "On"), Column("metric", "Counts"), Column("models", "Models")]
+    rows = within(org, work)
+    if any(row["features"] for row in rows):
+        columns += [Column("features", "Features")]
     columns += [Column(key, key.capitalize(), right=True) for key in ("amount", "raised", "used")]
     columns += [Column("period", "Per"), Column("does", "Does")]
     columns += [Column("strict", "Strict", show=lambda strict: "yes" if strict else "")]
-    print_rows(within(org, work), columns, as_json=as_json, empty="There were no caps then.")
+    print_rows(rows, columns, as_json=as_json, empty="There were no caps then.")
 
 
 def _used_then(each: as_of.LimitAt) -> str | None:
@@ -526,7 +537,14 @@ def _whose(limit: Limit | as_of.LimitAt, names: dict[UUID, str]) -> str:
         return f"every {limit.scope.value}{of}"
     if limit.scope_id is not None:
         return f"{limit.scope.value} {names.get(limit.scope_id, limit.scope_id.hex)}"
-    return "model" if limit.model_filter else "organization"
+    return _filtered(limit.model_filter)
+
+
+def _filtered(model_filter: str | None) -> str:
+    """Whose a cap of the organization is: of a model or feature, where it is for some alone."""
+    if filters.features_of(model_filter):
+        return "feature"
+    return "model" if model_filter else "organization"
 
 
 def _origin(limit: Limit, all_limits: list[Limit]) -> str:

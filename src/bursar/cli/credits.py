@@ -12,7 +12,7 @@ from bursar.cli import past
 from bursar.cli.output import Column, DryRunOption, JsonOption, print_fields, print_rows
 from bursar.cli.scope import OrgOption, member_of, names_of, within
 from bursar.clock import in_utc, uuid7
-from bursar.credits import forecasts, grants, limits, pools
+from bursar.credits import filters, forecasts, grants, limits, pools
 from bursar.credits.limits import Allocation, AllocationKind, Period, WhenEmpty
 from bursar.credits.top_ups import forgive_debt
 from bursar.identity.organizations import Organization
@@ -50,6 +50,18 @@ def rollover_of(text: str | None) -> tuple[Micros, Micros] | None:
     return (credits_of(least), credits_of(most)) if dash else (Micros(0), credits_of(least))
 
 
+def filter_from(model: str | None, feature: str | None) -> str | None:
+    """The filter that --model or --feature names.
+
+    Raises:
+        typer.BadParameter
+    """
+    try:
+        return filters.filter_of(model=model, feature=feature)
+    except filters.NotAFilter as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def _shown(micros: Any) -> str:
     return "" if micros is None else format_credits(Micros(micros))
 
@@ -78,6 +90,7 @@ def show(
             {
                 "pool": pool.name,
                 "kind": pool.kind.value,
+                "for": filters.shown(pool.model_filter),
                 "owner": names.get(pool.owner_user_id) if pool.owner_user_id else None,
                 "available": format_credits(pool.available_micros),
                 "used": format_credits(pool.used_micros),
@@ -89,9 +102,11 @@ def show(
             for pool in found
         ]
 
-    columns = [Column("pool", "Pool"), Column("kind", "Kind"), Column("owner", "Owner")]
-    columns += [Column(key, key.capitalize(), right=True) for key in ("available", "used", "held", "overage")]
     rows = within(org, work)
+    columns = [Column("pool", "Pool"), Column("kind", "Kind"), Column("owner", "Owner")]
+    if any(row["for"] for row in rows):
+        columns.insert(1, Column("for", "For"))
+    columns += [Column(key, key.capitalize(), right=True) for key in ("available", "used", "held", "overage")]
     print_rows(rows, columns, as_json=as_json, empty="No pool yet: `bursar credits add` opens one.")
     for row in () if as_json else rows:
         if row["forecast"] and row["forecast"]["likely"]:
@@ -165,6 +180,8 @@ def add(
     org: OrgOption,
     amount: Annotated[str, typer.Argument(help="Credits, such as 5000 or 0.5; 100 are worth 1 USD.")],
     user: Annotated[str | None, typer.Option(help="A member's e-mail: into their personal credits.")] = None,
+    model: Annotated[str | None, typer.Option(help="Into a pool for these models alone: gpt-%.")] = None,
+    feature: Annotated[str | None, typer.Option(help="Into a pool for this feature alone: images, support-%.")] = None,
     source: Annotated[grants.GrantSource, typer.Option(help="Where they come from.")] = grants.GrantSource.PURCHASE,
     priority: Annotated[int, typer.Option(help="Lower burns first.", min=0, max=32767)] = grants.USUAL_PRIORITY,
     free: Annotated[bool, typer.Option("--free", help="Complimentary: brings no revenue.")] = False,
@@ -183,9 +200,12 @@ def add(
 ) -> None:
     """Add credits to the organization's pool, or to a member's personal one.
 
-    Examples: `bursar credits add 5000 --org acme`, `bursar credits add 200 --org kestrel --user dana@kestrel.example`
+    Credits for some models or features alone are spent before others.
+
+    Examples: `bursar credits add 5000 --org acme`, `bursar credits add 200 --org kestrel --user dana@kestrel.example`,
+    `bursar credits add 500 --org acme --feature images`
     """
-    micros, bounds = credits_of(amount), rollover_of(rollover)
+    micros, bounds, model_filter = credits_of(amount), rollover_of(rollover), filter_from(model, feature)
 
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> dict[str, Any]:
         owner = (await member_of(conn, database, organization.organization_id, user)).user_id if user else None
@@ -193,6 +213,7 @@ def add(
             conn,
             organization_id=organization.organization_id,
             owner_user_id=None if organization.kind == "individual" else owner,
+            model_filter=model_filter,
         )
         grant_id = await grants.add_grant(
             conn,

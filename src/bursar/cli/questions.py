@@ -39,6 +39,7 @@ def why(
     user: Annotated[str | None, typer.Option(help="The member's e-mail.")] = None,
     key: Annotated[str | None, typer.Option(help="A key's name or id.")] = None,
     model: Annotated[str, typer.Option(help="The model that is asked for.")] = "",
+    feature: Annotated[str | None, typer.Option(help="What it is for: chat, images, or as a program says.")] = None,
     amount: Annotated[str, typer.Option(help="Credits that the request would need.")] = "0",
     as_json: JsonOption = False,
 ) -> int:
@@ -60,6 +61,7 @@ def why(
             user_id=member.user_id if member else owned.user_id if owned else None,
             api_key_id=owned.api_key_id if owned else None,
             model=model,
+            feature=feature,
             wanted_micros=wanted,
         )
         if not model:

@@ -108,11 +108,11 @@ with in_force as (
     from found f
     join credits.balances b on b.organization_id = %(organization_id)s and b.balance_id = f.balance_id and b.period_start <= %(at)s and b.period_end > %(at)s
 ), rows as materialized (
-    select a.chain_id, a.model, a.flags & 2 = 2 as is_own, a.booked_at > %(at)s as is_later, sum(a.charged_micros) as charged,
+    select a.chain_id, a.model, a.feature, a.flags & 2 = 2 as is_own, a.booked_at > %(at)s as is_later, sum(a.charged_micros) as charged,
         count(*) filter (where a.kind = 0) as calls
     from ledger.attribution a
     where a.organization_id = %(organization_id)s and a.booked_at >= (select min(period_start) from periods)
-    group by 1, 2, 3, 4
+    group by 1, 2, 3, 4, 5
 ), used as (
     select p.balance_id, coalesce(bool_or(r.is_later), false) as has_later,
         sum(case e.metric when 0 then r.charged else r.calls end) filter (where not r.is_later) as amount
@@ -120,7 +120,7 @@ with in_force as (
     join credits.chains c on c.organization_id = %(organization_id)s and p.balance_id = any (c.entry_ids)
     cross join lateral unnest(c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters) e(id, start, metric, leg, filter)
     join rows r on r.chain_id = c.chain_id
-    where e.id = p.balance_id and e.start = p.period_start and e.leg = 0 and (e.filter is null or r.model like e.filter)
+    where e.id = p.balance_id and e.start = p.period_start and e.leg = 0 and credits.admits(e.filter, r.model, r.feature)
       and not (e.metric = 0 and r.is_own)
     group by 1
 )

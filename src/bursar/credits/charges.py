@@ -18,6 +18,7 @@ from bursar import db
 from bursar.clock import now
 from bursar.credits import why
 from bursar.credits.batcher import Batcher
+from bursar.credits.filters import FEATURE
 from bursar.credits.grants import KeyReused
 from bursar.credits.moves import NO_COST, NOTHING, ONE_REQUEST, Action, Flag, Move, Outcome, Verdict
 from bursar.identity.memberships import get_membership
@@ -52,6 +53,7 @@ Id = Annotated[str, msgspec.Meta(min_length=1, max_length=60)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=MOST_COUNT)]
 Counts = Annotated[dict[str, Count], msgspec.Meta(extra_json_schema={"propertyNames": {"enum": list(USAGE_KINDS)}})]
 Lease = Annotated[int, msgspec.Meta(ge=1, le=LONGEST_LEASE_SECONDS)]
+Feature = Annotated[str, msgspec.Meta(pattern=FEATURE)]
 Conditions = Annotated[dict[Text, Text], msgspec.Meta(max_length=8)]
 
 
@@ -107,6 +109,7 @@ class Charge(Worth, frozen=True, kw_only=True):
     model: Text | None = None
     user_id: Id | None = None
     conversation_id: Id | None = None
+    feature: Feature | None = None
 
 
 class Authorize(Charge, frozen=True, kw_only=True):
@@ -184,6 +187,7 @@ class Placed:
     price_version_id: UUID | None
     conversation_id: UUID | None
     placed_at: datetime
+    feature: str | None
 
 
 class _Sum(NamedTuple):
@@ -376,6 +380,7 @@ class Charges:
                 user_id=move.user_id,
                 api_key_id=move.api_key_id,
                 model=move.model or "",
+                feature=move.feature,
                 wanted_micros=move.amount_micros,
             )
             answer = why.decided(answer, code=verdict.detail or "pool_exhausted", binding_id=verdict.binding_id)
@@ -497,6 +502,7 @@ def _move(
         conversation_id=conversation_id,
         idempotency_key=caller.idempotency_key,
         body_hash=caller.body_hash,
+        feature=body.feature,
         **fields,
     )
 
@@ -519,6 +525,7 @@ def _move_again(caller: Caller, action: Action, request_id: UUID, placed: Placed
         conversation_id=placed.conversation_id,
         idempotency_key=caller.idempotency_key,
         body_hash=caller.body_hash,
+        feature=placed.feature,
         **fields,
     )
 
@@ -534,6 +541,7 @@ def _placed(move: Move, at: datetime) -> tuple[UUID, Placed]:
         move.price_version_id,
         move.conversation_id,
         at,
+        move.feature,
     )
     return move.request_id, placed
 

@@ -43,6 +43,7 @@ class Attribution:
     provider_key_id: UUID | None
     provider: str | None
     model: str | None
+    feature: str | None
     team_id: UUID | None
     department_id: UUID | None
     department_name: str | None
@@ -117,6 +118,7 @@ class OpenHold:
     progress_micros: Micros
     provider: str | None
     model: str | None
+    feature: str | None
     placed_at: datetime
     lease_expires_at: datetime
 
@@ -132,6 +134,7 @@ class Unbilled:
     api_key_id: UUID | None
     provider: str | None
     model: str | None
+    feature: str | None
     wanted_micros: Micros
     binding_id: UUID | None
     detail: str | None
@@ -204,7 +207,7 @@ async def explain(conn: db.Connection, *, organization_id: UUID, request_id: UUI
             organization_id=organization_id,
             grant_ids=[burn.grant_id for burn in burns if burn.grant_id],
         )
-        limits = await _limits_of(conn, organization_id, rows[0].chain_id, rows[0].model)
+        limits = await _limits_of(conn, organization_id, rows[0].chain_id, rows[0].model, rows[0].feature)
         returned = await db.fetch_all(conn, Returned, QUERIES.refunds_of_request, **where)
         revenues = await db.fetch_all(conn, Revenue, QUERIES.revenue_of_request, **where)
         return Story(
@@ -218,7 +221,7 @@ async def explain(conn: db.Connection, *, organization_id: UUID, request_id: UUI
             revenues=tuple(revenues),
         )
     if hold is not None:
-        limits = await _limits_of(conn, organization_id, hold.chain_id, hold.model)
+        limits = await _limits_of(conn, organization_id, hold.chain_id, hold.model, hold.feature)
         return Story(request_id, "held", limits=tuple(limits), hold=hold)
     if unbilled is not None:
         return Story(request_id, unbilled.outcome, unbilled=unbilled)
@@ -247,10 +250,16 @@ async def is_held(conn: db.Connection, *, organization_id: UUID, request_id: UUI
 
 
 async def _limits_of(
-    conn: db.Connection, organization_id: UUID, chain_id: UUID | None, model: str | None
+    conn: db.Connection, organization_id: UUID, chain_id: UUID | None, model: str | None, feature: str | None
 ) -> list[LimitState]:
     states = await db.fetch_all(
-        conn, LimitState, QUERIES.chain, organization_id=organization_id, chain_id=chain_id, model=model or ""
+        conn,
+        LimitState,
+        QUERIES.chain,
+        organization_id=organization_id,
+        chain_id=chain_id,
+        model=model or "",
+        feature=feature,
     )
     return [state for state in states if state.balance_id is not None]
 
@@ -273,6 +282,7 @@ def _row_json(row: Attribution) -> dict[str, Any]:
         "provider": row.provider,
         "provider_key_id": _id("pvk", row.provider_key_id),
         "model": row.model,
+        "feature": row.feature,
         "team_id": _id("team", row.team_id),
         "department_id": _id("dep", row.department_id),
         "department": row.department_name,
@@ -312,6 +322,7 @@ def _hold_json(hold: OpenHold) -> dict[str, Any]:
         "used_so_far": _credits(hold.progress_micros),
         "sent": hold.is_sent,
         "model": hold.model,
+        "feature": hold.feature,
         "placed_at": hold.placed_at.isoformat(),
         "ends_by_itself_at": hold.lease_expires_at.isoformat(),
     }
@@ -322,6 +333,7 @@ def _unbilled_json(request: Unbilled) -> dict[str, Any]:
         "outcome": request.outcome,
         "happened_at": request.happened_at.isoformat(),
         "model": request.model,
+        "feature": request.feature,
         "wanted": _credits(request.wanted_micros),
         "reason": request.detail,
     }

@@ -188,16 +188,16 @@ class Expected:
 
 @dataclass(frozen=True, slots=True)
 class _Used:
-    """What was used on one local day by one asker on one model; credits in micros."""
+    """What was used on one local day by one asker; credits in micros. filters: of caps that take it."""
 
     day: date
     user_id: UUID | None
     api_key_id: UUID | None
     team_id: UUID | None
     department_id: UUID | None
-    model: str | None
     credits: int
     calls: int
+    filters: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +233,6 @@ class _Budget:
     model_filter: str | None
     available: int
     resets_at: datetime | None
-    counts_model: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +328,7 @@ def _expected(budget: _Budget, used: Sequence[_Used], calendar: _Calendar) -> Ex
 
 def _counts(budget: _Budget, used: _Used) -> bool:
     """Whether a budget counts what was used."""
-    if budget.model_filter is not None and used.model not in budget.counts_model:
+    if budget.model_filter is not None and budget.model_filter not in used.filters:
         return False
     return budget.scope == "organization" or budget.scope_id in {
         "user": (used.user_id,),

@@ -80,6 +80,7 @@ class Move(NamedTuple):
     deduct).
     tokens: the same, for limits that count tokens. cost_nano_usd: provider cost that the amount stands for.
     mark_micros: cost of the input alone (authorize), cost so far (extend).
+    feature: what it is for, which pools and limits restricted by feature go by.
     """
 
     action: Action
@@ -102,6 +103,7 @@ class Move(NamedTuple):
     used_at: datetime | None = None
     idempotency_key: str | None = None
     body_hash: bytes | None = None
+    feature: str | None = None
 
     def repeated(self) -> "Move":
         """The same move, after an answer that never came."""
@@ -131,11 +133,12 @@ class Verdict(NamedTuple):
 
 MOVE_BATCH: Final = (
     "select place, outcome, request_id, held_micros, charged_micros, available_micros, binding_id, detail "
-    "from credits.move_batch(%b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %t)"
+    "from credits.move_batch("
+    "%b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %t)"
 )
 MOVE_ONE: Final = (
     "select place, outcome, request_id, held_micros, charged_micros, available_micros, binding_id, detail "
-    "from credits.move_one(%b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %t)"
+    "from credits.move_one(%b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %b, %t)"
 )
 
 
@@ -163,6 +166,7 @@ def as_arguments(moves: Sequence[Move], at: datetime | None = None) -> list[Any]
         arrays.timestamps([move.used_at for move in moves], or_null=True),
         arrays.texts([move.idempotency_key for move in moves], or_null=True),
         arrays.byteas([move.body_hash for move in moves], or_null=True),
+        arrays.texts([move.feature for move in moves], or_null=True),
         at,
     ]
 
@@ -190,6 +194,7 @@ def as_scalars(move: Move, at: datetime | None = None) -> list[Any]:
         arrays.timestamp(move.used_at),
         arrays.text(move.idempotency_key),
         arrays.bytea(move.body_hash),
+        arrays.text(move.feature),
         at,
     ]
 

@@ -88,7 +88,7 @@ async def open_pool(
 ) -> UUID:
     """The open pool of this kind, owner and filter; made when there is none. Returns its id.
 
-    model_filter: LIKE pattern of the models it may pay for; None: every one.
+    model_filter: LIKE pattern of the models it may pay for, or after # of features; None: everything.
     """
     pool_id = await db.fetch_value(
         conn,
@@ -109,8 +109,12 @@ async def list_pools(conn: db.Connection, *, organization_id: UUID) -> list[Pool
     return await db.fetch_all(conn, Pool, QUERIES.pools, organization_id=organization_id)
 
 
-async def pool_for(conn: db.Connection, *, organization_id: UUID, owner_user_id: UUID | None = None) -> UUID:
+async def pool_for(
+    conn: db.Connection, *, organization_id: UUID, owner_user_id: UUID | None = None, model_filter: str | None = None
+) -> UUID:
     """Where credits for this organization go: the owner's personal pool (opened when missing), else the organization's.
+
+    model_filter: into its pool of that kind that pays for this alone, opened when missing; as of `open_pool`.
 
     Raises:
         NoPool: the organization has no pool of its own, because its members have balances of their own.
@@ -122,9 +126,15 @@ async def pool_for(conn: db.Connection, *, organization_id: UUID, owner_user_id:
             kind=PoolKind.PERSONAL,
             name="Personal credits",
             owner_user_id=owner_user_id,
+            model_filter=model_filter,
         )
     pool_id = await db.fetch_value(conn, QUERIES.own_pool, organization_id=organization_id)
     if pool_id is None:
         raise NoPool("this organization's members have balances of their own: name the member")
     assert isinstance(pool_id, UUID)
-    return pool_id
+    if model_filter is None:
+        return pool_id
+    own = next(pool for pool in await list_pools(conn, organization_id=organization_id) if pool.pool_id == pool_id)
+    return await open_pool(
+        conn, organization_id=organization_id, kind=own.kind, name=own.name, model_filter=model_filter
+    )

@@ -210,7 +210,7 @@ from credits.chains c
 join identity.organizations o on o.organization_id = c.organization_id
 left join lateral unnest(c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters)
     with ordinality e(id, start, metric, leg, filter, nr)
-    on (e.filter is null or %(model)s like e.filter) and (e.leg = 0 or c.leg_filters[e.leg] is null or %(model)s like c.leg_filters[e.leg])
+    on credits.admits(e.filter, %(model)s, %(feature)s) and (e.leg = 0 or credits.admits(c.leg_filters[e.leg], %(model)s, %(feature)s))
 left join credits.balances b on b.organization_id = c.organization_id and b.balance_id = e.id and b.period_start = e.start
 left join credits.counters k on k.organization_id = c.organization_id and k.balance_id = e.id
 left join lateral (
@@ -236,7 +236,7 @@ where c.organization_id = %(organization_id)s and c.chain_id = %(chain_id)s
 order by e.nr
 
 -- name: attribution_of_request
-select request_id, booked_at, used_at, kind, user_id, api_key_id, provider_key_id, provider, model, team_id, department_id, department_name,
+select request_id, booked_at, used_at, kind, user_id, api_key_id, provider_key_id, provider, model, feature, team_id, department_id, department_name,
     conversation_id, chain_id, price_version_id, pool_id, position_micros, charged_micros, hold_micros, provider_cost_nano_usd,
     customer_cost_nano_usd, flags, input_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens, output_tokens,
     reasoning_tokens, audio_input_tokens, audio_output_tokens, image_input_tokens, image_output_tokens, images, web_searches,
@@ -277,11 +277,11 @@ join credits.grant_states s on s.organization_id = g.organization_id and s.grant
 where g.organization_id = %(organization_id)s and g.grant_id = any (%(grant_ids)s)
 
 -- name: hold
-select request_id, chain_id, is_sent, amount_micros, progress_micros, provider, model, placed_at, lease_expires_at
+select request_id, chain_id, is_sent, amount_micros, progress_micros, provider, model, feature, placed_at, lease_expires_at
 from credits.holds where organization_id = %(organization_id)s and request_id = %(request_id)s
 
 -- name: unbilled_request
-select request_id, happened_at, outcome, user_id, api_key_id, provider, model, wanted_micros, binding_id, detail
+select request_id, happened_at, outcome, user_id, api_key_id, provider, model, feature, wanted_micros, binding_id, detail
 from credits.unbilled_requests where organization_id = %(organization_id)s and request_id = %(request_id)s
 
 -- name: open_holds
@@ -310,15 +310,15 @@ limit 1
 -- name: reported_hold
 select h.organization_id, 'held' as state, nullif(c.user_id, '00000000-0000-0000-0000-000000000000') as user_id,
     nullif(c.api_key_id, '00000000-0000-0000-0000-000000000000') as api_key_id, h.provider, h.model, h.price_version_id,
-    h.conversation_id, h.placed_at
+    h.conversation_id, h.placed_at, h.feature
 from credits.holds h join credits.chains c on c.organization_id = h.organization_id and c.chain_id = h.chain_id
 where h.organization_id = %(organization_id)s and h.request_id = %(request_id)s and h.flags & 4096 = 4096
 union all
-select a.organization_id, 'charged', a.user_id, a.api_key_id, a.provider, a.model, a.price_version_id, a.conversation_id, a.used_at
+select a.organization_id, 'charged', a.user_id, a.api_key_id, a.provider, a.model, a.price_version_id, a.conversation_id, a.used_at, a.feature
 from ledger.attribution a
 where a.organization_id = %(organization_id)s and a.request_id = %(request_id)s and a.kind = 0 and a.flags & 4096 = 4096
 union all
-select u.organization_id, u.outcome, u.user_id, u.api_key_id, u.provider, u.model, null, u.conversation_id, u.happened_at
+select u.organization_id, u.outcome, u.user_id, u.api_key_id, u.provider, u.model, null, u.conversation_id, u.happened_at, u.feature
 from credits.unbilled_requests u
 where u.organization_id = %(organization_id)s and u.request_id = %(request_id)s and u.outcome in ('released', 'expired')
     and not exists (select from ledger.attribution a where a.organization_id = u.organization_id and a.request_id = u.request_id)
@@ -483,14 +483,22 @@ from span s cross join (
 group by 1, 2
 
 -- name: forecast_use
--- Who used how much, by local day before today.
-select (a.used_at at time zone o.zone)::date as day, a.user_id, a.api_key_id, a.team_id, a.department_id, a.model,
+-- Who used how much, by local day before today; with the filters of caps that take it.
+with filters as materialized (
+    select distinct model_filter from credits.limits
+    where organization_id = %(organization_id)s and model_filter is not null and ended_at is null
+), used as (
+select (a.used_at at time zone o.zone)::date as day, a.user_id, a.api_key_id, a.team_id, a.department_id, a.model, a.feature,
     sum(a.charged_micros)::bigint as credits, count(*) filter (where a.kind = 0) as calls
 from identity.organizations o join ledger.attribution a on a.organization_id = o.organization_id
 where o.organization_id = %(organization_id)s and a.kind in (0, 1)
   and a.used_at >= (date_trunc('day', clock_timestamp() at time zone o.zone) - interval '60 days') at time zone o.zone
   and a.used_at < date_trunc('day', clock_timestamp() at time zone o.zone) at time zone o.zone
-group by 1, 2, 3, 4, 5, 6
+group by 1, 2, 3, 4, 5, 6, 7
+)
+select u.day, u.user_id, u.api_key_id, u.team_id, u.department_id, u.credits, u.calls,
+    array(select f.model_filter from filters f where credits.admits(f.model_filter, u.model, u.feature)) as filters
+from used u
 
 -- name: forecast_grants
 -- What grants have left now, as pouring now would have it: use that is not poured yet burns in the same order.
@@ -526,11 +534,7 @@ select o.kind, o.id, o.scope, o.scope_id, o.metric, o.period, o.model_filter,
               and least(x.ends_at, x.ended_at) > clock_timestamp()), 0)::bigint end) as available,
     case when o.period <> 'none' then case
         when o.renews_at > clock_timestamp() and isfinite(o.renews_at) then o.renews_at
-        when isfinite(b.period_end) then b.period_end else this.ends_at end end as resets_at,
-    coalesce(array(
-        select distinct a.model from ledger.attribution a
-        where o.model_filter is not null and a.organization_id = %(organization_id)s and a.used_at > clock_timestamp() - interval '61 days'
-          and a.model like o.model_filter), '{}') as counts_model
+        when isfinite(b.period_end) then b.period_end else this.ends_at end end as resets_at
 from (
     select 'limit' as kind, l.limit_id as id, coalesce(l.balance_id, l.limit_id) as balance_id, l.scope, l.scope_id, l.metric, l.period,
         l.model_filter, l.amount, 0::bigint as carry, 'infinity'::timestamptz as renews_at, l.created_at

@@ -124,7 +124,7 @@ with held as (
     from credits.holds h
     join credits.chains c on c.organization_id = h.organization_id and c.chain_id = h.chain_id
     cross join lateral unnest(c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters) e(id, start, metric, leg, filter)
-    where (e.filter is null or h.model like e.filter) and not (e.metric = 0 and h.flags & 2 = 2)
+    where credits.admits(e.filter, h.model, h.feature) and not (e.metric = 0 and h.flags & 2 = 2)
     group by 1, 2, 3
 )
 select b.organization_id, b.kind || ' ' || b.balance_id || ' from ' || b.period_start as subject, coalesce(h.amount, 0)::text as expected,
@@ -140,7 +140,7 @@ with used as (
     from ledger.attribution a
     join credits.chains c on c.organization_id = a.organization_id and c.chain_id = a.chain_id
     cross join lateral unnest(c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters) e(id, start, metric, leg, filter)
-    where e.leg = 0 and e.metric in (0, 1) and (e.filter is null or a.model like e.filter) and not (e.metric = 0 and a.flags & 2 = 2)
+    where e.leg = 0 and e.metric in (0, 1) and credits.admits(e.filter, a.model, a.feature) and not (e.metric = 0 and a.flags & 2 = 2)
     group by 1, 2, 3
 )
 select b.organization_id, 'limit ' || b.balance_id || ' from ' || b.period_start as subject, coalesce(u.amount, 0)::text as expected,

@@ -52,7 +52,7 @@ comment on column reporting.organization_credit_pools.pool_id is 'The pool';
 comment on column reporting.organization_credit_pools.pool_kind is 'shared, personal, individual or residual';
 comment on column reporting.organization_credit_pools.owner_user_id is 'Whose it is, for a personal pool';
 comment on column reporting.organization_credit_pools.pool_name is 'What people call it';
-comment on column reporting.organization_credit_pools.model_filter is 'LIKE pattern of the models it may pay for; null: every one';
+comment on column reporting.organization_credit_pools.model_filter is 'What it may pay for: a LIKE pattern of models, or after # of features; null: everything';
 comment on column reporting.organization_credit_pools.granted_micros is 'Granted, less what expired, was voided or moved away';
 comment on column reporting.organization_credit_pools.used_micros is 'Charged to it so far';
 comment on column reporting.organization_credit_pools.held_micros is 'Reserved by running requests';

@@ -10,6 +10,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from bursar import db
+from bursar.credits.filters import features_of, models_of, on_what, shown
 from bursar.money import Micros, format_credits
 from bursar.problems import Problem
 
@@ -20,7 +21,7 @@ NEXT_STEPS: Final = {
     "allocation_exhausted": "Ask an administrator for a larger share.",
     "cap_reached": "Wait for the reset, use another model or key, or ask whoever set the cap to raise it.",
     "no_pool": "Ask an administrator to add credits for you.",
-    "no_pool_for_model": "Your credits are restricted to other models: choose one of those.",
+    "no_pool_for_model": "Your credits are restricted to other models or features: use those.",
     "key_revoked": "Use another API key.",
     "key_expired": "Use another API key, or ask for this one to be rotated.",
     "key_unknown": "Use an API key of this organization.",
@@ -88,15 +89,17 @@ class LimitState:
     def name(self) -> str:
         """What people call it."""
         if self.kind == "pool":
-            return self.pool_name or "Credits"
+            only = shown(self.model_filter)
+            return f"{self.pool_name or 'Credits'}{f': {only}' if only else ''}"
         if self.kind == "open":
             return f"{self.pool_name}: what nobody reserved"
         if self.kind == "allocation":
             return "Your share of the shared credits"
         per = "" if self.period == "none" else f" per {self.period}"
-        models = f" on {self.model_filter}" if self.model_filter else ""
-        whose = "Model" if self.model_filter and self.scope == "organization" else self.scope.capitalize()
-        return f"{whose} cap on {self.metric}{per}{models}"
+        whose = self.scope.capitalize()
+        if self.model_filter and self.scope == "organization":
+            whose = "Feature" if features_of(self.model_filter) else "Model"
+        return f"{whose} cap on {self.metric}{per}{on_what(self.model_filter)}"
 
     @property
     def origin(self) -> str | None:
@@ -124,7 +127,8 @@ class LimitState:
             "does": "asks" if self.asks else "stops" if self.stops else "warns",
             "strict": self.is_strict,
             "origin": self.origin,
-            "models": self.model_filter,
+            "models": models_of(self.model_filter),
+            "features": features_of(self.model_filter),
             "raised": self._amount(self.raised_amount) if self.raised_amount else None,
             "raised_until": self.raised_until.isoformat() if self.raised_until else None,
             "binding": binding,
@@ -245,6 +249,7 @@ async def why(
     user_id: UUID | None,
     api_key_id: UUID | None,
     model: str,
+    feature: str | None = None,
     wanted_micros: Micros,
 ) -> Why:
     """Would this request be allowed now, and what decides it. Asks; moves nothing.
@@ -256,7 +261,13 @@ async def why(
         conn, QUERIES.current_chain, organization_id=organization_id, user_id=user_id, api_key_id=api_key_id
     )
     states = await db.fetch_all(
-        conn, LimitState, QUERIES.chain, organization_id=organization_id, chain_id=chain_id, model=model
+        conn,
+        LimitState,
+        QUERIES.chain,
+        organization_id=organization_id,
+        chain_id=chain_id,
+        model=model,
+        feature=feature,
     )
     return judge(states, wanted_micros)
 
@@ -313,14 +324,26 @@ def _spendable(limits: Sequence[LimitState], legs: Sequence[int | None]) -> Micr
 
 
 async def limits_passed(
-    conn: db.Connection, *, organization_id: UUID, user_id: UUID | None, api_key_id: UUID | None, model: str
+    conn: db.Connection,
+    *,
+    organization_id: UUID,
+    user_id: UUID | None,
+    api_key_id: UUID | None,
+    model: str,
+    feature: str | None = None,
 ) -> tuple[LimitState, ...]:
     """What a call that was let through a moment ago had to pass, as it is now. Locks nothing; empty: nobody called."""
     chain_id = await db.fetch_value(
         conn, QUERIES.chain_in_use, organization_id=organization_id, user_id=user_id, api_key_id=api_key_id
     )
     states = await db.fetch_all(
-        conn, LimitState, QUERIES.chain, organization_id=organization_id, chain_id=chain_id, model=model
+        conn,
+        LimitState,
+        QUERIES.chain,
+        organization_id=organization_id,
+        chain_id=chain_id,
+        model=model,
+        feature=feature,
     )
     return tuple(each for each in states if each.balance_id is not None)
 

@@ -14,6 +14,7 @@ from psycopg.types.json import Jsonb
 from bursar import db
 from bursar.credits.moves import Action, Flag, Move
 from bursar.gateway.batch_reading import Asked
+from bursar.gateway.endpoints import ENDPOINTS
 from bursar.gateway.routes import Format
 from bursar.identity.principals import Principal
 from bursar.identity.roles import Permission
@@ -94,6 +95,7 @@ class Batch:
             model=request.model,
             price_version_id=None if price is None else UUID(price),
             provider_key_id=self.provider_key_id,
+            feature=ENDPOINTS[self.endpoint].feature,
             **{
                 **fields,
                 "flags": flags | (Flag.UNPRICED if price is None else Flag.NONE) | fields.get("flags", Flag.NONE),

@@ -269,6 +269,7 @@ class Batches:
                 user_id=principal.user_id,
                 api_key_id=principal.api_key_id,
                 model=model,
+                feature=moves[0].feature,
                 wanted_micros=Micros(sum(move.amount_micros for move in moves)),
             )
         answer = why.decided(answer, code=verdict.detail or "pool_exhausted", binding_id=verdict.binding_id)

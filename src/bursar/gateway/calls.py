@@ -88,6 +88,7 @@ class Call:
     own_key         the key at the provider is the customer's own: tracked, not charged
     is_unlimited    the client names no limit of output, so that what is held for it is a guess
     flags           the bits that every move of this call has
+    feature         what it is for: that of its endpoint
     """
 
     principal: Principal
@@ -98,6 +99,7 @@ class Call:
     context: Context = field(default_factory=dict)
     opened_at: datetime = field(default_factory=now)
     conversation_id: UUID | None = None
+    feature: str | None = None
     idempotency_key: str | None = None
     held_micros: Micros = Micros(0)  # noqa: RUF009 - an int
     held_tokens: int = 0
@@ -167,6 +169,7 @@ class Call:
             price_version_id=self.quote.price_version_id,
             provider_key_id=self.attempt.provider_key_id,
             conversation_id=self.conversation_id,
+            feature=self.feature,
             **fields,
         )
 
@@ -253,7 +256,7 @@ class Till:
         call.available_micros = verdict.available_micros
         self._running[call.request_id.int] = call
         self._idle.clear()
-        self._nearest.look(call.principal, call.quote.model)
+        self._nearest.look(call.principal, call.quote.model, call.feature)
 
     async def _make_sure(self, call: Call, asked_at: float) -> None:
         """Where the answer took so long that the lease may be over (this process may have stood still): hold it anew.
@@ -406,7 +409,7 @@ class Till:
     async def tell_nearest(self, call: Call) -> None:
         """Note on the call which limit such calls come to first, as of seconds ago."""
         call.limit_headers = await self._nearest.headers(
-            call.principal, call.quote.model, micros=call.held_micros, tokens=call.held_tokens
+            call.principal, call.quote.model, call.feature, micros=call.held_micros, tokens=call.held_tokens
         )
 
     async def release(self, call: Call) -> Verdict:
@@ -550,6 +553,7 @@ class Till:
                 user_id=call.principal.user_id,
                 api_key_id=call.principal.api_key_id,
                 model=call.quote.model,
+                feature=call.feature,
                 wanted_micros=wanted,
             )
         answer = why.decided(answer, code=verdict.detail or "pool_exhausted", binding_id=verdict.binding_id)

@@ -108,6 +108,7 @@ class Front:
             request_id=exchange.request_uuid,
         )
         call.conversation_id = _conversation(exchange.headers)
+        call.feature = endpoint.feature
         call.idempotency_key = _idempotency_key(exchange.headers)
         with SECONDS.time():
             await exchange.unless_gone(self._till.hold(call))

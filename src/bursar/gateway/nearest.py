@@ -25,8 +25,8 @@ MOST_READINGS_A_SECOND: Final = 50
 
 log = structlog.get_logger(__name__)
 Headers = list[tuple[bytes, bytes]]
-Asker = tuple[int, int | None, int | None, str]
-"""Organization, user and key, by their numbers, which are hashed faster than the ids; and model as priced."""
+Asker = tuple[int, int | None, int | None, str, str | None]
+"""Organization, user and key, by their numbers, which are hashed faster than the ids; model as priced and feature."""
 
 
 class _Choice(NamedTuple):
@@ -58,15 +58,15 @@ class Nearest:
         self._may_read = float(MOST_READINGS_A_SECOND)
         self._counted_at = monotonic()
 
-    def look(self, principal: Principal, model: str) -> None:
+    def look(self, principal: Principal, model: str, feature: str | None = None) -> None:
         """Begin to read the limits of a call that was let through, where what is known of them is old."""
-        known = self._of(principal, model)
+        known = self._of(principal, model, feature)
         at = monotonic()
         if known.reading is not None or at < known.fresh_until:
             return
         known.choices = ()  # what is old is not told
         if self._has_turn(at):
-            known.reading = asyncio.create_task(self._read(known, principal, model), name="nearest limit")
+            known.reading = asyncio.create_task(self._read(known, principal, model, feature), name="nearest limit")
 
     def _has_turn(self, at: float) -> bool:
         """Whether one more reading may begin now: a bucket that fills with time."""
@@ -77,11 +77,13 @@ class Nearest:
         self._may_read -= 1
         return True
 
-    async def headers(self, principal: Principal, model: str, *, micros: int, tokens: int) -> Headers:
+    async def headers(
+        self, principal: Principal, model: str, feature: str | None = None, *, micros: int, tokens: int
+    ) -> Headers:
         """The headers that name the limit into which the fewest further calls of this size fit; among equals the one
         that has the least room for its size. None where no limit counts such a call, or none was read yet.
         """
-        known = self._of(principal, model)
+        known = self._of(principal, model, feature)
         if known.reading is not None:
             await asyncio.shield(known.reading)
         nearest: Headers = []
@@ -99,13 +101,14 @@ class Nearest:
             task.cancel()
         await asyncio.gather(*reading, return_exceptions=True)
 
-    def _of(self, principal: Principal, model: str) -> _Known:
+    def _of(self, principal: Principal, model: str, feature: str | None = None) -> _Known:
         user_id, api_key_id = principal.user_id, principal.api_key_id
         asker = (
             principal.organization_id.int,
             None if user_id is None else user_id.int,
             None if api_key_id is None else api_key_id.int,
             model,
+            feature,
         )
         known = self._known.get(asker)
         if known is None:
@@ -116,7 +119,7 @@ class Nearest:
             self._known.move_to_end(asker)
         return known
 
-    async def _read(self, known: _Known, principal: Principal, model: str) -> None:
+    async def _read(self, known: _Known, principal: Principal, model: str, feature: str | None) -> None:
         seconds = FRESH_SECONDS
         try:
             async with self._database.tenant(principal.organization_id) as conn:
@@ -126,6 +129,7 @@ class Nearest:
                     user_id=principal.user_id,
                     api_key_id=principal.api_key_id,
                     model=model,
+                    feature=feature,
                 )
         except Exception as error:
             # An answer without these two headers is better than none.

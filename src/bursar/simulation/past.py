@@ -101,6 +101,7 @@ class PastSum:
     team_id: UUID | None
     department_id: UUID | None
     model: str | None
+    feature: str | None
     charged: Micros
 
     @property
@@ -118,6 +119,7 @@ class PastRequest:
     asker: Asker
     provider: str | None
     model: str | None
+    feature: str | None
     charged: Micros
     flags: int
     usage: Usage
@@ -132,6 +134,7 @@ class PastRefusal:
     user_id: UUID | None
     api_key_id: UUID | None
     model: str | None
+    feature: str | None
     wanted_micros: Micros
 
 
@@ -219,6 +222,6 @@ async def requests_of(conn: db.Connection, past: Past) -> AsyncIterator[PastRequ
         cursor.itersize = PORTION
         await cursor.execute(QUERIES.past_requests, params)
         async for row in cursor:
-            charged = max(0, row[9] + past.corrections.get(row[0], 0))
-            asker, usage = Asker(*row[3:7]), Usage(*row[11:])
-            yield PastRequest(row[0], row[1], row[2], asker, row[7], row[8], Micros(charged), row[10], usage)
+            charged = max(0, row[10] + past.corrections.get(row[0], 0))
+            asker, usage = Asker(*row[3:7]), Usage(*row[12:])
+            yield PastRequest(row[0], row[1], row[2], asker, row[7], row[8], row[9], Micros(charged), row[11], usage)

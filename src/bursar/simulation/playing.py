@@ -416,8 +416,8 @@ class _Player:
         return await self._move(
             "hold", hold.id, at, self._new_move(
                 Action.AUTHORIZE, self._holds[hold.id][0], hold.amount,
-                user_id=user_id, api_key_id=key_id, model=hold.model, tokens=hold.tokens, flags=Flag(flags),
-                lease_seconds=_lease(at, hold.expires_at), mark_micros=Micros(hold.floor),
+                user_id=user_id, api_key_id=key_id, model=hold.model, feature=hold.feature, tokens=hold.tokens,
+                flags=Flag(flags), lease_seconds=_lease(at, hold.expires_at), mark_micros=Micros(hold.floor),
             ),
         )  # fmt: skip
 
@@ -437,7 +437,8 @@ class _Player:
         user_id, key_id = self._cast.asker(hold)
         move = self._new_move(
             Action.SETTLE, request_id, settle.amount,
-            user_id=user_id, api_key_id=key_id, model=hold.model, tokens=settle.tokens, used_at=hold.at,
+            user_id=user_id, api_key_id=key_id, model=hold.model, feature=hold.feature,
+            tokens=settle.tokens, used_at=hold.at,
         )  # fmt: skip
         return await self._move("settle", settle.hold, at, move)
 
@@ -451,7 +452,7 @@ class _Player:
         is_enforced = self._scenario.enforce if use.enforce is None else use.enforce
         move = self._new_move(
             Action.DEDUCT if is_enforced else Action.SETTLE, self._charges[use.id] if use.id else uuid7(), use.amount,
-            user_id=user_id, api_key_id=key_id, model=use.model, tokens=use.tokens, used_at=use.at,
+            user_id=user_id, api_key_id=key_id, model=use.model, feature=use.feature, tokens=use.tokens, used_at=use.at,
         )  # fmt: skip
         return await self._move("usage", use.id, at, move)
 

@@ -126,10 +126,10 @@ order by kind
 
 -- name: past_sums
 -- What was used before the first instant that is told request by request, day by day.
-select max(booked_at) as booked_at, user_id, api_key_id, team_id, department_id, model, greatest(0, sum(charged_micros))::bigint as charged
+select max(booked_at) as booked_at, user_id, api_key_id, team_id, department_id, model, feature, greatest(0, sum(charged_micros))::bigint as charged
 from ledger.attribution
 where organization_id = %(organization_id)s and booked_at < %(told_from)s and kind in (0, 1)
-group by (booked_at at time zone %(zone)s)::date, user_id, api_key_id, team_id, department_id, model
+group by (booked_at at time zone %(zone)s)::date, user_id, api_key_id, team_id, department_id, model, feature
 order by 1
 
 -- name: past_corrections
@@ -137,7 +137,7 @@ select request_id, sum(charged_micros)::bigint as charged from ledger.attributio
 where organization_id = %(organization_id)s and kind = 1 and booked_at >= %(told_from)s group by 1
 
 -- name: past_requests
-select request_id, booked_at, used_at, user_id, api_key_id, team_id, department_id, provider, model, charged_micros, flags,
+select request_id, booked_at, used_at, user_id, api_key_id, team_id, department_id, provider, model, feature, charged_micros, flags,
     input_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens, output_tokens, reasoning_tokens, audio_input_tokens,
     audio_output_tokens, image_input_tokens, image_output_tokens, images, web_searches, audio_milliseconds, characters, requests,
     file_searches, code_sessions
@@ -146,7 +146,7 @@ where organization_id = %(organization_id)s and kind = 0 and booked_at >= %(told
 order by booked_at, request_id
 
 -- name: past_refusals
-select request_id, happened_at, user_id, api_key_id, model, wanted_micros from credits.unbilled_requests
+select request_id, happened_at, user_id, api_key_id, model, feature, wanted_micros from credits.unbilled_requests
 where organization_id = %(organization_id)s and outcome = 'refused' and happened_at >= %(since)s and happened_at < %(until)s
 order by happened_at, request_id
 

@@ -462,7 +462,7 @@ class _Teller:
             while count < len(day) and not (self._events and self._events[0].at <= day[count].booked_at):
                 count += 1
             moves = [
-                self._move(Action.SETTLE, uuid7(), each.asker, each.model, each.charged, each.booked_at)
+                self._move(Action.SETTLE, uuid7(), each.asker, each.model, each.feature, each.charged, each.booked_at)
                 for each in day[:count]
             ]
             self._accepted(await self._stage.move(moves, day[count - 1].booked_at))
@@ -478,7 +478,7 @@ class _Teller:
         charges = [await self._prices.charge(each) if is_asked else each.charged for each in batch]
         action = Action.DEDUCT if is_asked else Action.SETTLE
         moves = [
-            self._move(action, each.request_id, each.asker, each.model, charge, each.used_at, each)
+            self._move(action, each.request_id, each.asker, each.model, each.feature, charge, each.used_at, each)
             for each, charge in zip(batch, charges, strict=True)
         ]
         verdicts = await self._stage.move(moves, at)
@@ -495,7 +495,9 @@ class _Teller:
         await self._until(at)
         self.told.once_refused += 1
         asker = Asker(refusal.user_id, refusal.api_key_id, None, None)
-        hold = self._move(Action.AUTHORIZE, refusal.request_id, asker, refusal.model, refusal.wanted_micros, at)
+        hold = self._move(
+            Action.AUTHORIZE, refusal.request_id, asker, refusal.model, refusal.feature, refusal.wanted_micros, at
+        )
         [verdict] = await self._stage.move([hold._replace(lease_seconds=60)], at)
         if verdict.accepted:
             self.told.let_through += 1
@@ -503,13 +505,13 @@ class _Teller:
             await self._stage.move([hold._replace(action=Action.RELEASE)], at)
 
     def _move(
-        self, action: Action, request_id: UUID, asker: Asker, model: str | None, amount: Micros, used_at: datetime,
-        request: PastRequest | None = None,
+        self, action: Action, request_id: UUID, asker: Asker, model: str | None, feature: str | None, amount: Micros,
+        used_at: datetime, request: PastRequest | None = None,
     ) -> Move:  # fmt: skip
         return Move(
             action, self._stage.organization_id, request_id,
             user_id=asker.user_id, api_key_id=self._stand_ins.of(asker).id, amount_micros=amount, model=model,
-            tokens=request.usage.total_tokens if request else 0, used_at=used_at,
+            feature=feature, tokens=request.usage.total_tokens if request else 0, used_at=used_at,
             flags=Flag(request.flags & Flag.OWN_KEY) if request else Flag.NONE,
         )  # fmt: skip
 

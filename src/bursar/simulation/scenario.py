@@ -9,6 +9,7 @@ from zoneinfo import ZoneInfo
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
+from bursar.credits.filters import FEATURE
 from bursar.credits.grants import USUAL_PRIORITY, GrantSource
 from bursar.credits.limits import AllocationKind, LimitAction, Metric, Period, Scope, WhenEmpty
 from bursar.credits.pools import PoolKind
@@ -89,6 +90,9 @@ Name = Annotated[str, Field(min_length=1, max_length=100)]
 Models = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^([^\\]|\\.)+$")]
 
 
+Feature = Annotated[str, Field(pattern=FEATURE, description="What it is for, as filters that begin with # go by")]
+
+
 class Part(BaseModel):
     """What everything in a scenario is: nothing beyond the named fields."""
 
@@ -122,7 +126,7 @@ class Pool(Part):
     kind: PoolKind = PoolKind.SHARED
     user: Name | None = Field(default=None, description="Whose it is, for a personal pool")
     models: Models | None = Field(
-        default=None, description="It pays for these models only; a LIKE pattern such as gpt-%"
+        default=None, description="It pays for these models only; a LIKE pattern such as gpt-%, or of features: #images"
     )
 
 
@@ -236,6 +240,7 @@ class Usage(Part):
     user: Name | None = None
     key: Name | None = None
     model: Name | None = None
+    feature: Feature | None = None
     tokens: int = Field(default=0, ge=0)
     booked_at: Instant | None = Field(default=None, description="When it became known, where that was later")
     enforce: bool | None = Field(
@@ -258,6 +263,7 @@ class Hold(Part):
     user: Name | None = None
     key: Name | None = None
     model: Name | None = None
+    feature: Feature | None = None
     tokens: int = Field(default=0, ge=0)
     expires_at: Instant | None = Field(default=None, description="When it ends by itself; default: never")
     sent: bool = Field(default=False, description="The call went out: one that ends by itself is charged, not released")

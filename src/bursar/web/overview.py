@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from bursar.credits.filters import features_of
 from bursar.usage.breakdowns import ONE, Breakdown, Row
 from bursar.usage.figures import Overview, PoolFigures, Trend
 from bursar.web.charts import Block, bar, columns_of, pool_bar, series_style
@@ -104,7 +105,8 @@ def sentence(trend: Trend, unit: Unit) -> str:
 def _pool_group(pools: PoolFigures) -> PoolGroup:
     title = _POOL_TITLES[pools.kind]
     if pools.model_filter is not None:
-        title += f" for {pools.model_filter.replace('%', '*')}"
+        pattern = features_of(pools.model_filter) or pools.model_filter
+        title += f" for {pattern.replace('%', '*')}"
     return PoolGroup(
         key=f"{pools.kind}-{pools.model_filter}" if pools.model_filter else pools.kind,
         title=title,

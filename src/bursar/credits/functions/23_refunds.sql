@@ -121,8 +121,8 @@ comment on function credits.return_draw is 'Refunds a stretch of a pool''s runni
 -- give_room_back: the caps and shares that a refunded request took have that much more room again, in the periods in which it took it. A pool grows
 -- by its grants. A reserved share grows too, by what came back to the pool; where its member goes on in the open part, that gets it.
 create or replace function credits.give_room_back(
-    p_organization_id uuid, p_chain_id uuid, p_model text, p_pool_ids uuid[], p_refunded bigint[], p_grown bigint[], p_charged_at timestamptz,
-    p_now timestamptz
+    p_organization_id uuid, p_chain_id uuid, p_model text, p_feature text, p_pool_ids uuid[], p_refunded bigint[], p_grown bigint[],
+    p_charged_at timestamptz, p_now timestamptz
 ) returns void
 language plpgsql volatile set search_path = credits, pg_temp as $$
 declare
@@ -141,7 +141,7 @@ begin
             select sum(refunded)::bigint as refunded, sum(grown)::bigint as grown from unnest(p_pool_ids, p_refunded, p_grown) r(pool_id, refunded, grown)
             where e.leg = 0 or r.pool_id = v_chain.leg_pool_ids[e.leg]
         ) r
-        where e.metric = 0 and b.kind in ('limit', 'allocation') and (e.filter is null or p_model like e.filter) and r.refunded > 0
+        where e.metric = 0 and b.kind in ('limit', 'allocation') and credits.admits(e.filter, p_model, p_feature) and r.refunded > 0
     loop
         if v_row.share is distinct from 'reserved' then
             update balances set used_amount = used_amount - v_row.refunded,
@@ -221,17 +221,17 @@ begin
         v_grown := v_grown || credits.return_draw(p_organization_id, v_draws.pool_ids[i], p_request_id, v_end - v_part, v_end, p_reason,
             p_created_by, p_idempotency_key, v_booked);
     end loop;
-    perform credits.give_room_back(p_organization_id, v_row.chain_id, v_row.model, v_pools, v_refunded, v_grown, v_row.booked_at, v_now);
+    perform credits.give_room_back(p_organization_id, v_row.chain_id, v_row.model, v_row.feature, v_pools, v_refunded, v_grown, v_row.booked_at, v_now);
     for i in 1..cardinality(v_pools) loop
         perform credits.set_pool_limit(p_organization_id, v_pools[i], v_grown[i]);
     end loop;
 
     insert into ledger.attribution (organization_id, request_id, booked_at, used_at, kind, user_id, api_key_id, provider_key_id, provider, model,
         team_id, department_id, department_name, conversation_id, chain_id, price_version_id, charged_micros, hold_micros, provider_cost_nano_usd,
-        flags, requests)
+        flags, requests, feature)
     values (p_organization_id, p_request_id, v_booked, v_row.used_at, 2, v_row.user_id,
         v_row.api_key_id, v_row.provider_key_id, v_row.provider, v_row.model, v_row.team_id, v_row.department_id, v_row.department_name,
-        v_row.conversation_id, v_row.chain_id, v_row.price_version_id, -p_amount_micros, 0, 0, v_row.flags & 12290, 0);
+        v_row.conversation_id, v_row.chain_id, v_row.price_version_id, -p_amount_micros, 0, 0, v_row.flags & 12290, 0, v_row.feature);
 
     -- In a pool that has closed since, what came back belongs to who asked.
     for i in 1..cardinality(v_pools) loop

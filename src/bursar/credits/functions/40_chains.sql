@@ -1,5 +1,14 @@
 -- What one user and key must pass: the chain of pools and limits.
 
+-- admits: whether the filter of a pool or limit takes a request. A filter that begins with # is a LIKE pattern over the feature, any other one
+-- over the model; none takes everything, and what names no feature no filter by feature takes. It stands for its expression wherever it is
+-- called, so it has no search_path of its own.
+create or replace function credits.admits(p_filter text, p_model text, p_feature text) returns boolean
+language sql immutable parallel safe as $$
+    select p_filter is null or coalesce(case when starts_with(p_filter, '#') then p_feature like substr(p_filter, 2) else p_model like p_filter end, false)
+$$;
+comment on function credits.admits is 'Whether the filter of a pool or limit takes a request for this model and feature';
+
 -- chain_refusal: why this user and key may spend nothing in the organization; null when they may. v_until: when that may change by itself.
 create or replace function credits.chain_refusal(
     p_organization identity.organizations, p_key identity.api_keys, p_user_id uuid, p_api_key_id uuid, p_now timestamptz
@@ -183,16 +192,16 @@ begin
 end $$;
 comment on function credits.build_chain is 'Builds what one user and key must pass now: legs to pay from and balances to check';
 
--- first_leg: the first leg whose filter admits the model; 0 when none does.
-create or replace function credits.first_leg(p_filters text[], p_model text) returns smallint
+-- first_leg: the first leg whose filter admits the request; 0 when none does.
+create or replace function credits.first_leg(p_filters text[], p_model text, p_feature text) returns smallint
 language sql immutable set search_path = pg_catalog, pg_temp as $$
-    select coalesce((select min(nr) from unnest(p_filters) with ordinality f(filter, nr) where filter is null or p_model like filter), 0)::smallint;
+    select coalesce((select min(nr) from unnest(p_filters) with ordinality f(filter, nr) where credits.admits(filter, p_model, p_feature)), 0)::smallint;
 $$;
-comment on function credits.first_leg is 'First leg of a chain that may pay for a model; 0: none';
+comment on function credits.first_leg is 'First leg of a chain that may pay for a request; 0: none';
 
--- is_strict_for: whether a strict limit of a chain counts a request for this model. A balance is counted by the limit of its own that is in
+-- is_strict_for: whether a strict limit of a chain counts a request for this model and feature. A balance is counted by the limit of its own that is in
 -- force, else by the default.
-create or replace function credits.is_strict_for(p_chain credits.chains, p_model text, p_is_own_key boolean) returns boolean
+create or replace function credits.is_strict_for(p_chain credits.chains, p_model text, p_feature text, p_is_own_key boolean) returns boolean
 language sql stable set search_path = credits, pg_temp as $$
     select exists (
         select from unnest(p_chain.entry_ids, p_chain.entry_metrics, p_chain.entry_filters) e(id, metric, filter)
@@ -202,6 +211,6 @@ language sql stable set search_path = credits, pg_temp as $$
             where l.organization_id = p_chain.organization_id and l.ended_at is null and (l.balance_id = e.id or l.limit_id = k.limit_id)
             order by l.is_default limit 1
         ) l
-        where l.is_strict and (e.filter is null or p_model like e.filter) and not (e.metric = 0 and p_is_own_key));
+        where l.is_strict and credits.admits(e.filter, p_model, p_feature) and not (e.metric = 0 and p_is_own_key));
 $$;
-comment on function credits.is_strict_for is 'Whether a strict limit of a chain counts requests for a model: their holds must not be guesses';
+comment on function credits.is_strict_for is 'Whether a strict limit of a chain counts requests for a model and feature: their holds must not be guesses';

@@ -1,8 +1,8 @@
 -- Booking one request on its chain, the slow way: split over pools, late, or corrected.
 
--- spread: who pays an amount that is not held: the legs that admit the model, in order, as far as they have room. The rest is the last
--- such leg's excess (where none admits the model, the last leg's), because what was used is always charged.
-create or replace function credits.spread(p_chain credits.chains, p_model text, p_amount bigint) returns bigint[]
+-- spread: who pays an amount that is not held: the legs that admit the request, in order, as far as they have room. The rest is the last
+-- such leg's excess (where none admits it, the last leg's), because what was used is always charged.
+create or replace function credits.spread(p_chain credits.chains, p_model text, p_feature text, p_amount bigint) returns bigint[]
 language plpgsql volatile set search_path = credits, pg_temp as $$
 declare
     v_paid bigint[] := array_fill(0::bigint, array[cardinality(p_chain.leg_pool_ids)]);
@@ -13,7 +13,7 @@ declare
 begin
     for i in 1..cardinality(v_paid) loop
         exit when v_left = 0;
-        continue when not coalesce(p_chain.leg_filters[i] is null or p_model like p_chain.leg_filters[i], false);
+        continue when not credits.admits(p_chain.leg_filters[i], p_model, p_feature);
         v_last := i;
         -- Two legs may draw on one pool, as a share and the open part: they never have more room together than it has.
         select min(b.limit_amount - b.used_amount - b.held_amount) into v_room
@@ -30,7 +30,7 @@ comment on function credits.spread is 'Spreads an amount over the legs of a chai
 
 -- move_legs: book on every balance of a chain what one request used, leg by leg, and what it holds no more.
 create or replace function credits.move_legs(
-    p_chain credits.chains, p_model text, p_is_own_key boolean, p_used bigint[], p_calls bigint, p_tokens bigint,
+    p_chain credits.chains, p_model text, p_feature text, p_is_own_key boolean, p_used bigint[], p_calls bigint, p_tokens bigint,
     p_freed bigint[], p_freed_calls bigint, p_freed_tokens bigint
 ) returns void
 language plpgsql volatile set search_path = credits, pg_temp as $$
@@ -42,7 +42,7 @@ begin
                               when 1 then p_freed_calls else p_freed_tokens end)::bigint as freed
         from (select coalesce(sum(u.used), 0) as used, coalesce(sum(u.freed), 0) as freed from unnest(p_used, p_freed) u(used, freed)) a,
             unnest(p_chain.entry_ids, p_chain.entry_starts, p_chain.entry_metrics, p_chain.entry_legs, p_chain.entry_filters) e(id, start, metric, leg, filter)
-        where (e.filter is null or p_model like e.filter) and not (e.metric = 0 and p_is_own_key)
+        where credits.admits(e.filter, p_model, p_feature) and not (e.metric = 0 and p_is_own_key)
         group by e.id, e.start
     )
     update balances b set used_amount = used_amount + e.used, held_amount = held_amount - e.freed,
@@ -138,7 +138,7 @@ begin
         v_held[v_hold.leg] := v_hold.amount_micros;
     end if;
     if p_is_release then
-        perform credits.move_legs(v_chain, p_row.model, v_hold.flags & 2 = 2, v_none, 0, 0, v_held, 1, v_hold.tokens);
+        perform credits.move_legs(v_chain, p_row.model, p_row.feature, v_hold.flags & 2 = 2, v_none, 0, 0, v_held, 1, v_hold.tokens);
         return;
     end if;
 
@@ -148,9 +148,9 @@ begin
         v_left := v_left - v_paid[i];
     end loop;
     if v_left > 0 then
-        v_paid := array(select p + m from unnest(v_paid, credits.spread(v_chain, p_row.model, v_left)) with ordinality u(p, m, leg) order by leg);
+        v_paid := array(select p + m from unnest(v_paid, credits.spread(v_chain, p_row.model, p_row.feature, v_left)) with ordinality u(p, m, leg) order by leg);
     end if;
-    perform credits.move_legs(v_chain, p_row.model, p_flags & 2 = 2, v_paid, 1, p_tokens,
+    perform credits.move_legs(v_chain, p_row.model, p_row.feature, p_flags & 2 = 2, v_paid, 1, p_tokens,
         v_held, case when v_hold.request_id is null then 0 else 1 end, coalesce(v_hold.tokens, 0));
 
     p_row.organization_id := p_organization_id; p_row.request_id := p_request_id; p_row.booked_at := p_now;
@@ -211,14 +211,14 @@ begin
     where organization_id = p_estimate.organization_id and request_id = p_estimate.request_id and booked_at = p_estimate.booked_at;
     select * into strict v_chain from chains where organization_id = p_estimate.organization_id and chain_id = p_estimate.chain_id;
     if v_delta > 0 then
-        v_moved := credits.spread(v_chain, v_first.model, v_delta);
+        v_moved := credits.spread(v_chain, v_first.model, v_first.feature, v_delta);
     else
         for i in reverse cardinality(v_moved)..1 loop
             v_moved[i] := -least(v_left, p_estimate.leg_micros[i]);
             v_left := v_left + v_moved[i];
         end loop;
     end if;
-    perform credits.move_legs(v_chain, v_first.model, p_estimate.flags & 2 = 2, v_moved, 0, p_tokens - p_estimate.tokens,
+    perform credits.move_legs(v_chain, v_first.model, v_first.feature, p_estimate.flags & 2 = 2, v_moved, 0, p_tokens - p_estimate.tokens,
         array_fill(0::bigint, array[cardinality(v_moved)]), 0, 0);
 
     -- The correction's row has the true usage; the first row keeps its estimate. Sums over both are true.
@@ -228,6 +228,7 @@ begin
         where organization_id = p_estimate.organization_id and request_id = p_estimate.request_id));
     p_row.used_at := v_first.used_at; p_row.kind := 1; p_row.user_id := v_first.user_id; p_row.api_key_id := v_first.api_key_id;
     p_row.provider_key_id := v_first.provider_key_id; p_row.provider := v_first.provider; p_row.model := v_first.model;
+    p_row.feature := v_first.feature;
     p_row.team_id := v_first.team_id; p_row.department_id := v_first.department_id; p_row.department_name := v_first.department_name;
     p_row.conversation_id := v_first.conversation_id; p_row.chain_id := v_first.chain_id; p_row.price_version_id := v_first.price_version_id;
     p_row.charged_micros := v_delta; p_row.hold_micros := 0; p_row.flags := 128 | (p_estimate.flags & 4098);
@@ -252,7 +253,7 @@ comment on function credits.book_correction is 'Books the difference between an 
 -- attribution_of: the caller's half of an attribution row.
 create or replace function credits.attribution_of(
     p_usage integer[], p_cost bigint, p_flags integer, p_provider text, p_model text, p_price_version_id uuid, p_provider_key_id uuid,
-    p_conversation_id uuid, p_used_at timestamptz
+    p_conversation_id uuid, p_used_at timestamptz, p_feature text
 ) returns ledger.attribution
 language plpgsql immutable set search_path = credits, pg_temp as $$
 declare
@@ -260,6 +261,7 @@ declare
 begin
     v_row.provider := p_provider; v_row.model := p_model; v_row.price_version_id := p_price_version_id;
     v_row.provider_key_id := p_provider_key_id; v_row.conversation_id := p_conversation_id; v_row.used_at := p_used_at;
+    v_row.feature := p_feature;
     v_row.provider_cost_nano_usd := case when p_flags & 2 = 2 then 0 else p_cost end;
     v_row.customer_cost_nano_usd := case when p_flags & 2 = 2 then p_cost else 0 end;
     v_row.input_tokens := p_usage[1]; v_row.cache_read_tokens := p_usage[2]; v_row.cache_write_5m_tokens := p_usage[3];

@@ -1,7 +1,7 @@
 -- Which requests of a batch fit, and who refuses those that do not.
 
--- available_of: what a chain could still spend on a model: over its legs the sum, under every limit.
-create or replace function credits.available_of(p_organization_id uuid, p_chain_id uuid, p_model text) returns bigint
+-- available_of: what a chain could still spend on a model and feature: over its legs the sum, under every limit.
+create or replace function credits.available_of(p_organization_id uuid, p_chain_id uuid, p_model text, p_feature text) returns bigint
 language sql stable set search_path = credits, pg_temp as $$
     with rooms as (
         select e.leg, min(greatest(0, b.limit_amount - b.used_amount - b.held_amount)) as room
@@ -9,33 +9,33 @@ language sql stable set search_path = credits, pg_temp as $$
         cross join lateral unnest(c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters) e(id, start, metric, leg, filter)
         join balances b on b.organization_id = c.organization_id and b.balance_id = e.id and b.period_start = e.start
         where c.organization_id = p_organization_id and c.chain_id = p_chain_id and e.metric = 0 and b.stops
-          and (e.leg = 0 or c.leg_filters[e.leg] is null or p_model like c.leg_filters[e.leg])
-          and (e.filter is null or p_model like e.filter)
+          and (e.leg = 0 or credits.admits(c.leg_filters[e.leg], p_model, p_feature))
+          and credits.admits(e.filter, p_model, p_feature)
         group by e.leg
     )
     -- Two legs on one pool (a share, then the open part) are bounded by that pool too, which each leg's room has in it already.
     select least(coalesce(sum(room) filter (where leg > 0), 0)::bigint, min(room) filter (where leg = 0)) from rooms;
 $$;
-comment on function credits.available_of is 'Micros that a chain could still spend on a model now';
+comment on function credits.available_of is 'Micros that a chain could still spend on a model and feature now';
 
 -- rooms_of: available_of for many requests at once; an array by place, null where there is no chain.
-create or replace function credits.rooms_of(p_organization_ids uuid[], p_chain_ids uuid[], p_models text[]) returns bigint[]
+create or replace function credits.rooms_of(p_organization_ids uuid[], p_chain_ids uuid[], p_models text[], p_features text[]) returns bigint[]
 language plpgsql stable as $$
 declare
     v_rooms bigint[];
 begin
     with w as materialized (
-        select u.place, u.org, u.model, c.leg_filters, c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters
+        select u.place, u.org, u.model, u.feature, c.leg_filters, c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters
         from (select unnest(p_organization_ids) as org, unnest(p_chain_ids) as chain_id, unnest(p_models) as model,
-                generate_subscripts(p_organization_ids, 1) as place) u
+                unnest(p_features) as feature, generate_subscripts(p_organization_ids, 1) as place) u
         left join credits.chains c on c.organization_id = u.org and c.chain_id = u.chain_id
     ), rooms as (
         select e.place, e.leg, min(greatest(0, b.limit_amount - b.used_amount - b.held_amount)) as room
-        from (select w.place, w.org, w.model, w.leg_filters, unnest(w.entry_ids) as id, unnest(w.entry_starts) as start,
+        from (select w.place, w.org, w.model, w.feature, w.leg_filters, unnest(w.entry_ids) as id, unnest(w.entry_starts) as start,
                 unnest(w.entry_metrics) as metric, unnest(w.entry_legs) as leg, unnest(w.entry_filters) as entry_filter from w) e
         join credits.balances b on b.organization_id = e.org and b.balance_id = e.id and b.period_start = e.start
-        where e.metric = 0 and b.stops and (e.leg = 0 or e.leg_filters[e.leg] is null or e.model like e.leg_filters[e.leg])
-          and (e.entry_filter is null or e.model like e.entry_filter)
+        where e.metric = 0 and b.stops and (e.leg = 0 or credits.admits(e.leg_filters[e.leg], e.model, e.feature))
+          and credits.admits(e.entry_filter, e.model, e.feature)
         group by e.place, e.leg
     )
     select array_agg(p.room) into v_rooms
@@ -75,7 +75,7 @@ comment on function credits.has_room is 'Whether a balance may take this much mo
 -- take: the one guarded update of a batch's summed demands (authorizes, extends, deductions). What does not come back is tight.
 -- With p_chains, p_legs and p_outcomes, the demands go by those. Without them it finds the chains itself, in the same statement, and moves
 -- something only where all is plain (is_plain): nothing is known, repeated, held already or paid by the customer's own key, and every chain
--- is current, refuses nothing and has a leg for the model. p_gates and p_versions are the organizations and their
+-- is current, refuses nothing and has a leg for the request. p_gates and p_versions are the organizations and their
 -- limits_version, in any order: looking them up in a list costs less than 128 look-ups of rows.
 -- A request that alone exceeds the balance that refused its chain last (tight_id) is hopeless: its demand is left out, so that whoever
 -- retries on an empty balance makes nobody else's sum too large.
@@ -84,7 +84,7 @@ comment on function credits.has_room is 'Whether a balance may take this much mo
 -- since each is looked up by a nested loop.
 create or replace function credits.take(
     p_organization_ids uuid[], p_actions smallint[], p_request_ids uuid[], p_user_ids uuid[], p_api_key_ids uuid[], p_amounts bigint[],
-    p_tokens bigint[], p_flags integer[], p_models text[], p_chains uuid[], p_legs smallint[], p_outcomes smallint[], p_gates uuid[],
+    p_tokens bigint[], p_flags integer[], p_models text[], p_features text[], p_chains uuid[], p_legs smallint[], p_outcomes smallint[], p_gates uuid[],
     p_versions bigint[], p_now timestamptz,
     out is_plain boolean, out chains uuid[], out legs smallint[], out teams uuid[], out departments uuid[], out department_names text[],
     out pools uuid[], out positions bigint[], out rooms bigint[],
@@ -98,10 +98,10 @@ begin
     with w as (
         select unnest(p_organization_ids) as org, unnest(p_actions) as action, unnest(p_request_ids) as request_id, unnest(p_user_ids) as user_id,
             unnest(p_api_key_ids) as api_key_id, unnest(p_amounts) as amount, unnest(p_tokens) as tokens, unnest(p_flags) as flags,
-            unnest(p_models) as model, unnest(p_chains) as chain_id, unnest(p_legs) as leg, unnest(p_outcomes) as outcome,
+            unnest(p_models) as model, unnest(p_features) as feature, unnest(p_chains) as chain_id, unnest(p_legs) as leg, unnest(p_outcomes) as outcome,
             generate_series(1, v_n) as place
     ), r as materialized (
-        select w.place, w.org, w.action, w.request_id, w.amount, w.tokens, w.flags, w.model, c.chain_id, c.team_id, c.department_id, c.department_name,
+        select w.place, w.org, w.action, w.request_id, w.amount, w.tokens, w.flags, w.model, w.feature, c.chain_id, c.team_id, c.department_id, c.department_name,
             l.leg, c.leg_pool_ids[l.leg] as pool_id, cardinality(c.leg_filters) = 1 as is_alone, c.entry_ids, c.entry_starts,
             case when not c.is_plain then c.entry_metrics end as entry_metrics, case when not c.is_plain then c.entry_legs end as entry_legs,
             case when not c.is_plain then c.entry_filters end as entry_filters,
@@ -129,9 +129,9 @@ begin
             select h.request_id from credits.holds h where p_chains is null and h.organization_id = w.org and h.request_id = w.request_id
         ) h on true
         cross join lateral (
-            -- first_leg costs as much as all else for a request, and where there is one leg for every model it has nothing to find
+            -- first_leg costs as much as all else for a request, and where there is one leg for everything it has nothing to find
             select case when p_chains is not null then w.leg when c.is_plain or (cardinality(c.leg_filters) = 1 and c.leg_filters[1] is null)
-                        then 1::smallint else credits.first_leg(c.leg_filters, w.model) end as leg
+                        then 1::smallint else credits.first_leg(c.leg_filters, w.model, w.feature) end as leg
         ) l
     ), plain as (
         select p_chains is null and bool_and(is_asked) and count(distinct request_id) = v_n as is_plain from r
@@ -139,12 +139,12 @@ begin
         select e.place, e.org, e.action, e.id, e.start, coalesce(e.metric, 0) = 0 as is_credits,
             case coalesce(e.metric, 0) when 0 then e.amount when 1 then case e.action when 2 then 0 else 1 end else e.tokens end as amount
         from (
-            select r.place, r.org, r.action, r.amount, r.tokens, r.flags, r.model, r.leg, unnest(r.entry_ids) as id, unnest(r.entry_starts) as start,
+            select r.place, r.org, r.action, r.amount, r.tokens, r.flags, r.model, r.feature, r.leg, unnest(r.entry_ids) as id, unnest(r.entry_starts) as start,
                 unnest(r.entry_metrics) as metric, unnest(r.entry_legs) as entry_leg, unnest(r.entry_filters) as entry_filter
             from r
             where r.is_asked and not r.is_hopeless and (p_chains is not null or (select is_plain from plain))
         ) e
-        where (coalesce(e.entry_leg, 0) = 0 or e.entry_leg = e.leg) and (e.entry_filter is null or e.model like e.entry_filter)
+        where (coalesce(e.entry_leg, 0) = 0 or e.entry_leg = e.leg) and credits.admits(e.entry_filter, e.model, e.feature)
           and not (coalesce(e.metric, 0) = 0 and e.flags & 2 = 2)
           and (e.action <> 2 or case coalesce(e.metric, 0) when 0 then e.amount when 1 then 0 else e.tokens end > 0)  -- an extension asks what it needs
     ), sums as materialized (
@@ -232,7 +232,7 @@ comment on function credits.refuse is 'Verdicts on the requests of a batch that 
 -- What the guarded update had applied for them elsewhere is taken back, what they are granted is applied, in one update. Of the hopeless
 -- it had applied nothing.
 create or replace function credits.decide_tight(
-    p_organization_ids uuid[], p_actions smallint[], p_amounts bigint[], p_tokens bigint[], p_flags integer[], p_models text[],
+    p_organization_ids uuid[], p_actions smallint[], p_amounts bigint[], p_tokens bigint[], p_flags integer[], p_models text[], p_features text[],
     p_chains uuid[], p_legs smallint[], p_outcomes smallint[], p_details text[], p_bindings uuid[],
     p_tight_orgs uuid[], p_tight_ids uuid[], p_tight_starts timestamptz[], p_hopeless integer[], p_now timestamptz,
     out outcomes smallint[], out details text[], out bindings uuid[], out legs smallint[],
@@ -255,19 +255,19 @@ begin
 
     with tight as (select * from unnest(p_tight_orgs, p_tight_ids, p_tight_starts) t(org, id, start)),
     applied as materialized (
-        select w.place::int, w.org, w.action, w.leg as chosen, w.flags, w.model, w.chain_id, e.id, e.start, t.id is not null as is_tight,
+        select w.place::int, w.org, w.action, w.leg as chosen, w.flags, w.model, w.feature, w.chain_id, e.id, e.start, t.id is not null as is_tight,
             w.place = any (p_hopeless) as is_hopeless,
             case e.metric when 0 then w.amount when 1 then case w.action when 2 then 0 else 1 end else w.tokens end as amount
-        from unnest(p_organization_ids, p_actions, p_amounts, p_tokens, p_flags, p_models, p_chains, p_legs, p_outcomes) with ordinality
-            as w(org, action, amount, tokens, flags, model, chain_id, leg, outcome, place)
+        from unnest(p_organization_ids, p_actions, p_amounts, p_tokens, p_flags, p_models, p_features, p_chains, p_legs, p_outcomes) with ordinality
+            as w(org, action, amount, tokens, flags, model, feature, chain_id, leg, outcome, place)
         join chains c on c.organization_id = w.org and c.chain_id = w.chain_id
         left join lateral unnest(c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters) e(id, start, metric, leg, filter)
-            on (e.leg = 0 or e.leg = w.leg) and (e.filter is null or w.model like e.filter) and not (e.metric = 0 and w.flags & 2 = 2)
+            on (e.leg = 0 or e.leg = w.leg) and credits.admits(e.filter, w.model, w.feature) and not (e.metric = 0 and w.flags & 2 = 2)
                and (w.action <> 2 or case e.metric when 0 then w.amount when 1 then 0 else w.tokens end > 0)
         left join tight t on t.org = w.org and t.id = e.id and t.start = e.start
         where w.action in (1, 2, 5) and w.outcome = -1 and not (w.action = 2 and w.amount = 0 and w.tokens = 0)
     ), suspects as (
-        select distinct place, org, flags, model, chain_id from applied
+        select distinct place, org, flags, model, feature, chain_id from applied
         where is_tight or is_hopeless or (action in (1, 5) and chosen = 0 and flags & 2 = 0)
     ), taken as (
         select a.org, a.id, a.start, sum(a.amount) filter (where a.action <> 5)::bigint as held, sum(a.amount) filter (where a.action = 5)::bigint as used
@@ -276,7 +276,7 @@ begin
         select distinct s.org, e.id, e.start
         from suspects s join chains c on c.organization_id = s.org and c.chain_id = s.chain_id
         cross join lateral unnest(c.entry_ids, c.entry_starts, c.entry_filters) e(id, start, filter)
-        where e.filter is null or s.model like e.filter
+        where credits.admits(e.filter, s.model, s.feature)
     )
     select (select array_agg(place order by place) from suspects),
         array_agg(b.organization_id), array_agg(b.balance_id), array_agg(b.period_start), array_agg(b.kind), array_agg(b.stops),
@@ -298,8 +298,8 @@ begin
         from unnest(v_suspects) s(place)
         join chains c on c.organization_id = p_organization_ids[s.place] and c.chain_id = p_chains[s.place]
         left join lateral unnest(c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters) with ordinality e(id, start, metric, leg, filter, nr)
-            on (e.filter is null or p_models[s.place] like e.filter)
-               and (e.leg = 0 or c.leg_filters[e.leg] is null or p_models[s.place] like c.leg_filters[e.leg])
+            on credits.admits(e.filter, p_models[s.place], p_features[s.place])
+               and (e.leg = 0 or credits.admits(c.leg_filters[e.leg], p_models[s.place], p_features[s.place]))
                and not (e.metric = 0 and p_flags[s.place] & 2 = 2)
         left join unnest(v_orgs, v_ids, v_starts) with ordinality x(org, id, start, i)
             on x.org = p_organization_ids[s.place] and x.id = e.id and x.start = e.start
@@ -333,7 +333,7 @@ begin
                     v_room := least(v_room, case when v_blocked[v_i] then -1 else v_rooms[v_i] end);
                     v_free := least(v_free, v_frees[v_i]);
                 end loop;
-                continue when v_room is null;  -- not for this model
+                continue when v_room is null;  -- not for this model and feature
                 if v_first_bind is null then
                     v_first_bind := v_leg_bind;
                     v_first_is_empty := v_free <= 0;

@@ -30,7 +30,7 @@ create or replace function credits.post_batch(
     p_price_version_ids uuid[], p_provider_key_ids uuid[], p_conversation_ids uuid[], p_used_at timestamptz[], p_keys text[], p_body_hashes bytea[],
     p_chains uuid[], p_legs smallint[], p_outcomes smallint[], p_details text[], p_bindings uuid[], p_held bigint[], p_charged bigint[],
     p_user_ids uuid[], p_api_key_ids uuid[], p_split_places integer[], p_split_legs smallint[], p_split_micros bigint[], p_teams uuid[],
-    p_departments uuid[], p_department_names text[], p_pools uuid[], p_positions bigint[], p_now timestamptz
+    p_departments uuid[], p_department_names text[], p_pools uuid[], p_positions bigint[], p_features text[], p_now timestamptz
 ) returns void
 language plpgsql volatile as $$
 declare
@@ -44,20 +44,20 @@ declare
 begin
     if 1 = any (p_actions) then
         insert into credits.holds (organization_id, request_id, chain_id, is_sent, leg, leg_micros, amount_micros, tokens, floor_micros, progress_micros,
-            cost_nano_usd, flags, provider, model, price_version_id, provider_key_id, conversation_id, placed_at, lease_expires_at)
+            cost_nano_usd, flags, provider, model, price_version_id, provider_key_id, conversation_id, placed_at, lease_expires_at, feature)
         select w.org, w.request_id, w.chain_id, w.flags & 1 = 1, greatest(w.leg, 1::smallint),
             case when w.place = any (p_split_places) then (
                 select array_agg(coalesce(s.micros, 0) order by n.leg)
                 from generate_series(1, (select cardinality(c.leg_filters) from credits.chains c where c.organization_id = w.org and c.chain_id = w.chain_id)) n(leg)
                 left join unnest(p_split_places, p_split_legs, p_split_micros) s(place, leg, micros) on s.place = w.place and s.leg = n.leg) end,
             w.amount, w.tokens, w.mark, w.mark, w.cost, w.flags & 12554, w.provider, w.model, w.price_version_id, w.provider_key_id, w.conversation_id,
-            p_now, p_now + make_interval(secs => w.lease)
+            p_now, p_now + make_interval(secs => w.lease), w.feature
         from (
             select unnest(p_organization_ids) as org, unnest(p_actions) as action, unnest(p_request_ids) as request_id, unnest(p_amounts) as amount,
                 unnest(p_tokens) as tokens, unnest(p_costs) as cost, unnest(p_marks) as mark, unnest(p_leases) as lease, unnest(p_flags) as flags,
                 unnest(p_providers) as provider, unnest(p_models) as model, unnest(p_price_version_ids) as price_version_id,
                 unnest(p_provider_key_ids) as provider_key_id, unnest(p_conversation_ids) as conversation_id, unnest(p_chains) as chain_id,
-                unnest(p_legs) as leg, unnest(p_outcomes) as outcome, generate_subscripts(p_actions, 1) as place
+                unnest(p_legs) as leg, unnest(p_outcomes) as outcome, unnest(p_features) as feature, generate_subscripts(p_actions, 1) as place
         ) w
         where w.action = 1 and w.outcome = -1;
     end if;
@@ -136,13 +136,13 @@ begin
             team_id, department_id, department_name, conversation_id, chain_id, price_version_id, pool_id, position_micros, charged_micros, hold_micros,
             provider_cost_nano_usd, customer_cost_nano_usd, flags, input_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens,
             output_tokens, reasoning_tokens, audio_input_tokens, audio_output_tokens, image_input_tokens, image_output_tokens, images, web_searches,
-            audio_milliseconds, characters, requests, file_searches, code_sessions)
+            audio_milliseconds, characters, requests, file_searches, code_sessions, feature)
         select w.org, w.request_id, p_now, coalesce(w.used_at, p_now), 0, nullif(w.user_id, v_zero), nullif(w.api_key_id, v_zero), w.provider_key_id,
             w.provider, w.model, w.team_id, w.department_id, w.department_name, w.conversation_id, w.chain_id, w.price_version_id, w.pool_id, w.position,
             w.charged, w.held, case when w.flags & 2 = 2 then 0 else w.cost end, case when w.flags & 2 = 2 then w.cost else 0 end, w.flags & ~49,
             p_usages[w.at + 1], p_usages[w.at + 2], p_usages[w.at + 3], p_usages[w.at + 4], p_usages[w.at + 5], p_usages[w.at + 6], p_usages[w.at + 7],
             p_usages[w.at + 8], p_usages[w.at + 9], p_usages[w.at + 10], p_usages[w.at + 11], p_usages[w.at + 12], p_usages[w.at + 13],
-            p_usages[w.at + 14], p_usages[w.at + 15], p_usages[w.at + 16], p_usages[w.at + 17]
+            p_usages[w.at + 14], p_usages[w.at + 15], p_usages[w.at + 16], p_usages[w.at + 17], w.feature
         from (
             select unnest(p_organization_ids) as org, unnest(p_actions) as action, unnest(p_request_ids) as request_id, unnest(p_user_ids) as user_id,
                 unnest(p_api_key_ids) as api_key_id, unnest(p_costs) as cost, unnest(p_flags) as flags, unnest(p_providers) as provider,
@@ -150,7 +150,7 @@ begin
                 unnest(p_conversation_ids) as conversation_id, unnest(p_used_at) as used_at, unnest(p_chains) as chain_id,
                 unnest(p_outcomes) as outcome, unnest(p_held) as held, unnest(p_charged) as charged, unnest(p_teams) as team_id,
                 unnest(p_departments) as department_id, unnest(p_department_names) as department_name, unnest(p_pools) as pool_id,
-                unnest(p_positions) as position, generate_series(0, v_width * (cardinality(p_actions) - 1), v_width) as at
+                unnest(p_positions) as position, unnest(p_features) as feature, generate_series(0, v_width * (cardinality(p_actions) - 1), v_width) as at
         ) w
         where w.action in (3, 5) and w.outcome = -1;
 
@@ -172,16 +172,16 @@ begin
 
     if 1 = any (p_outcomes) or 4 = any (p_actions) then
         insert into credits.unbilled_requests (organization_id, request_id, happened_at, outcome, user_id, api_key_id, provider, model, conversation_id,
-            wanted_micros, binding_id, detail)
+            wanted_micros, binding_id, detail, feature)
         select w.org, w.request_id, p_now,
             case when w.action <> 4 then 'refused' when w.flags & 64 = 64 then 'expired' else 'released' end,
             nullif(w.user_id, v_zero), nullif(w.api_key_id, v_zero), w.provider, w.model, w.conversation_id,
-            case w.action when 4 then w.held else w.amount end, w.binding_id, w.detail
+            case w.action when 4 then w.held else w.amount end, w.binding_id, w.detail, w.feature
         from (
             select unnest(p_organization_ids) as org, unnest(p_actions) as action, unnest(p_request_ids) as request_id, unnest(p_user_ids) as user_id,
                 unnest(p_api_key_ids) as api_key_id, unnest(p_amounts) as amount, unnest(p_flags) as flags, unnest(p_providers) as provider,
                 unnest(p_models) as model, unnest(p_conversation_ids) as conversation_id, unnest(p_outcomes) as outcome,
-                unnest(p_details) as detail, unnest(p_bindings) as binding_id, unnest(p_held) as held
+                unnest(p_details) as detail, unnest(p_bindings) as binding_id, unnest(p_held) as held, unnest(p_features) as feature
         ) w
         where (w.action in (1, 5) and w.outcome = 1) or (w.action = 4 and w.outcome in (-1, 9))
         on conflict do nothing;
@@ -218,7 +218,7 @@ comment on function credits.post_batch is 'Writes what a batch decided: holds, a
 
 -- move_batch: decide everything that is waiting, in one call: settles and releases first, then authorizes, extends and deductions.
 -- Parallel arrays, one place a request; null means none, in user and key ids the zero uuid does. The arrays of prices, provider keys,
--- conversations, instants, keys and hashes may be null as a whole.
+-- conversations, instants, keys, hashes and features may be null as a whole.
 --   p_route          the organization that routes the call (Citus); on plain PostgreSQL the arrays may name many
 --   p_actions        1 authorize, 2 extend, 3 settle, 4 release, 5 deduct (authorize and settle in one)
 --   p_request_ids    UUIDv7; a batch that names one twice is decided one request at a time
@@ -234,6 +234,7 @@ comment on function credits.post_batch is 'Writes what a batch decided: holds, a
 --                    cost are what shall be held in all, so that asking again holds nothing twice, 4096 reported by a program,
 --                    8192 in a batch of the provider's
 --   p_keys, p_body_hashes   idempotency key of the command and hash of its body; with a release: the key that it sets free
+--   p_features       what the request is for, which filters by feature go by
 --   p_at             null; the simulator's instant
 -- Returns one verdict a place: 0 accepted, 1 refused by a balance, 2 wait (only open holds stand in the way), 3 known: the stored
 -- acceptance, 4 there is no such hold, 5 the key was used with another body, 6 not allowed at all, 7 known: the stored refusal, 8 ask again
@@ -242,7 +243,7 @@ create or replace function credits.move_batch(
     p_route uuid, p_organization_ids uuid[], p_actions smallint[], p_request_ids uuid[], p_user_ids uuid[], p_api_key_ids uuid[],
     p_amounts bigint[], p_tokens bigint[], p_costs bigint[], p_usages integer[], p_marks bigint[], p_leases integer[], p_flags integer[],
     p_providers text[], p_models text[], p_price_version_ids uuid[], p_provider_key_ids uuid[], p_conversation_ids uuid[],
-    p_used_at timestamptz[], p_keys text[], p_body_hashes bytea[], p_at timestamptz default null
+    p_used_at timestamptz[], p_keys text[], p_body_hashes bytea[], p_features text[], p_at timestamptz default null
 ) returns setof credits.verdict
 language plpgsql volatile security definer
 set search_path = credits, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_hashjoin = off
@@ -294,7 +295,8 @@ begin
              cardinality(p_tokens), cardinality(p_costs), cardinality(p_usages) / v_width, cardinality(p_marks), cardinality(p_leases),
              cardinality(p_flags), cardinality(p_providers), cardinality(p_models), coalesce(cardinality(p_price_version_ids), v_n),
              coalesce(cardinality(p_provider_key_ids), v_n), coalesce(cardinality(p_conversation_ids), v_n), coalesce(cardinality(p_used_at), v_n),
-             coalesce(cardinality(p_keys), v_n), coalesce(cardinality(p_body_hashes), v_n)] <> array_fill(v_n, array[19])
+             coalesce(cardinality(p_keys), v_n), coalesce(cardinality(p_body_hashes), v_n),
+             coalesce(cardinality(p_features), v_n)] <> array_fill(v_n, array[20])
        or cardinality(p_usages) % v_width <> 0 or array_position(p_usages, null) is not null or 0 > any (p_usages) then
         raise exception 'the arrays of a batch need one place a request, and % counts of usage', v_width using errcode = 'BR400';
     end if;
@@ -329,7 +331,7 @@ begin
         into v_is_plain, v_chains, v_legs, v_teams, v_departments, v_department_names, v_pools, v_positions, v_rooms,
             v_tight_orgs, v_tight_ids, v_tight_starts, v_hopeless
         from credits.take(p_organization_ids, p_actions, p_request_ids, p_user_ids, p_api_key_ids, p_amounts, p_tokens, p_flags, p_models,
-            null, null, null, v_gates, v_versions, v_now) t;
+            p_features, null, null, null, v_gates, v_versions, v_now) t;
     end if;
 
     if v_is_plain then
@@ -350,7 +352,7 @@ begin
                     array[p_flags[v_row.place] | 32], p_providers[v_row.place:v_row.place], p_models[v_row.place:v_row.place],
                     p_price_version_ids[v_row.place:v_row.place], p_provider_key_ids[v_row.place:v_row.place],
                     p_conversation_ids[v_row.place:v_row.place], p_used_at[v_row.place:v_row.place], p_keys[v_row.place:v_row.place],
-                    p_body_hashes[v_row.place:v_row.place], p_at) v;
+                    p_body_hashes[v_row.place:v_row.place], p_features[v_row.place:v_row.place], p_at) v;
             end loop;
             return;
         end if;
@@ -366,7 +368,7 @@ begin
                     case when h.chain_id is not null then h.chain_id else c.chain_id end as chain_id,
                     case when h.chain_id is not null then h.leg
                          when cardinality(c.leg_filters) = 1 and c.leg_filters[1] is null then 1::smallint
-                         else credits.first_leg(c.leg_filters, w.model) end as leg,
+                         else credits.first_leg(c.leg_filters, w.model, w.feature) end as leg,
                     case when v.is_valid is not true then 6
                          when g.organization_id is null or (w.action = 5 and h.chain_id is not null) then 6
                          when w.action = 1 and h.chain_id is not null then 3
@@ -387,11 +389,13 @@ begin
                         or (w.action = 4 and h.leg_micros is not null)) as is_slow,
                     w.action in (1, 5) and h.chain_id is null and g.organization_id is not null
                         and (c.chain_id is null or c.limits_version <> g.limits_version or c.valid_until <= v_now) as is_stale,
-                    (h.chain_id is not null and w.action <> 1 and (h.model is distinct from w.model or (h.flags & 2) <> (w.flags & 2)))
+                    (h.chain_id is not null and w.action <> 1 and (h.model is distinct from w.model or h.feature is distinct from w.feature
+                        or (h.flags & 2) <> (w.flags & 2)))
                         or (w.flags & 2 = 2 and w.amount > 0) or (w.action = 2 and w.flags & 2048 = 2048) as is_bent
                 from unnest(p_organization_ids, p_actions, p_request_ids, p_user_ids, p_api_key_ids, p_amounts, p_tokens, p_costs, p_marks, p_leases,
-                        p_flags, p_models, p_keys, p_body_hashes)
-                    with ordinality as w(org, action, request_id, user_id, api_key_id, amount, tokens, cost, mark, lease, flags, model, key, body_hash, place)
+                        p_flags, p_models, p_keys, p_body_hashes, p_features)
+                    with ordinality as w(org, action, request_id, user_id, api_key_id, amount, tokens, cost, mark, lease, flags, model, key, body_hash,
+                        feature, place)
                 cross join lateral (select w.request_id is not null and w.action between 1 and 5 and w.flags >= 0
                     and w.amount between 0 and v_most and w.tokens between 0 and v_most and w.cost between 0 and v_most and w.mark between 0 and v_most
                     and (w.action > 2 or w.lease > 0)
@@ -401,7 +405,7 @@ begin
                 left join chains c on w.action in (1, 5) and c.organization_id = w.org and c.user_id = coalesce(w.user_id, v_zero)
                     and c.api_key_id = coalesce(w.api_key_id, v_zero) and c.replaced_at is null
                 cross join lateral (select case when w.action = 1 and w.flags & 512 = 512 and c.is_strict
-                    then credits.is_strict_for(c, w.model, w.flags & 2 = 2) else false end as is_guess_under_strict) s
+                    then credits.is_strict_for(c, w.model, w.feature, w.flags & 2 = 2) else false end as is_guess_under_strict) s
             ) r;
             exit when not v_stale;
             assert v_try = 1, 'a chain was stale right after it was built';
@@ -420,17 +424,18 @@ begin
             end loop;
         end loop;
         if v_bent then
-            -- A request goes on as it was held: on its model, and at no charge where the customer's own key pays. Of what an extension wants
+            -- A request goes on as it was held: on its model, for its feature, and at no charge where the customer's own key pays. Of what an extension wants
             -- held in all, only what is not held yet is asked for.
             select array_agg(case when t.is_own then 0 when not t.is_total then w.amount
                                   when w.amount > h.amount_micros then w.amount - h.amount_micros else 0 end order by w.place),
                 array_agg(case when not t.is_total then w.tokens when w.tokens > h.tokens then w.tokens - h.tokens else 0 end order by w.place),
                 array_agg(case when not t.is_total then w.cost when w.cost > h.cost_nano_usd then w.cost - h.cost_nano_usd else 0 end order by w.place),
                 array_agg((w.flags & ~2) | case when t.is_own then 2 else 0 end order by w.place),
-                array_agg(case when h.chain_id is null or w.action = 1 then w.model else h.model end order by w.place)
-            into p_amounts, p_tokens, p_costs, p_flags, p_models
-            from unnest(p_organization_ids, p_actions, p_request_ids, p_amounts, p_tokens, p_costs, p_flags, p_models) with ordinality
-                w(org, action, request_id, amount, tokens, cost, flags, model, place)
+                array_agg(case when h.chain_id is null or w.action = 1 then w.model else h.model end order by w.place),
+                array_agg(case when h.chain_id is null or w.action = 1 then w.feature else h.feature end order by w.place)
+            into p_amounts, p_tokens, p_costs, p_flags, p_models, p_features
+            from unnest(p_organization_ids, p_actions, p_request_ids, p_amounts, p_tokens, p_costs, p_flags, p_models, p_features) with ordinality
+                w(org, action, request_id, amount, tokens, cost, flags, model, feature, place)
             left join holds h on h.organization_id = w.org and h.request_id = w.request_id
             cross join lateral (select case when h.chain_id is null or w.action = 1 then w.flags else h.flags end & 2 = 2 as is_own,
                 w.action = 2 and w.flags & 2048 = 2048 and h.chain_id is not null as is_total) t;
@@ -500,7 +505,7 @@ begin
                         p_tokens[v_row.place], p_flags[v_row.place],
                         credits.attribution_of(p_usages[(v_row.place - 1) * v_width + 1:v_row.place * v_width], p_costs[v_row.place], p_flags[v_row.place],
                             p_providers[v_row.place], p_models[v_row.place], p_price_version_ids[v_row.place], p_provider_key_ids[v_row.place],
-                            p_conversation_ids[v_row.place], p_used_at[v_row.place]),
+                            p_conversation_ids[v_row.place], p_used_at[v_row.place], p_features[v_row.place]),
                         v_now);
                     v_outcomes[v_row.place] := case when v_booked.outcome = 0 then 9 else v_booked.outcome end;  -- 9: accepted, booked already
                     v_charged[v_row.place] := v_booked.charged_micros;
@@ -515,7 +520,7 @@ begin
                 using unnest(p_organization_ids, p_request_ids, p_actions, p_amounts, p_tokens, v_outcomes, p_flags) with ordinality
                     w(org, request_id, action, amount, tokens, outcome, flags, place)
                 where w.action in (3, 4) and w.outcome = -1 and h.organization_id = w.org and h.request_id = w.request_id
-                returning w.place::int, h.organization_id as org, h.chain_id, h.leg, h.model, h.flags | w.flags as flags, h.amount_micros, h.tokens as held_tokens,
+                returning w.place::int, h.organization_id as org, h.chain_id, h.leg, h.model, h.feature, h.flags | w.flags as flags, h.amount_micros, h.tokens as held_tokens,
                     case w.action when 3 then w.amount else 0 end as charged, case w.action when 3 then w.tokens else 0 end as tokens,
                     case w.action when 3 then 1 else 0 end as calls
             ), deltas as materialized (
@@ -524,7 +529,7 @@ begin
                     sum(case e.metric when 0 then g.amount_micros when 1 then 1 else g.held_tokens end)::bigint as held
                 from gone g join chains c on c.organization_id = g.org and c.chain_id = g.chain_id
                 cross join lateral unnest(c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters) e(id, start, metric, leg, filter)
-                where (e.leg = 0 or e.leg = g.leg) and (e.filter is null or g.model like e.filter) and not (e.metric = 0 and g.flags & 2 = 2)
+                where (e.leg = 0 or e.leg = g.leg) and credits.admits(e.filter, g.model, g.feature) and not (e.metric = 0 and g.flags & 2 = 2)
                 group by 1, 2, 3
             ), moved as (
                 update balances b set used_amount = used_amount + d.used, held_amount = held_amount - d.held,
@@ -552,8 +557,8 @@ begin
         if v_demands then
             select t.rooms, t.tight_orgs, t.tight_ids, t.tight_starts into v_rooms, v_tight_orgs, v_tight_ids, v_tight_starts
             from credits.take(p_organization_ids, p_actions, p_request_ids, p_user_ids, p_api_key_ids, p_amounts, p_tokens, p_flags, p_models,
-                v_chains, v_legs, v_outcomes, v_gates, v_versions, v_now) t;
-            -- No leg may pay for the model: nothing was asked of any pool.
+                p_features, v_chains, v_legs, v_outcomes, v_gates, v_versions, v_now) t;
+            -- No leg may pay for the request: nothing was asked of any pool.
             for v_row in select place from unnest(p_actions, v_outcomes, v_legs, p_flags) with ordinality u(action, outcome, leg, flags, place)
                          where action in (1, 5) and outcome = -1 and leg = 0 and flags & 2 = 0 loop
                 v_details[v_row.place] := 'no_pool_for_model';
@@ -572,7 +577,7 @@ begin
     elsif v_tight_ids is not null or 'no_pool_for_model' = any (v_details) then
         select t.outcomes, t.details, t.bindings, t.legs, t.split_places, t.split_legs, t.split_micros
         into v_outcomes, v_details, v_bindings, v_legs, v_split_places, v_split_legs, v_split_micros
-        from credits.decide_tight(p_organization_ids, p_actions, p_amounts, p_tokens, p_flags, p_models, v_chains, v_legs, v_outcomes,
+        from credits.decide_tight(p_organization_ids, p_actions, p_amounts, p_tokens, p_flags, p_models, p_features, v_chains, v_legs, v_outcomes,
             v_details, v_bindings, coalesce(v_tight_orgs, '{}'), coalesce(v_tight_ids, '{}'), coalesce(v_tight_starts, '{}'),
             coalesce(v_hopeless, '{}'), v_now) t;
         v_positions := null;  -- measured before the refusals were taken back
@@ -588,7 +593,7 @@ begin
     perform credits.post_batch(p_organization_ids, p_actions, p_request_ids, p_amounts, p_tokens, p_costs, p_usages, p_marks, p_leases, p_flags,
         p_providers, p_models, p_price_version_ids, p_provider_key_ids, p_conversation_ids, p_used_at, p_keys, p_body_hashes,
         v_chains, v_legs, v_outcomes, v_details, v_bindings, v_held, v_charged, p_user_ids, p_api_key_ids,
-        v_split_places, v_split_legs, v_split_micros, v_teams, v_departments, v_department_names, v_pools, v_positions, v_now);
+        v_split_places, v_split_legs, v_split_micros, v_teams, v_departments, v_department_names, v_pools, v_positions, p_features, v_now);
 
     if 8 = any (v_outcomes) then
         for v_row in select place::int, elder from unnest(v_outcomes, v_legs) with ordinality u(outcome, elder, place) where outcome = 8 order by place loop
@@ -603,11 +608,11 @@ begin
         end loop;
     end if;
     if v_rooms is null then
-        v_rooms := credits.rooms_of(p_organization_ids, v_chains, p_models);
+        v_rooms := credits.rooms_of(p_organization_ids, v_chains, p_models, p_features);
     elsif array_position(v_rooms, null) is not null then
         v_rooms := array(select coalesce(u.room, u.other) from (
             select unnest(v_rooms) as room, unnest(credits.rooms_of(p_organization_ids, array(select case when r is null then c end
-                from (select unnest(v_rooms) as r, unnest(v_chains) as c) m), p_models)) as other) u);
+                from (select unnest(v_rooms) as r, unnest(v_chains) as c) m), p_models, p_features)) as other) u);
     end if;
     return query
     select w.place, case when w.outcome in (-1, 9) then 0 when w.outcome = 10 then 8 else w.outcome end::smallint, w.request_id,

@@ -38,6 +38,7 @@ begin
             array_agg(h.price_version_id order by h.lease_expires_at, h.request_id) as prices,
             array_agg(h.provider_key_id order by h.lease_expires_at, h.request_id) as provider_keys,
             array_agg(h.conversation_id order by h.lease_expires_at, h.request_id) as conversations,
+            array_agg(h.feature order by h.lease_expires_at, h.request_id) as features,
             count(*)::int as n
         from (
             select *, case when not is_sent then 0 when flags & 8 = 8 then greatest(floor_micros, progress_micros) else amount_micros end as charge
@@ -50,7 +51,7 @@ begin
         array(select u.count from generate_series(1, b.n) i, unnest(credits.no_usage()) with ordinality u(count, place) order by i, u.place),
         array_fill(0::bigint, array[b.n]), array_fill(0, array[b.n]), b.flags, b.providers, b.models, b.prices,
         b.provider_keys, b.conversations, array_fill(null::timestamptz, array[b.n]), array_fill(null::text, array[b.n]),
-        array_fill(null::bytea, array[b.n]), p_at) v;
+        array_fill(null::bytea, array[b.n]), b.features, p_at) v;
     return v_count;
 end $$;
 comment on function credits.end_holds is 'Ends at most so many holds, whose lease is over, of some organizations';
@@ -62,7 +63,7 @@ comment on function credits.end_holds is 'Ends at most so many holds, whose leas
 create or replace function credits.move_one(
     p_organization_id uuid, p_action smallint, p_request_id uuid, p_user_id uuid, p_api_key_id uuid, p_amount bigint, p_tokens bigint,
     p_cost bigint, p_usage integer[], p_mark bigint, p_lease integer, p_flags integer, p_provider text, p_model text, p_price_version_id uuid,
-    p_provider_key_id uuid, p_conversation_id uuid, p_used_at timestamptz, p_key text, p_body_hash bytea, p_at timestamptz default null
+    p_provider_key_id uuid, p_conversation_id uuid, p_used_at timestamptz, p_key text, p_body_hash bytea, p_feature text, p_at timestamptz default null
 ) returns credits.verdict
 language plpgsql volatile security definer
 set search_path = credits, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_hashjoin = off
@@ -95,7 +96,7 @@ begin
                 delete from holds h
                 using chains c
                 where h.organization_id = p_organization_id and h.request_id = p_request_id and (h.flags | p_flags) & 66 = 0
-                  and h.model is not distinct from p_model and c.organization_id = h.organization_id and c.chain_id = h.chain_id and c.is_plain
+                  and h.model is not distinct from p_model and h.feature is not distinct from p_feature and c.organization_id = h.organization_id and c.chain_id = h.chain_id and c.is_plain
                 returning h.amount_micros as held, c.organization_id as org, c.chain_id, c.user_id, c.api_key_id, c.team_id, c.department_id,
                     c.department_name, c.leg_pool_ids[1] as pool_id, c.entry_ids, c.entry_starts
             ), moved as (
@@ -156,7 +157,7 @@ begin
         select * into strict v_verdict from credits.move_batch(p_organization_id, array[p_organization_id], array[p_action], array[p_request_id],
             array[p_user_id], array[p_api_key_id], array[p_amount], array[p_tokens], array[p_cost], p_usage, array[p_mark], array[p_lease],
             array[p_flags], array[p_provider], array[p_model], array[p_price_version_id], array[p_provider_key_id], array[p_conversation_id],
-            array[p_used_at], array[p_key], array[p_body_hash], p_at);
+            array[p_used_at], array[p_key], array[p_body_hash], array[p_feature], p_at);
         return v_verdict;
     end if;
     if p_action = 1 then
@@ -164,19 +165,19 @@ begin
             array[p_cost], p_usage, array[p_mark], array[p_lease], array[p_flags], array[p_provider], array[p_model],
             array[p_price_version_id], array[p_provider_key_id], array[p_conversation_id], null, array[p_key], array[p_body_hash],
             array[v_took.chain_id], array[1::smallint], array[-1::smallint], null, null, null, null, null, null, null, null, null, null, null,
-            null, null, null, v_now);
+            null, null, null, array[p_feature], v_now);
         return row(1, 0::smallint, p_request_id, p_amount, 0, v_took.room, null::uuid, null::text)::credits.verdict;
     end if;
     insert into ledger.attribution (organization_id, request_id, booked_at, used_at, kind, user_id, api_key_id, provider_key_id, provider, model,
         team_id, department_id, department_name, conversation_id, chain_id, price_version_id, pool_id, position_micros, charged_micros, hold_micros,
         provider_cost_nano_usd, customer_cost_nano_usd, flags, input_tokens, cache_read_tokens, cache_write_5m_tokens, cache_write_1h_tokens,
         output_tokens, reasoning_tokens, audio_input_tokens, audio_output_tokens, image_input_tokens, image_output_tokens, images, web_searches,
-        audio_milliseconds, characters, requests, file_searches, code_sessions)
+        audio_milliseconds, characters, requests, file_searches, code_sessions, feature)
     values (p_organization_id, p_request_id, v_now, coalesce(p_used_at, v_now), 0, nullif(v_took.user_id, v_zero), nullif(v_took.api_key_id, v_zero),
         p_provider_key_id, p_provider, p_model, v_took.team_id, v_took.department_id, v_took.department_name, p_conversation_id, v_took.chain_id,
         p_price_version_id, v_took.pool_id, v_took.base, p_amount, v_took.held, p_cost, 0, p_flags & ~49, p_usage[1], p_usage[2], p_usage[3],
         p_usage[4], p_usage[5], p_usage[6], p_usage[7], p_usage[8], p_usage[9], p_usage[10], p_usage[11], p_usage[12], p_usage[13], p_usage[14],
-        p_usage[15], p_usage[16], p_usage[17]);
+        p_usage[15], p_usage[16], p_usage[17], p_feature);
     if p_key is not null then
         insert into commands (organization_id, idempotency_key, body_hash, request_id, outcome, answered_at, kept_until)
         values (p_organization_id, p_key, p_body_hash, p_request_id,
@@ -199,7 +200,7 @@ create or replace function credits.authorize(
 language sql volatile security definer set search_path = credits, pg_temp as $$
     select credits.move_one(p_organization_id, 1::smallint, p_request_id, p_user_id, p_api_key_id, p_amount_micros, 0, 0, credits.no_usage(), 0,
         p_lease_seconds, 32, null, p_model, null, null, null, null, p_idempotency_key,
-        credits.hash_of('authorize', p_user_id::text, p_api_key_id::text, p_amount_micros::text, p_model), p_at);
+        credits.hash_of('authorize', p_user_id::text, p_api_key_id::text, p_amount_micros::text, p_model), null, p_at);
 $$;
 comment on function credits.authorize is 'Holds credits for one request';
 
@@ -209,7 +210,7 @@ create or replace function credits.extend(
 ) returns credits.verdict
 language sql volatile security definer set search_path = credits, pg_temp as $$
     select credits.move_one(p_organization_id, 2::smallint, p_request_id, null, null, p_more_micros, 0, 0, credits.no_usage(), p_progress_micros,
-        p_lease_seconds, 1, null, null, null, null, null, null, null, null, p_at);
+        p_lease_seconds, 1, null, null, null, null, null, null, null, null, null, p_at);
 $$;
 comment on function credits.extend is 'Holds more for a running request, marks its progress and renews its lease';
 
@@ -219,14 +220,14 @@ create or replace function credits.settle(
 ) returns credits.verdict
 language sql volatile security definer set search_path = credits, pg_temp as $$
     select credits.move_one(p_organization_id, 3::smallint, p_request_id, p_user_id, p_api_key_id, p_charged_micros, 0, p_provider_cost_nano_usd,
-        credits.no_usage(), 0, 0, 0, null, p_model, null, null, null, null, null, null, p_at);
+        credits.no_usage(), 0, 0, 0, null, p_model, null, null, null, null, null, null, null, p_at);
 $$;
 comment on function credits.settle is 'Charges a request its true cost and frees the rest of its hold';
 
 create or replace function credits.release(p_organization_id uuid, p_request_id uuid, p_at timestamptz default null) returns credits.verdict
 language sql volatile security definer set search_path = credits, pg_temp as $$
     select credits.move_one(p_organization_id, 4::smallint, p_request_id, null, null, 0, 0, 0, credits.no_usage(), 0, 0, 0, null, null, null, null,
-        null, null, null, null, p_at);
+        null, null, null, null, null, p_at);
 $$;
 comment on function credits.release is 'Frees a hold and charges nothing';
 
@@ -237,7 +238,7 @@ create or replace function credits.deduct(
 language sql volatile security definer set search_path = credits, pg_temp as $$
     select credits.move_one(p_organization_id, 5::smallint, p_request_id, p_user_id, p_api_key_id, p_charged_micros, 0, 0, credits.no_usage(), 0, 0, 32,
         null, p_model, null, null, null, null, p_idempotency_key,
-        credits.hash_of('deduct', p_user_id::text, p_api_key_id::text, p_charged_micros::text, p_model), p_at);
+        credits.hash_of('deduct', p_user_id::text, p_api_key_id::text, p_charged_micros::text, p_model), null, p_at);
 $$;
 comment on function credits.deduct is 'Authorize and settle in one: charges now or refuses';
 
@@ -259,7 +260,7 @@ declare
     v_chain chains;
 begin
     select * into strict v_chain from chains where organization_id = p_organization_id and chain_id = v_chain_id;
-    return v_chain.refusal is null and coalesce(credits.available_of(p_organization_id, v_chain.chain_id, ''), 0) >= p_amount_micros;
+    return v_chain.refusal is null and coalesce(credits.available_of(p_organization_id, v_chain.chain_id, '', null), 0) >= p_amount_micros;
 end $$;
 comment on function credits.has_sufficient_credits is 'True when the user could spend this many micros now; asks, moves nothing';
 

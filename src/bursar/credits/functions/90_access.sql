@@ -12,6 +12,7 @@ grant execute on function credits.open_organization, credits.open_pool, credits.
     credits.set_top_up, credits.end_top_up, credits.begin_top_up, credits.decide_top_up,
     credits.depart, credits.arrive, credits.note_arrival to bursar_app, bursar_simulator;
 grant execute on function credits.limits_changed to bursar_app, bursar_owner, bursar_simulator;
+grant execute on function credits.admits to bursar_app, bursar_platform, bursar_owner, bursar_simulator;
 grant execute on function credits.available_of, credits.period_start, credits.period_end, credits.period_around,
     credits.calendar_of, credits.hash_of, credits.no_usage to bursar_app, bursar_platform;
 grant execute on function credits.reset_pool, credits.bring_up_to_date, credits.expire_holds_of, credits.told_open_part, credits.told_next_events, credits.told_pools,
