@@ -23,6 +23,7 @@ import psycopg
 import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from xdist.scheduler import LoadScopeScheduling
 
 from bursar import db
 from bursar.audit.events import OPERATOR
@@ -44,6 +45,41 @@ FOLDER_PREFIX = "bursar-tests-"
 # Crash tests use servers of their own, with everything durable.
 FAST_BUT_NOT_DURABLE = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
 SERVER_OPTIONS = {**FAST_BUT_NOT_DURABLE, "max_connections": "600", "shared_buffers": "256MB"}
+
+# Begun first, the longest at the beginning, so that no worker is left with one while the others have nothing to do.
+LONGEST = (
+    *("tests/promises/test_kills.py", "tests/promises/test_histories.py", "tests/promises/test_inputs.py"),
+    *("tests/promises/test_races.py", "tests/promises/test_provider_faults.py", "tests/docs/", "tests/demo/"),
+    *("tests/promises/", "tests/cli/test_serve.py", "tests/db/", "tests/credits/"),
+)
+# Folders whose tests share a database that takes long to fill: one worker makes it, once.
+TOGETHER = ("tests/demo/", "tests/docs/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: next((n for n, at in enumerate(LONGEST) if item.nodeid.startswith(at)), len(LONGEST)))
+
+
+class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+    """The tests of a file are one worker's, which makes once what they share; files are begun in the order of above."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return next((folder for folder in TOGETHER if nodeid.startswith(folder)), nodeid.partition("::")[0])
+
+    def remove_node(self, node: Any) -> str | None:
+        """The test that ended its worker is not tried again, as LoadScopeScheduling would."""
+        workload = self.assigned_work[node]
+        ended = next((each for unit in workload.values() for each, is_done in unit.items() if not is_done), None)
+        if ended is not None:
+            workload[self._split_scope(ended)][ended] = True
+        super().remove_node(node)
+        return ended
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
