@@ -282,7 +282,7 @@ class Charge:
     """What a request was charged: from which stretches of which pools' running totals, in order."""
 
     chain: "Chain"
-    model: str | None
+    what: What
     booked: datetime
     is_again: bool = False
     """Its request was charged before, by another way to pay."""
@@ -1211,7 +1211,7 @@ class Organization:
         """Caps and capped shares have so much less used; a reserved share is so much larger, unless others share it."""
         total = sum(end - start for _, start, end in back)
         for entry in charge.chain.always:
-            if entry.metric == CREDITS and admits(entry.filter, charge.model):
+            if entry.metric == CREDITS and admits(entry.filter, charge.what):
                 self.balances[entry.balance].used -= total
         for leg in charge.chain.legs:
             of_pool = sum(end - start for pool_id, start, end in back if pool_id == leg.pool_id)
@@ -1786,7 +1786,7 @@ class Organization:
         assert move.request is not None
         charge = self.charges.get(move.request)
         if charge is None:
-            charge = self.charges[move.request] = Charge(chain, move.model, now)
+            charge = self.charges[move.request] = Charge(chain, move.what, now)
         elif charge.chain is not chain:
             charge.is_again = True
         charge.draws += [(pool_id, start, end) for pool_id, (start, end) in draws.items()]
