@@ -432,6 +432,29 @@ def test_grants_of_a_schedule_may_last_or_have_a_time_of_their_own(scene: Scene)
     assert scene.findings() == []
 
 
+def test_a_grant_of_a_schedule_lasts_no_eternity(scene: Scene) -> None:
+    pool = scene.pool()
+    add = (
+        "select credits.add_schedule(%s, %s, %s, 'plan', 10, 100::smallint, false, 0, 'UTC', %s, 'month', 1,"
+        " %s::interval, false, null, null, null, null, null, %s, %s)"
+    )
+    tomorrow = NOON + timedelta(days=1)
+    with scene.refusal("BR400"):
+        scene.call(add, scene.organization, uuid7(), pool, tomorrow, "200000 years", "a", scene.now)
+    scene.call(add, scene.organization, uuid7(), pool, tomorrow, "1000 years", "b", scene.now)
+    scene.now = tomorrow
+    scene.wake()
+    assert scene.balance(pool).limit == 10
+
+
+def test_nobody_is_paid_for_a_grant(scene: Scene) -> None:
+    pool = scene.pool()
+    with scene.refusal("BR400"):
+        scene.grant(pool, 10, paid=-1)
+    with scene.refusal("BR400"):
+        scene.schedule(pool, 10, anchor=NOON + timedelta(days=1), paid=-1)
+
+
 def test_a_schedule_with_the_same_key_is_one(scene: Scene) -> None:
     pool = scene.pool()
     first = scene.schedule(pool, 100, key="plan")
@@ -637,12 +660,13 @@ def test_back_and_forth_nothing_is_lost(scene: Scene) -> None:
     assert scene.findings() == []
 
 
-def test_sources_that_are_known_are_those_of_the_table(scene: Scene) -> None:
-    """A list of grants reads every source that there may be."""
-    ((check,),) = scene.admin(
-        "select pg_get_constraintdef(oid) from pg_constraint where conname = 'grants_source_known'"
+def test_sources_that_are_known_are_those_of_the_tables(scene: Scene) -> None:
+    """A list of grants reads every source that there may be, and a schedule names one that its grants can have."""
+    checks = scene.admin(
+        "select pg_get_constraintdef(oid) from pg_constraint"
+        " where conname in ('grants_source_known', 'grant_schedules_source_known')"
     )
-    assert set(re.findall(r"'(\w+)'", check)) == {source.value for source in GrantSource}
+    assert [set(re.findall(r"'(\w+)'", check)) for (check,) in checks] == [{each.value for each in GrantSource}] * 2
 
 
 # ---------------------------------------------------------------------------------------------- what was so before

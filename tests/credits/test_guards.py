@@ -239,6 +239,11 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
         rules.test_a_strict_limit_on_other_models_or_on_what_the_customers_own_key_does_not_use_takes_guesses,
     ),
     *(
+        (name, "perform credits.require_paid(p_cost_basis_nano_usd);", "", grants.test_nobody_is_paid_for_a_grant)
+        for name in ("add_grant", "add_schedule")
+    ),
+    ("add_schedule", " or p_lasts > interval '1000 years'", "", grants.test_a_grant_of_a_schedule_lasts_no_eternity),
+    *(
         (
             name,
             guard,
@@ -697,9 +702,15 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     (
         "give_raise",
-        "p_ends_at <= greatest(p_starts_at, p_now)",
+        "p_ends_at <= v_starts_at",
         "false",
         limits.test_a_raise_without_time_or_amount_is_none,
+    ),
+    (
+        "give_raise",
+        "greatest(p_starts_at, p_now)",
+        "coalesce(p_starts_at, p_now)",
+        limits.test_a_raise_from_a_past_instant_begins_now_and_takes_at_its_end_what_it_gave,
     ),
     (
         "give_raise",

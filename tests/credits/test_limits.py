@@ -275,6 +275,24 @@ def test_a_raise_reaches_into_every_period_of_its_time(scene: Scene) -> None:
     assert scene.deduct(10, user).outcome is ACCEPTED
 
 
+def test_a_raise_from_a_past_instant_begins_now_and_takes_at_its_end_what_it_gave(scene: Scene) -> None:
+    user = scene.user()
+    scene.grant(scene.pool(), 1000)
+    cap = scene.limit(10, period="day")
+    scene.deduct(1, user)
+    scene.now = NOON + DAY
+    scene.deduct(10, user)
+    scene.raise_(cap, 50, starts=NOON, ends=NOON + DAY + timedelta(hours=1))
+    assert scene.balance(cap) == Balance(60, 10, 0, 0)
+    assert scene.deduct(50, user).outcome is ACCEPTED
+    scene.later(hours=1)
+    assert scene.deduct(1, user).outcome is REFUSED
+    assert scene.balance(cap) == Balance(10, 60, 0, 50)
+    rows = scene.admin("select limit_amount from credits.balances where balance_id = %s order by period_start", cap)
+    assert rows == [(10,), (10,)]
+    assert not scene.findings()
+
+
 def test_raises_add_up_and_stay_when_the_limit_changes(scene: Scene) -> None:
     pool, user = scene.pool(), scene.user()
     scene.grant(pool, 1000)

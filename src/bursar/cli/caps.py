@@ -243,7 +243,9 @@ def raise_cap(
     cap: Annotated[str, typer.Argument(help="The cap's id; of a default with whom it is for.")],
     amount: Annotated[str, typer.Option(help="How much on top: 50cr, or a count.")],
     until: Annotated[datetime, typer.Option(help="It ends at this instant (UTC), by itself.")],
-    since: Annotated[datetime | None, typer.Option("--from", help="It begins at this instant (UTC), else now.")] = None,
+    since: Annotated[
+        datetime | None, typer.Option("--from", help="It begins at this instant to come (UTC), else now.")
+    ] = None,
     user: UserOption = None,
     key: KeyNameOption = None,
     team: TeamOption = None,

@@ -144,7 +144,8 @@ async def raise_limit(
 ) -> UUID:
     """Give more than a limit does, for a time; it ends by itself at its instant. Returns the raise's id.
 
-    limit_id: of a limit, of a default (then subject_id says whose), or of a balance that `why` names.
+    limit_id: of a limit, of a default (then subject_id says whose), or of a balance that `why` names. starts_at: now
+    where it is None or past.
 
     Raises:
         NotFound: no such limit or subject. EndsTooEarly, KeyReused.

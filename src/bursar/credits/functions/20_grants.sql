@@ -417,6 +417,16 @@ begin
 end $$;
 comment on function credits.require_bounds is 'Refuses (BR400) bounds of a roll-over that make no sense';
 
+-- require_paid: money paid for credits is nothing or more.
+create or replace function credits.require_paid(p_cost_basis_nano_usd bigint) returns void
+language plpgsql immutable set search_path = credits, pg_temp as $$
+begin
+    if p_cost_basis_nano_usd < 0 then
+        raise exception 'the money paid for credits is not less than nothing' using errcode = 'BR400';
+    end if;
+end $$;
+comment on function credits.require_paid is 'Refuses (BR400) a negative price of a grant';
+
 -- await_grant: a grant that was inserted waits for its start.
 create or replace function credits.await_grant(p_organization_id uuid, p_grant_id uuid) returns void
 language sql volatile set search_path = credits, pg_temp as $$
@@ -454,6 +464,7 @@ begin
     if coalesce(p_expires_at, 'infinity') <= greatest(v_now, p_effective_at) then
         raise exception 'the grant would have expired before it can be spent' using errcode = 'BR400';
     end if;
+    perform credits.require_paid(p_cost_basis_nano_usd);
     perform credits.require_bounds(p_min_rollover_micros, p_max_rollover_micros);
     if p_max_rollover_micros is not null and (p_expires_at is null or coalesce(p_rollover_expires_at, 'infinity') <= p_expires_at) then
         raise exception 'what rolls over needs an expiry, and one of its own after it' using errcode = 'BR400';

@@ -33,6 +33,7 @@ begin
     end if;
     perform credits.require_amount(p_amount_micros, 1);
     perform credits.require_bounds(p_min_rollover_micros, p_max_rollover_micros);
+    perform credits.require_paid(p_cost_basis_nano_usd);
     if not exists (select 1 from pools where organization_id = p_organization_id and pool_id = p_pool_id and closed_at is null) then
         raise exception 'no such open pool' using errcode = 'BR404';
     end if;
@@ -42,8 +43,9 @@ begin
     if p_unit is null or p_unit not in ('day', 'week', 'month', 'year') or p_every is null or p_every not between 1 and 1000 then
         raise exception 'a schedule goes by 1 to 1000 days, weeks, months or years' using errcode = 'BR400';
     end if;
-    if p_lasts <= interval '0' or (p_is_lasting and (p_lasts is not null or p_max_rollover_micros is not null)) then
-        raise exception 'its grants last for ever, or for some time, after which they may roll over' using errcode = 'BR400';
+    -- An end beyond what there are instants for would fail whoever moves credits next, when the grant comes.
+    if p_lasts <= interval '0' or p_lasts > interval '1000 years' or (p_is_lasting and (p_lasts is not null or p_max_rollover_micros is not null)) then
+        raise exception 'its grants last for ever, or for some time up to 1000 years, after which they may roll over' using errcode = 'BR400';
     end if;
     if v_anchor not between v_now - interval '50 years' and v_now + interval '50 years' then
         raise exception 'the anchor is more than 50 years away' using errcode = 'BR400';

@@ -113,20 +113,22 @@ begin
 end $$;
 comment on function credits.target_of is 'The limit and balance that an id means: of a limit, of a default for one subject, or of a balance';
 
--- give_raise: a raise of a balance; what it changes now is applied now.
+-- give_raise: a raise of a balance; what it changes now is applied now. It begins now where an earlier instant is named: a period that was over
+-- then would get what this one is to have, and this one lose at the end what it never got.
 create or replace function credits.give_raise(
     p_organization_id uuid, p_raise_id uuid, p_balance_id uuid, p_limit_id uuid, p_limit_request_id uuid, p_amount bigint,
     p_starts_at timestamptz, p_ends_at timestamptz, p_reason text, p_created_by uuid, p_now timestamptz
 ) returns void
 language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_starts_at timestamptz := greatest(p_starts_at, p_now);
 begin
     perform credits.require_amount(p_amount, 1);
-    if p_ends_at is null or not isfinite(p_ends_at) or p_ends_at <= greatest(p_starts_at, p_now) then
+    if p_ends_at is null or not isfinite(p_ends_at) or p_ends_at <= v_starts_at then
         raise exception 'a raise ends after it begins' using errcode = 'BR464';
     end if;
     insert into raises (organization_id, raise_id, balance_id, limit_id, limit_request_id, amount, starts_at, ends_at, reason, created_at, created_by)
-    values (p_organization_id, p_raise_id, p_balance_id, p_limit_id, p_limit_request_id, p_amount, coalesce(p_starts_at, p_now), p_ends_at, p_reason,
-            p_now, p_created_by);
+    values (p_organization_id, p_raise_id, p_balance_id, p_limit_id, p_limit_request_id, p_amount, v_starts_at, p_ends_at, p_reason, p_now, p_created_by);
     perform credits.follow_raises(p_organization_id, p_now);
     perform credits.await_limits(p_organization_id);
 end $$;
