@@ -244,7 +244,8 @@ def raise_cap(
     amount: Annotated[str, typer.Option(help="How much on top: 50cr, or a count.")],
     until: Annotated[datetime, typer.Option(help="It ends at this instant (UTC), by itself.")],
     since: Annotated[
-        datetime | None, typer.Option("--from", help="It begins at this instant to come (UTC), else now.")
+        datetime | None,
+        typer.Option("--from", help="It begins at this instant (UTC); now where it is past or not given."),
     ] = None,
     user: UserOption = None,
     key: KeyNameOption = None,
