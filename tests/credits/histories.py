@@ -4,6 +4,7 @@ A step names what happens by small integers, read against what there is at that 
 history, also after steps were taken out of it.
 """
 
+import json
 import pickle
 import random
 import time
@@ -41,11 +42,11 @@ WEIGHTS = {
     "batch": 60, "grant": 9, "allocate": 5, "limit": 4, "end_limit": 2, "end_allocation": 2, "void": 3, "pool": 3,
     "expire": 7, "person": 2, "touch": 2, "default": 4, "own": 2, "raise": 3, "end_raise": 1, "renewed": 3,
     "reallocate": 2, "cycle": 1, "transfer": 4, "refund": 6, "schedule": 3, "cancel": 1, "forgive": 2, "switch": 2,
-    "again": 5,
+    "again": 5, "top_up": 2, "buy": 4, "bought": 4, "ask": 3, "decide": 3, "campaign": 1, "code": 2, "redeem": 3,
 }  # fmt: skip
 ARGUMENTS = {
     "allocate": 7, "limit": 7, "person": 3, "default": 9, "own": 8, "raise": 7, "renewed": 8, "transfer": 5,
-    "schedule": 9,
+    "schedule": 9, "top_up": 6, "ask": 6, "campaign": 8,
 }  # fmt: skip
 EARLIER = BEGINNING - timedelta(days=1)
 LATENESS = (0, 10, 10, 10**6, 30 * 10**6, 3600 * 10**6, 8 * 3600 * 10**6, 3 * 86400 * 10**6)  # microseconds
@@ -74,6 +75,15 @@ POOLS = """
 NAMES = """
     select grant_id, pool_id, parent_grant_id, amount_micros from credits.grants
     where organization_id = %s and created_at = %s order by grant_id"""
+PURCHASES = """
+    select p.pool_id, p.state, p.declines, nullif(p.next_try_at, '-infinity'), array(
+        select t.state from credits.top_ups t
+        where t.organization_id = p.organization_id and t.pool_id = p.pool_id order by t.requested_at)
+    from credits.top_up_policies p where p.organization_id = %s"""
+TERMS = """
+    select amount_micros, priority, nullif(credits_expire_at, 'infinity')
+    from credits.code_redemptions where organization_id = %s and redemption_id = %s"""
+WISHES = "select limit_request_id, state from credits.limit_requests where organization_id = %s"
 POUR = "select credits.pour(organization_id, pool_id, %s) from credits.pools where organization_id = %s"
 GRANTS = """
     select s.grant_id, s.state, s.left_micros,
@@ -266,6 +276,8 @@ class Stage:
             events += [h.expires for h in organization.holds.values()]
             events += [c.valid_until for c in organization.chains.values()]
             events += [s.next_at for s in organization.schedules.values()]
+            events += [p.next_try for p in organization.policies.values()]
+            events += [w.lapses for w in organization.wishes.values() if w.state == "open"]
             events += [a.renews_at for a in organization.allocations.values() if not a.is_ended]
             events += [r.starts for r in organization.raises.values() if r.state == "scheduled"]
             events += [r.ends for r in organization.raises.values() if r.state == "active"]
@@ -311,7 +323,9 @@ class Stage:
         cast = self.cast[org % 2]
         name = ("personal", "personal", "shared")[kind % 3] if kind else "shared"
         user = cast.users[owner % 3] if name == "personal" else None
-        like = FILTERS[pattern % len(FILTERS)]
+        self._open_pool(cast, name, user, FILTERS[pattern % len(FILTERS)])
+
+    def _open_pool(self, cast: Cast, name: str, user: UUID | None, like: str | None) -> None:
         self._command(
             cast,
             "select credits.open_pool(%s, %s, %s, %s, 'Pool', %s, %s)",
@@ -445,6 +459,176 @@ class Stage:
             "select credits.cancel_schedule(%s, %s, %s) is null",
             [cast.organization, schedule_id, self.now],
             lambda o: o.cancel_schedule(schedule_id, self.now),
+        )
+
+    def _top_up(self, org: int, pool: int, below: int, amount: int, ceiling: int, hourly: int) -> None:
+        """A pool shall buy by itself, or no more."""
+        cast = self.cast[org % 2]
+        pool_id = self._pick_pool(cast, pool)
+        if below % 7 == 0:
+            self._command(
+                cast,
+                "select credits.end_top_up(%s, %s, %s) is null",
+                [cast.organization, pool_id, self.now],
+                lambda o: o.end_top_up(pool_id, self.now),
+            )
+            return
+        size = (20, 45, 0)[amount % 3 if amount % 4 else 0]
+        terms = ((10, 60, 10**4)[below % 3], size, (40, 100, 10**5)[ceiling % 3])
+        most = 1 + hourly % 3
+        self._command(
+            cast,
+            "select credits.set_top_up(%s, %s, %s, %s, %s, %s, null, %s) is null",
+            [cast.organization, pool_id, *terms, most, self.now],
+            lambda o: o.set_top_up(pool_id, *terms, most, self.now),
+        )
+
+    def _buy(self, org: int, which: int, below: int, amount: int) -> None:
+        """What the worker does; the first time, a policy is set."""
+        cast = self.cast[org % 2]
+        pools = list(self._model(cast).policies)
+        if not pools:
+            self._top_up(org, which, below, amount, amount // 3, which)
+            return
+        pool_id, purchase_id = pools[which % len(pools)], uuid7()
+        self._command(
+            cast,
+            "select top_up_id from credits.begin_top_up(%s, %s, %s, %s)",
+            [cast.organization, pool_id, purchase_id, self.now],
+            lambda o: o.begin_top_up(pool_id, purchase_id, self.now),
+        )
+
+    def _bought(self, org: int, which: int, succeeded: int, _: int) -> None:
+        """It was paid or not; mostly of one that is not decided yet."""
+        cast = self.cast[org % 2]
+        purchases = self._model(cast).purchases
+        if not purchases:
+            self._buy(org, which, succeeded, which)
+            return
+        open_ones = [p for p in purchases if purchases[p].state == "pending"]
+        found = open_ones if open_ones and which % 5 else list(purchases)
+        purchase_id = found[which % len(found)] if which % 29 else uuid7()
+        is_paid = succeeded % 3 > 0
+        self._command(
+            cast,
+            "select state from credits.decide_top_up(%s, %s, %s, 0, null, null, %s)",
+            [cast.organization, purchase_id, is_paid, self.now],
+            lambda o: o.decide_top_up(purchase_id, is_paid, self.now),
+        )
+
+    def _ask(self, org: int, which: int, who: int, user: int, amount: int, until: int) -> None:
+        cast = self.cast[org % 2]
+        limits = self._model(cast).limits
+        asking = [x for x in limits if limits[x].action == "asks" and not limits[x].is_ended] if which % 7 else []
+        if which % 7 and not asking:
+            self._default(org, who, 0, 0, 0, until, 1 + amount % 5, 1, 0)
+            return
+        limit_ids = asking or list(limits)
+        limit_id = limit_ids[which % len(limit_ids)] if limit_ids else uuid7()
+        limit = limits.get(limit_id)
+        subject = self._subject(cast, limit.scope, who) if limit and limit.each and who % 13 else None
+        member, micros = cast.users[user % 3], (5, 20, 60, 0)[amount % 4 if amount % 5 else amount % 3]
+        ends = self.now + timedelta(seconds=(3600, 86400, 20 * 86400, 0)[until % 4 if until % 5 else until % 3])
+        key_text = f"ask {amount % 40}"
+
+        def ask(reason: str | None) -> tuple[list[Any], Run]:
+            wish_id = uuid7()
+            wish = [wish_id, limit_id, subject, member, micros, ends, reason or "a demo", key_text, self.now]
+            return [cast.organization, *wish], lambda o: o.ask_for_more(*wish)  # type: ignore[arg-type]
+
+        self._keyed(cast, "select credits.request_raise(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)", ask)
+
+    def _decide(self, org: int, which: int, how: int, _: int) -> None:
+        cast = self.cast[org % 2]
+        wishes = self._model(cast).wishes
+        if not wishes:
+            self._ask(org, which, how, which, 1 + how % 4, how)
+            return
+        open_ones = [w for w in wishes if wishes[w].state == "open"]
+        found = open_ones if open_ones and which % 5 else list(wishes)
+        wish_id, raise_id = found[which % len(found)] if which % 29 else uuid7(), uuid7()
+        other = (7, self.now + timedelta(hours=2)) if how % 2 else (None, None)
+        self._command(
+            cast,
+            "select credits.decide_request(%s, %s, %s, %s, %s, %s, null, null, %s)",
+            [cast.organization, wish_id, how % 3 > 0, raise_id, *other, self.now],
+            lambda o: o.decide_wish(wish_id, how % 3 > 0, raise_id, *other, self.now),
+        )
+
+    def _campaign(
+        self, org: int, starts: int, ends: int, life: int, per_code: int, per_person: int, per_day: int, in_all: int
+    ) -> None:
+        cast = self.cast[org % 2]
+        campaign_id = uuid7()
+        begins = self.now + timedelta(hours=(0, 0, 0, 5)[starts % 4])
+        until = (None, None, begins + timedelta(days=4), self.now)[ends % 4 if ends % 3 else 0]
+        credits_end = (None, None, self.now + timedelta(days=6))[life % 3]
+        days = (None, 1, 3)[life % 7 % 3]
+        most = (1 + per_code % 3, 1 + per_person % 2, (None, 1, 2)[per_day % 3], (None, 3)[in_all % 2])
+        campaign = ref.Campaign(
+            15, 50, begins, until or ref.LATEST, credits_end or ref.LATEST, days, *most[:2], *most[2:]
+        )
+        terms: dict[str, Any] = {"name": f"Campaign {campaign_id}", "amount_micros": 15, "priority": 50}
+        terms |= {"is_for_members": True, "valid_from": begins, "valid_until": until or "infinity"}
+        terms |= {"credits_expire_at": credits_end or "infinity", "credits_days": days}
+        terms |= dict(zip(("most_per_code", "most_per_person", "most_per_day", "most_in_all"), most, strict=True))
+        self._command(
+            cast,
+            "select credits.open_campaign(%s, %s, %s, null, %s) is null",
+            [cast.organization, campaign_id, json.dumps(terms, default=str), self.now],
+            lambda o: o.open_campaign(campaign_id, campaign, self.now),
+        )
+
+    def _code(self, org: int, which: int, revokes: int, code: int) -> None:
+        """One more of a campaign; sometimes one, or all of them, are no good any more."""
+        cast = self.cast[org % 2]
+        model, code_id = self._model(cast), uuid7()
+        campaigns, codes = list(model.campaigns), list(model.codes)
+        if not campaigns:
+            self._campaign(org, 0, which, code, which, revokes, code, revokes)
+            return
+        campaign_id = campaigns[which % len(campaigns)] if which % 29 else uuid7()
+        if revokes % 5 == 0:
+            ended = codes[code % len(codes)] if codes and revokes % 10 else None
+            self._command(
+                cast,
+                "select credits.revoke_codes(%s, %s, %s, null, %s)",
+                [cast.organization, campaign_id, ended, self.now],
+                lambda o: o.revoke_codes(campaign_id, ended, self.now),
+            )
+            return
+        self._command(
+            cast,
+            "select credits.add_codes(%s, %s, %s, %s)",
+            [cast.organization, campaign_id, json.dumps({str(code_id): "hint"}), self.now],
+            lambda o: o.add_code(campaign_id, code_id, self.now),
+        )
+
+    def _redeem(self, org: int, which: int, who: int, stops: int) -> None:
+        """Claimed, then granted, as one call does it; sometimes it stops in between, and is done again later."""
+        cast = self.cast[org % 2]
+        if not self._model(cast).codes:
+            self._code(org, which, 1, stops)
+            return
+        codes, user, claim_id = list(self._model(cast).codes), cast.users[who % 3], uuid7()
+        code_id = codes[which % len(codes)] if codes else uuid7()
+        redeem = "select redemption_id from credits.redeem_code(%s, %s, %s, %s, '', %s, %s)"
+        claim = [cast.organization, claim_id, code_id, user, cast.organization, self.now]
+        self._command(cast, redeem, claim, lambda o: o.redeem(claim_id, code_id, user, self.now))
+        model = self._model(cast)
+        redeemed = model.codes[code_id].redeemed.get(user) if code_id in model.codes else None
+        if redeemed is None or stops % 5 == 0:
+            return
+        row = self.admin.execute(TERMS, [cast.organization, redeemed[0]]).fetchone()
+        assert row is not None
+        self._open_pool(cast, "personal", user, None)
+        own = next(p for p in model.pools.values() if (p.kind, p.owner, p.filter) == ("personal", user, None))
+        grant_id = uuid7()
+        self._command(
+            cast,
+            "select credits.grant_code(%s, %s, %s, %s, 'Welcome', 'hint', %s, %s, %s, null, %s)",
+            [cast.organization, grant_id, own.pool_id, redeemed[0], *row, self.now],
+            lambda o: o.grant_code(grant_id, own.pool_id, redeemed[0], code_id, self.now),
         )
 
     def _switch(self, org: int, to: int, key: int, _: int) -> None:
@@ -854,6 +1038,14 @@ class Stage:
         self._same(number, "pools", self._rows(POOLS, cast), {
             p.pool_id: (p.kind, p.owner, p.filter, p.is_closed) for p in model.pools.values()
         })  # fmt: skip
+        self._same(number, "purchases", self._rows(PURCHASES, cast), {
+            pool_id: (
+                p.state, p.declines, None if p.next_try == ref.EARLIEST else p.next_try,
+                [each.state for each in model.purchases.values() if each.pool_id == pool_id],
+            )
+            for pool_id, p in model.policies.items()
+        })  # fmt: skip
+        self._same(number, "wishes", self._rows(WISHES, cast), {w: (x.state,) for w, x in model.wishes.items()})
         for pool in model.pools.values():
             model.pour(pool, self.now)
         self._same(number, "grants", self._grants(cast), {

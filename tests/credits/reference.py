@@ -278,6 +278,67 @@ class Schedule:
 
 
 @dataclass
+class Policy:
+    """When a pool buys more by itself."""
+
+    threshold: int
+    amount: int
+    ceiling: int
+    most_per_hour: int
+    state: str = "active"
+    declines: int = 0
+    next_try: datetime = EARLIEST
+
+
+@dataclass
+class Purchase:
+    """One that a pool made by itself."""
+
+    pool_id: UUID
+    amount: int
+    requested: datetime
+    state: str = "pending"
+
+
+@dataclass
+class Wish:
+    """A member's request for more than a limit gives."""
+
+    balance_id: UUID
+    user: UUID
+    amount: int
+    until: datetime
+    lapses: datetime
+    state: str = "open"
+
+
+@dataclass
+class Campaign:
+    """What its codes give, to whom and how often; None: as often as anybody likes. days: how long the credits last."""
+
+    amount: int
+    priority: int
+    starts: datetime
+    ends: datetime
+    credits_end: datetime
+    days: int | None
+    per_code: int
+    per_person: int
+    per_day: int | None
+    in_all: int | None
+    is_revoked: bool = False
+
+
+@dataclass
+class Code:
+    """A code, and who redeemed it."""
+
+    campaign_id: UUID
+    is_revoked: bool = False
+    redeemed: dict[UUID, tuple[UUID, datetime]] = field(default_factory=dict)
+
+
+@dataclass
 class Charge:
     """What a request was charged: from which stretches of which pools' running totals, in order."""
 
@@ -500,6 +561,11 @@ class Organization:
     results: dict[str, Any] = field(default_factory=dict)
     schedules: dict[UUID, Schedule] = field(default_factory=dict)
     charges: dict[UUID, Charge] = field(default_factory=dict)
+    policies: dict[UUID, Policy] = field(default_factory=dict)
+    purchases: dict[UUID, Purchase] = field(default_factory=dict)
+    wishes: dict[UUID, Wish] = field(default_factory=dict)
+    campaigns: dict[UUID, Campaign] = field(default_factory=dict)
+    codes: dict[UUID, Code] = field(default_factory=dict)
     unrecorded: set[UUID] = field(default_factory=set)
     """Requests whose holds ended in the batch that is being decided."""
     names: Names = field(default_factory=Names)
@@ -985,6 +1051,17 @@ class Organization:
                 counted = own.balance_id
         return self.counters.setdefault((*limit.kind, subject), counted)
 
+    def _meant(self, limit_id: UUID, subject: UUID | None) -> Limit:
+        """The limit that is meant: of a default and one that it is for, what is theirs instead."""
+        limit = self.limits.get(limit_id)
+        if limit is not None and limit.each and not limit.is_ended and limit.amount is not None:
+            own = (o for o in self.limits.values() if not o.is_ended and not o.each and o.kind == limit.kind)
+            limit = next((o for o in own if o.scope_id == subject), limit)
+            limit = None if limit.each and subject is None else limit
+        if limit is None or limit.is_ended or limit.amount is None:
+            raise Refused("BR404")
+        return limit
+
     def raise_limit(
         self,
         raise_id: UUID,
@@ -1001,20 +1078,77 @@ class Organization:
         body = ("raise", limit_id, subject, amount, starts, ends, reason)
         if self._begin(now, key, body) is not None:
             return UUID(str(self.results[key]))
-        limit = self.limits.get(limit_id)
-        if limit is not None and limit.each and not limit.is_ended and limit.amount is not None:
-            own = (o for o in self.limits.values() if not o.is_ended and not o.each and o.kind == limit.kind)
-            limit = next((o for o in own if o.scope_id == subject), limit)
-            limit = None if limit.each and subject is None else limit
-        if limit is None or limit.is_ended or limit.amount is None:
-            raise Refused("BR404")
+        limit = self._meant(limit_id, subject)
+        self._give_raise(raise_id, self._balance_of(limit, subject), amount, starts, ends, now)
+        self._end(now, key, body, raise_id)
+        return raise_id
+
+    def _give_raise(
+        self, raise_id: UUID, balance_id: UUID, amount: int, starts: datetime | None, ends: datetime, now: datetime
+    ) -> None:
         if not 1 <= amount <= MOST:
             raise Refused("BR400")
         if ends <= max(now, starts or now):
             raise Refused("BR464")
-        self.raises[raise_id] = Raise(self._balance_of(limit, subject), amount, starts or now, ends)
+        self.raises[raise_id] = Raise(balance_id, amount, starts or now, ends)
         self._follow_raises(now)
-        self._end(now, key, body, raise_id)
+
+    def ask_for_more(
+        self,
+        wish_id: UUID,
+        limit_id: UUID,
+        subject: UUID | None,
+        user: UUID,
+        amount: int,
+        until: datetime,
+        reason: str,
+        key: str,
+        now: datetime,
+    ) -> UUID:
+        """A member wants more than a limit gives, which asks; nothing changes until somebody decides."""
+        body = ("ask_for_more", limit_id, subject, user, amount, until, reason)
+        if self._begin(now, key, body) is not None:
+            return UUID(str(self.results[key]))
+        if not 1 <= amount <= MOST:
+            raise Refused("BR400")
+        if until <= now:
+            raise Refused("BR464")
+        if user not in self.members or self.members[user].status != "active":
+            raise Refused("BR404")
+        limit = self._meant(limit_id, subject)
+        if limit.action != "asks":
+            raise Refused("BR461")
+        balance_id = self._balance_of(limit, subject)
+        for wish in self.wishes.values():
+            if (wish.balance_id, wish.user, wish.state) == (balance_id, user, "open"):
+                if wish.lapses > now:
+                    raise Refused("BR462")
+                wish.state = "denied"
+        lapses = min(now + timedelta(days=14), until)
+        self.wishes[wish_id] = Wish(balance_id, user, amount, until, lapses)
+        self._end(now, key, body, wish_id)
+        return wish_id
+
+    def decide_wish(
+        self,
+        wish_id: UUID,
+        is_approved: bool,
+        raise_id: UUID,
+        amount: int | None,
+        until: datetime | None,
+        now: datetime,
+    ) -> UUID | None:
+        """Approved, as asked or otherwise, it is a raise."""
+        self.fold(now)
+        wish = self.wishes.get(wish_id)
+        if wish is None:
+            raise Refused("BR404")
+        if wish.state != "open" or wish.lapses <= now:
+            raise Refused("BR463")
+        wish.state = "approved" if is_approved else "denied"
+        if not is_approved:
+            return None
+        self._give_raise(raise_id, wish.balance_id, amount or wish.amount, None, until or wish.until, now)
         return raise_id
 
     def end_raise(self, raise_id: UUID, now: datetime) -> None:
@@ -1127,6 +1261,140 @@ class Organization:
         grant_id = self.names.grant(pool_id, None, amount)
         self._add_grant(Grant(grant_id, pool_id, amount, priority, is_free, now, LATEST, now, amount))
         self.fold(now)
+
+    # ------------------------------------------------------------------ top-ups
+
+    def set_top_up(
+        self, pool_id: UUID, threshold: int, amount: int, ceiling: int, most_per_hour: int, now: datetime
+    ) -> None:
+        """When a pool buys by itself; set again, it begins anew after declines and a runaway."""
+        self.fold(now)
+        if not (0 <= threshold <= MOST and 1 <= amount <= ceiling <= MOST):
+            raise Refused("BR400")
+        self._open_pool_named(pool_id)
+        self.policies[pool_id] = Policy(threshold, amount, ceiling, most_per_hour)
+
+    def end_top_up(self, pool_id: UUID, now: datetime) -> None:
+        """It buys no more; an open purchase goes on."""
+        self.fold(now)
+        if pool_id not in self.policies or self.policies[pool_id].state == "ended":
+            raise Refused("BR404")
+        self.policies[pool_id].state = "ended"
+
+    def begin_top_up(self, pool_id: UUID, purchase_id: UUID, now: datetime) -> UUID | None:
+        """The open purchase of a pool, or a new one where it has less than its threshold and nothing forbids it."""
+        self.fold(now)
+        for each, purchase in self.purchases.items():
+            if (purchase.pool_id, purchase.state) == (pool_id, "pending"):
+                return each
+        policy, pool = self.policies.get(pool_id), self.pools.get(pool_id)
+        if policy is None or policy.state != "active" or policy.next_try > now or pool is None or pool.is_closed:
+            return None
+        if self.balance(pool_id).room >= policy.threshold:
+            return None
+        month = period_of("month", self.zone, now, self.anchor)
+        counted = [p for p in self.purchases.values() if p.pool_id == pool_id and p.state != "failed"]
+        if sum(1 for p in counted if p.requested > now - timedelta(hours=1)) >= policy.most_per_hour:
+            policy.state = "runaway"
+            return None
+        if sum(p.amount for p in counted if p.requested >= month[0]) + policy.amount > policy.ceiling:
+            policy.next_try = month[1]
+            return None
+        self.purchases[purchase_id] = Purchase(pool_id, policy.amount, now)
+        return purchase_id
+
+    def decide_top_up(self, purchase_id: UUID, succeeded: bool, now: datetime) -> str:
+        """Bought: the credits come, also where the pool has closed. Declined: a pause of an hour, then two, four …"""
+        self.fold(now)
+        purchase = self.purchases.get(purchase_id)
+        if purchase is None:
+            raise Refused("BR404")
+        state = "succeeded" if succeeded else "failed"
+        if purchase.state == state:
+            return state
+        if purchase.state == "succeeded":
+            raise Refused("BR451")
+        policy = self.policies[purchase.pool_id]
+        if succeeded:
+            policy.declines = 0
+            self._grant_now(purchase.pool_id, purchase.amount, 100, False, now)
+        else:
+            policy.next_try = now + min(timedelta(hours=24), timedelta(hours=2**policy.declines))
+            policy.declines += 1
+            if policy.declines >= 6 and policy.state == "active":
+                policy.state = "declined"
+        purchase.state = state
+        return state
+
+    # ------------------------------------------------------------------ codes
+
+    def open_campaign(self, campaign_id: UUID, campaign: Campaign, now: datetime) -> None:
+        """A campaign, whose codes come later."""
+        self.fold(now)
+        if not 1 <= campaign.amount <= MOST or campaign.ends <= now or campaign.credits_end <= now:
+            raise Refused("BR400")
+        self.campaigns[campaign_id] = campaign
+
+    def add_code(self, campaign_id: UUID, code_id: UUID, now: datetime) -> int:
+        """One more; how many."""
+        self.fold(now)
+        if campaign_id not in self.campaigns or self.campaigns[campaign_id].is_revoked:
+            raise Refused("BR404")
+        self.codes[code_id] = Code(campaign_id)
+        return 1
+
+    def revoke_codes(self, campaign_id: UUID, code_id: UUID | None, now: datetime) -> int:
+        """One code, or the campaign with all of them; how many that ended."""
+        self.fold(now)
+        ended = [
+            code
+            for each, code in self.codes.items()
+            if code.campaign_id == campaign_id and not code.is_revoked and code_id in (None, each)
+        ]
+        for code in ended:
+            code.is_revoked = True
+        if code_id is None and campaign_id in self.campaigns:
+            self.campaigns[campaign_id].is_revoked = True
+        return len(ended)
+
+    def redeem(self, redemption_id: UUID, code_id: UUID, user: UUID, now: datetime) -> UUID:
+        """One redemption for a person; the same person and code again is the same. Its id."""
+        self.fold(now)
+        if code_id not in self.codes:
+            raise Refused("BR404")
+        code = self.codes[code_id]
+        if user in code.redeemed:
+            return code.redeemed[user][0]
+        campaign = self.campaigns[code.campaign_id]
+        over = now >= min(campaign.ends, campaign.credits_end)
+        if code.is_revoked or campaign.is_revoked or over or now < campaign.starts:
+            raise Refused("BR441")
+        before = [
+            (who, at)
+            for each in self.codes.values()
+            if each.campaign_id == code.campaign_id
+            for who, (_, at) in each.redeemed.items()
+        ]
+        today = sum(1 for _, at in before if at.date() == now.date())
+        if (
+            len(code.redeemed) >= campaign.per_code
+            or sum(1 for who, _ in before if who == user) >= campaign.per_person
+            or today >= (campaign.per_day or today + 1)
+            or len(before) >= (campaign.in_all or len(before) + 1)
+        ):
+            raise Refused("BR443")
+        code.redeemed[user] = redemption_id, now
+        return redemption_id
+
+    def grant_code(self, grant_id: UUID, pool_id: UUID, redemption_id: UUID, code_id: UUID, now: datetime) -> UUID:
+        """What a redemption gives, once; it ends with the campaign's credits, or so many days after the redemption."""
+        campaign = self.campaigns[self.codes[code_id].campaign_id]
+        at = next(at for each, at in self.codes[code_id].redeemed.values() if each == redemption_id)
+        last = campaign.credits_end if campaign.days is None else at + timedelta(days=campaign.days)
+        ends = min(last, campaign.credits_end)
+        expires = None if ends == LATEST else ends
+        key = f"code redemption {redemption_id}"
+        return self.add_grant(grant_id, pool_id, campaign.amount, campaign.priority, True, None, expires, key, now)
 
     # ------------------------------------------------------------------ refunds
 
