@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -11,6 +11,8 @@ import httpx2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from psycopg.types.json import Jsonb
+from tests.credits.scenes import Scene
 
 from bursar import clock, db
 from bursar.app import create_app
@@ -332,3 +334,296 @@ async def test_over_http_with_ones_own_key(database: db.Database, org: Any, clie
     limited = await ask(Scope.WRITE, user, code=text)
     assert (limited.status_code, limited.json()["code"]) == (429, "too_many_tries")
     assert int(limited.headers["Retry-After"]) > 0
+
+
+# ---------------------------------------------------------------------------------------------- rules, scene by scene
+
+MANY = 1_000
+
+
+def campaign(scene: Scene, **terms: Any) -> UUID:
+    """A campaign of anybody's that allows as much as is not told otherwise."""
+    row = {
+        "name": "Spring", "amount_micros": 5, "priority": 50, "valid_from": None, "valid_until": "infinity",
+        "credits_expire_at": "infinity", "is_for_members": False, "most_per_code": MANY, "most_per_person": MANY,
+    }  # fmt: skip
+    row |= {name: each.isoformat() if isinstance(each, datetime) else each for name, each in terms.items()}
+    return scene.call(  # type: ignore[no-any-return]
+        "select credits.open_campaign(%s, %s, %s, null, %s)", scene.organization, uuid7(), Jsonb(row), scene.now
+    )
+
+
+def code(scene: Scene, of: UUID) -> UUID:
+    made = uuid7()
+    assert scene.call(
+        "select credits.add_codes(%s, %s, %s, %s)", scene.organization, of, Jsonb({str(made): "7Q2K"}), scene.now
+    ) == 1  # fmt: skip
+    return made
+
+
+def claim(
+    scene: Scene, text: UUID, user: UUID | None = None, *, domain: bytes = b"d", into: UUID | None = None
+) -> UUID:
+    """A redemption of a code: by somebody new, where nobody is named."""
+    return scene.call(  # type: ignore[no-any-return]
+        "select (credits.redeem_code(%s, %s, %s, %s, %s, %s, %s)).redemption_id",
+        scene.organization, uuid7(), text, user or uuid7(), domain, into or scene.organization, scene.now,
+    )  # fmt: skip
+
+
+def revoke(scene: Scene, of: UUID, text: UUID | None = None) -> int:
+    return scene.call(  # type: ignore[no-any-return]
+        "select credits.revoke_codes(%s, %s, %s, 'why not', %s)", scene.organization, of, text, scene.now
+    )
+
+
+def claims(scene: Scene) -> list[tuple[Any, ...]]:
+    return scene.admin(
+        "select amount_micros, nullif(credits_expire_at, 'infinity'), grant_id from credits.code_redemptions where organization_id = %s"
+        " order by claimed_at, redemption_id", scene.organization,
+    )  # fmt: skip
+
+
+def test_a_person_and_a_code_are_one_redemption(scene: Scene) -> None:
+    text, user, other = code(scene, campaign(scene)), uuid7(), uuid7()
+    first = claim(scene, text, user)
+    assert claim(scene, text, user) == first
+    revoke(scene, scene.admin("select campaign_id from credits.codes where code_id = %s", text)[0][0])
+    assert claim(scene, text, user) == first, "whatever became of the code"
+    with scene.refusal("BR441"):
+        claim(scene, text, other)
+    assert len(claims(scene)) == 1
+
+
+def test_a_code_is_redeemed_by_so_many(scene: Scene) -> None:
+    spring = campaign(scene, most_per_code=2)
+    text, other = code(scene, spring), code(scene, spring)
+    for _ in range(2):
+        claim(scene, text)
+    with scene.refusal("BR443"):
+        claim(scene, text)
+    claim(scene, other)
+    with scene.refusal("BR404"):
+        claim(scene, uuid7())
+
+
+def test_a_person_redeems_so_many_codes_of_one_campaign(scene: Scene) -> None:
+    spring, summer, user = campaign(scene, most_per_person=2), campaign(scene, most_per_person=1), uuid7()
+    for _ in range(2):
+        claim(scene, code(scene, spring), user)
+    with scene.refusal("BR443"):
+        claim(scene, code(scene, spring), user)
+    claim(scene, code(scene, spring))
+    claim(scene, code(scene, summer), user)
+
+
+def so_often(scene: Scene, most: str) -> None:
+    """Twice, then no more of the same; of another domain, organization, day or campaign it goes on."""
+    scene.now = datetime(2026, 6, 10, 23, 59, tzinfo=UTC)
+    spring, summer = campaign(scene, **{most: 2}), campaign(scene, **{most: 1})
+    claim(scene, code(scene, summer))
+    for _ in range(2):
+        claim(scene, code(scene, spring))
+    with scene.refusal("BR443"):
+        claim(scene, code(scene, spring))
+    others = {"most_per_domain": {"domain": b"e"}, "most_per_organization": {"into": uuid7()}}
+    if most == "most_in_all":
+        with scene.refusal("BR443"):
+            claim(scene, code(scene, spring), domain=b"e", into=uuid7())
+    else:
+        scene.later(minutes=1)  # tomorrow
+        claim(scene, code(scene, spring), **others.get(most, {}))
+    if most != "most_per_day":
+        scene.later(days=1)
+        with scene.refusal("BR443"):
+            claim(scene, code(scene, spring))
+
+
+def test_people_of_a_domain_redeem_so_often(scene: Scene) -> None:
+    so_often(scene, "most_per_domain")
+
+
+def test_into_an_organization_is_redeemed_so_often(scene: Scene) -> None:
+    so_often(scene, "most_per_organization")
+
+
+def test_on_a_day_is_redeemed_so_often(scene: Scene) -> None:
+    so_often(scene, "most_per_day")
+
+
+def test_in_all_is_redeemed_so_often(scene: Scene) -> None:
+    so_often(scene, "most_in_all")
+
+
+def test_a_code_is_redeemed_from_its_first_instant_until_just_before_its_last(scene: Scene) -> None:
+    begins, ends = scene.now + timedelta(hours=1), scene.now + timedelta(hours=2)
+    text = code(scene, campaign(scene, valid_from=begins, valid_until=ends))
+    short = code(scene, campaign(scene, credits_expire_at=ends))
+    scene.later(hours=1, microseconds=-1)
+    with scene.refusal("BR441"):
+        claim(scene, text)
+    scene.later(microseconds=1)
+    claim(scene, text)
+    scene.later(hours=1, microseconds=-1)
+    claim(scene, text)
+    claim(scene, short)
+    scene.later(microseconds=1)
+    for each in (text, short):
+        with scene.refusal("BR441"):
+            claim(scene, each)
+
+
+def test_what_a_code_gives_ends_with_its_campaign_or_its_days(scene: Scene) -> None:
+    end = scene.now + timedelta(days=5)
+    for terms in ({"credits_days": 30}, {"credits_days": 3}, {"credits_days": None}):
+        claim(scene, code(scene, campaign(scene, credits_expire_at=end, **terms)))
+        scene.later(microseconds=1)
+    assert [ends for _, ends, _ in claims(scene)] == [end, end - timedelta(days=2, microseconds=-1), end]
+
+
+def test_a_code_for_members_goes_into_their_organization_alone(scene: Scene) -> None:
+    text = code(scene, campaign(scene, is_for_members=True))
+    with scene.refusal("BR442"):
+        claim(scene, text, into=uuid7())
+    claim(scene, text)
+    claim(scene, code(scene, campaign(scene)), into=uuid7())
+
+
+def test_a_code_for_a_domain_is_for_its_people_alone(scene: Scene) -> None:
+    text = code(scene, campaign(scene, domain_hashes=["\\x6161", "\\x6262"]))
+    with scene.refusal("BR442"):
+        claim(scene, text, domain=b"cc")
+    claim(scene, text, domain=b"bb")
+
+
+def test_what_was_revoked_is_redeemed_no_more_and_the_rest_is(scene: Scene) -> None:
+    spring, summer = campaign(scene), campaign(scene)
+    one, two, other = code(scene, spring), code(scene, spring), code(scene, summer)
+    assert revoke(scene, summer, one) == 0, "it is of another campaign"
+    assert revoke(scene, spring, one) == 1
+    claim(scene, two)
+    with scene.refusal("BR441"):
+        claim(scene, one)
+    scene.later(hours=1)
+    assert revoke(scene, spring) == 1, "the one that was not revoked before"
+    scene.later(hours=1)
+    assert revoke(scene, spring) == 0
+    ended = "select revoked_at from credits.code_campaigns where campaign_id = %s"
+    assert scene.admin(ended, spring) == [(scene.later(hours=-1),)], "it stays as it was"
+    since = "select distinct revoked_at from credits.codes where campaign_id = %s order by 1"
+    assert scene.admin(since, spring) == [(scene.now - timedelta(hours=1),), (scene.now,)]
+    with scene.refusal("BR441"):
+        claim(scene, two)
+    with scene.refusal("BR404"):
+        code(scene, spring)
+    claim(scene, other)
+
+
+def test_a_campaign_that_would_be_over_is_none(scene: Scene) -> None:
+    for name in ("valid_until", "credits_expire_at"):
+        with scene.refusal("BR400"):
+            campaign(scene, valid_from=scene.now - timedelta(days=1), **{name: scene.now})
+    for amount in (0, -1, 10**15 + 1):
+        with scene.refusal("BR400"):
+            campaign(scene, amount_micros=amount)
+
+
+def test_the_terms_of_a_campaign_say_nothing_of_whose_it_is_or_when_it_ended(scene: Scene) -> None:
+    other = Scene(scene.conn)
+    opened = campaign(
+        scene, organization_id=str(other.organization), campaign_id=str(uuid7()), revoked_at=scene.now, created_at=None
+    )
+    found = "select organization_id, created_at, revoked_at from credits.code_campaigns where campaign_id = %s"
+    assert scene.admin(found, opened) == [(scene.organization, scene.now, None)]
+
+
+def test_a_redemption_is_granted_once(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    other = scene.pool(models="gpt%")
+    claimed = claim(scene, code(scene, campaign(scene)), user)
+
+    def grant(amount: int = 5) -> UUID:
+        return scene.call(  # type: ignore[no-any-return]
+            "select credits.grant_code(%s, %s, %s, %s, 'Spring', '7Q2K', %s, 50::smallint, 'infinity', %s, %s)",
+            scene.organization, uuid7(), pool, claimed, amount, user, scene.now,
+        )  # fmt: skip
+
+    granted = grant()
+    scene.later(hours=1)
+    assert grant() == granted
+    with scene.refusal("BR422"):
+        grant(6)
+    assert scene.grants(pool) == [("code", 5, 5, "active")]
+    came_of = "select redemption_id, campaign, hint from credits.grant_codes where grant_id = %s"
+    assert scene.admin(came_of, granted) == [(claimed, "Spring", "7Q2K")]
+    claim(scene, code(scene, campaign(scene, amount_micros=1)), user)
+    for each in (granted, scene.grant(other, 1)):  # noted once: the second would be another's
+        scene.call("select credits.finish_redemption(%s, %s, %s, %s)", scene.organization, claimed, each, scene.now)
+    assert [each for _, _, each in claims(scene)] == [granted, None]
+    assert scene.findings() == []
+
+
+def tried(scene: Scene, *subjects: bytes, window: str = "1 hour") -> datetime | None:
+    """When the next try is free; None: this one was."""
+    with scene.acting_as("bursar_app"):
+        row = scene.conn.execute("select route.try_code(%s, 3, %s)", [list(subjects), window]).fetchone()
+    assert row is not None
+    return row[0]  # type: ignore[no-any-return]
+
+
+def test_who_tried_too_often_tries_no_more_until_the_window_has_passed(scene: Scene) -> None:
+    person, other, office, stranger = (uuid7().bytes * 2 for _ in range(4))
+    assert tried(scene, stranger) is None
+    for _ in range(3):
+        assert tried(scene, person, office) is None
+    until = tried(scene, person)
+    assert until is not None
+    assert until > clock.now() + timedelta(minutes=59)
+    assert tried(scene, other, office), "from the same address"
+    for _ in range(3):
+        assert tried(scene, other) is None, "what was refused was not counted"
+    assert tried(scene, other)
+    assert tried(scene, person, window="0 seconds") is None
+    assert tried(scene, person) is None, "what is older than the window is forgotten"
+    assert tried(scene, other), "of whom it was asked"
+    for _ in range(2):
+        assert tried(scene, stranger) is None, "tries of others are none of theirs"
+    assert tried(scene, stranger)
+
+
+def test_a_try_that_succeeded_does_not_count(scene: Scene) -> None:
+    person, other = uuid7().bytes * 2, uuid7().bytes * 2
+    for _ in range(5):
+        assert tried(scene, person, other) is None
+        with scene.acting_as("bursar_app"):
+            scene.conn.execute("select route.forgive_try(%s)", [[person]])
+        if tried(scene, other):
+            break
+    assert tried(scene, other), "of nobody else"
+    assert tried(scene, person) is None
+
+
+def test_only_who_has_not_tried_lately_is_forgotten(scene: Scene) -> None:
+    person = uuid7().bytes * 2
+    for _ in range(3):
+        tried(scene, person)
+    with scene.acting_as("bursar_platform"):
+        scene.conn.execute("select route.forget_tries('1 hour')")
+    assert tried(scene, person)
+    scene.admin("update route.code_tries set tried_at = '{2020-01-01}' where subject_hash = %s", person)
+    with scene.acting_as("bursar_platform"):
+        scene.conn.execute("select route.forget_tries('1 hour')")
+    assert scene.admin("select from route.code_tries where subject_hash = %s", person) == []
+
+
+def test_a_text_that_is_taken_is_no_other_code(scene: Scene) -> None:
+    digest, first, second = uuid7().bytes * 2, uuid7(), uuid7()
+    took = "select route.claim_code(%s, %s, %s)"
+    with scene.acting_as("bursar_app", scene.organization):
+        assert scene.conn.execute(took, [scene.organization, second, uuid7().bytes * 2]).fetchone() == (True,)
+        assert scene.conn.execute(took, [scene.organization, first, digest]).fetchone() == (True,)
+        assert scene.conn.execute(took, [scene.organization, second, digest]).fetchone() == (False,)
+        found = scene.conn.execute("select code_id from route.find_code(%s)", [digest]).fetchall()
+    assert found == [(first,)]
+    with scene.refusal("BR404"), scene.acting_as("bursar_app", uuid7()):
+        scene.conn.execute(took, [scene.organization, second, uuid7().bytes * 2])

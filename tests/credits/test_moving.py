@@ -6,6 +6,8 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from psycopg.types.json import Jsonb
+from tests.credits.scenes import Balance, Scene
 
 from bursar import clock, db
 from bursar.audit.events import OPERATOR
@@ -215,3 +217,170 @@ async def test_who_owes_or_does_not_belong_moves_nothing(person: Person, make_or
     await person.call("select credits.settle(%s, %s, %s, null, 2000000, 'm')", person.home, request, person.user)
     with pytest.raises(PoolOwes):
         await person.move()
+
+
+# ---------------------------------------------------------------------------------------------- rules, scene by scene
+
+
+def depart(home: Scene, user: UUID, into: UUID | None = None, *, transfer: UUID | None = None) -> tuple[Any, ...]:
+    """(how much left, how much is held, the parts) of a move out of a home."""
+    return home.admin(
+        "select amount_micros, held_micros, parts from credits.departures where transfer_id = %s",
+        home.call(
+            "select (credits.depart(%s, %s, %s, %s, 'personal', null, %s)).transfer_id",
+            home.organization, transfer or uuid7(), user, into or uuid7(), home.now,
+        ),
+    )[0]  # fmt: skip
+
+
+def arrive(there: Scene, parts: Any, user: UUID, kind: str = "personal", *, transfer: UUID | None = None) -> int:
+    return there.call(  # type: ignore[no-any-return]
+        "select credits.arrive(%s, %s, %s, %s, %s, %s, null, %s)",
+        there.organization, transfer or uuid7(), user, uuid7(), kind, Jsonb(parts), there.now,
+    )  # fmt: skip
+
+
+def at_home(scene: Scene) -> tuple[UUID, UUID]:
+    """A person and the pool of their home."""
+    user = scene.user()
+    return user, scene.pool("individual")
+
+
+def test_everything_that_nothing_holds_leaves_a_home_once(scene: Scene) -> None:
+    user, pool = at_home(scene)
+    other = scene.pool("individual", models="gpt%")
+    first, into, transfer = scene.grant(pool, 100, paid=1_000, priority=7), uuid7(), uuid7()
+    scene.grant(other, 10, free=True, expires=scene.now + timedelta(days=9))
+    scene.deduct(30, user)
+    amount, held, parts = depart(scene, user, into, transfer=transfer)
+    assert (amount, held) == (80, 0)
+    assert [(each["amount_micros"], each["value_nano_usd"], each["model_filter"]) for each in parts] == [
+        (70, 700, None),
+        (10, 0, "gpt%"),
+    ]
+    assert (parts[0]["grant_id"], parts[0]["priority"], parts[0]["is_free"]) == (str(first), 7, False)
+    assert (scene.balance(pool), scene.balance(other)) == (Balance(30, 30, 0, 0), Balance(0, 0, 0, 0))
+    assert scene.grants(pool) == [("purchase", 100, 0, "ended")]
+    scene.grant(pool, 5)
+    assert depart(scene, user, into, transfer=transfer) == (amount, held, parts), "the same move is one"
+    assert scene.balance(pool).limit == 35
+    assert scene.entries("transfer_out") == [("transfer_out", 10, 0), ("transfer_out", 70, 700)]
+    assert scene.findings() == []
+
+
+def test_what_is_held_stays_at_home_with_the_grants_that_it_burns(scene: Scene) -> None:
+    user, pool = at_home(scene)
+    scene.grant(pool, 10, expires=scene.now + timedelta(hours=1))
+    scene.grant(pool, 20, expires=scene.now + timedelta(days=1))
+    scene.grant(pool, 100)
+    request = scene.hold(25, user)
+    amount, held, parts = depart(scene, user)
+    assert (amount, held, [each["amount_micros"] for each in parts]) == (105, 25, [5, 100])
+    assert [left for _, _, left, _ in scene.grants(pool)] == [10, 15, 0]
+    assert scene.settle(request, 25).charged_micros == 25
+    assert scene.balance(pool) == Balance(25, 25, 0, 0)
+    assert scene.findings() == []
+
+
+def test_what_an_expired_grant_keeps_for_a_hold_goes_nowhere_else(scene: Scene) -> None:
+    user, pool = at_home(scene)
+    scene.grant(pool, 30, expires=scene.now + timedelta(minutes=5))
+    request = scene.hold(20, user)
+    scene.later(minutes=6)
+    scene.grant(pool, 10, priority=1)  # burns first now, so that the hold needs 10 of the old one
+    amount, _, parts = depart(scene, user)
+    assert (amount, parts) == (0, [])
+    scene.settle(request, 0)
+    assert depart(scene, user)[0] == 10
+    assert scene.findings() == []
+
+
+def test_only_what_is_at_home_leaves_it(scene: Scene) -> None:
+    user, pool = at_home(scene)
+    shared = scene.pool()
+    scene.grant(pool, 10)
+    scene.grant(shared, 20)
+    scene.grant(pool, 40, starts=scene.now + timedelta(days=1))
+    assert depart(scene, user)[0] == 10
+    assert scene.balance(shared).limit == 20
+    scene.later(days=1)
+    scene.wake()
+    assert scene.balance(pool).limit == 40, "what was to come then comes here"
+    assert scene.findings() == []
+
+
+def test_who_owes_at_home_takes_nothing_along(scene: Scene) -> None:
+    user, pool = at_home(scene)
+    other = scene.pool("individual", models="gpt%")
+    scene.grant(pool, 10)
+    scene.grant(other, 10)
+    scene.settle(scene.hold(5, user, model="gpt-4"), 25)
+    assert scene.balance(pool).excess == 5
+    with scene.refusal("BR433"):
+        depart(scene, user)
+    assert scene.balance(other).limit == 10
+
+
+def test_what_left_arrives_once_with_its_priority_time_and_money(scene: Scene) -> None:
+    home, user, transfer = Scene(scene.conn), scene.user(), uuid7()
+    pool = home.pool("individual")
+    home.grant(pool, 100, paid=1_001, priority=7, expires=scene.now + timedelta(days=9))
+    home.grant(pool, 10, free=True)
+    _, _, parts = depart(home, user, transfer=transfer)
+    shared = scene.pool()
+    scene.grant(shared, 50)
+    assert scene.deduct(1, user).accepted  # by a chain without a pool of their own
+    assert arrive(scene, [], user) == 0
+    for _ in range(2):
+        assert arrive(scene, parts, user, transfer=transfer) == 110
+    own = scene.admin("select pool_id from credits.pools where owner_user_id = %s and kind = 'personal'", user)[0][0]
+    columns = "select amount_micros, priority, is_free, cost_basis_nano_usd, isfinite(expires_at) from credits.grants"
+    assert scene.admin(f"{columns} where pool_id = %s order by amount_micros", own) == [
+        (10, 100, True, 0, False),
+        (100, 7, False, 1_001, True),
+    ]
+    assert scene.entries("transfer_in") == [("transfer_in", 10, 0), ("transfer_in", 100, 1_001)]
+    assert scene.deduct(10, user).accepted
+    assert (scene.used(own), scene.used(shared)) == ((10, 0), (1, 0)), "spent at once, before what is everybody's"
+    assert scene.findings() == home.findings() == []
+
+
+def test_what_was_used_before_credits_arrived_is_paid_by_the_grants_there_were(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    scene.grant(pool, 100)
+    scene.settle(scene.hold(40, user), 40)
+    part = {
+        "grant_id": str(uuid7()), "model_filter": None, "amount_micros": 50, "value_nano_usd": 0, "priority": 1,
+        "is_free": True, "effective_at": scene.now.isoformat(), "expires_at": "infinity",
+    }  # fmt: skip
+    scene.later(hours=1)
+    arrive(scene, [part], user, "shared")
+    assert scene.grants(pool) == [("transfer", 50, 50, "active"), ("purchase", 100, 60, "active")]
+    assert scene.balance(pool) == Balance(150, 40, 0, 0)
+    assert scene.findings() == []
+
+
+def test_what_expires_on_the_way_expires_where_it_arrives(scene: Scene) -> None:
+    home, user = Scene(scene.conn), scene.user()
+    pool = home.pool("individual")
+    home.grant(pool, 100, expires=scene.now + timedelta(hours=1))
+    home.grant(pool, 10)
+    _, _, parts = depart(home, user)
+    scene.later(hours=2)
+    assert arrive(scene, parts, user) == 110
+    own = scene.admin("select pool_id from credits.pools where owner_user_id = %s and kind = 'personal'", user)[0][0]
+    assert scene.balance(own) == Balance(10, 0, 0, 0)
+    assert scene.entries("expiry") == [("expiry", 100, 0)]
+    assert scene.findings() == []
+
+
+def test_when_a_move_arrived_is_noted_once(scene: Scene) -> None:
+    user, _ = at_home(scene)
+    transfers = [uuid7(), uuid7()]
+    for transfer in transfers:
+        depart(scene, user, transfer=transfer)
+    for transfer in (transfers[0], transfers[0]):
+        scene.call("select credits.note_arrival(%s, %s, %s)", scene.organization, transfer, scene.now)
+        scene.later(hours=1)
+    noted = "select arrived_at from credits.departures where transfer_id = %s"
+    assert [scene.admin(noted, each)[0][0] for each in transfers] == [scene.now - timedelta(hours=2), None]

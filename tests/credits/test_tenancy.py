@@ -1,11 +1,13 @@
 """Of money too: who acts for one organization reaches nothing of another, by any function or table of the treasury."""
 
+import re
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
 import psycopg
 import pytest
+from psycopg.types.json import Jsonb
 from tests.credits.scenes import Scene
 
 from bursar import db
@@ -80,6 +82,7 @@ CALCULATIONS = {
     "value_within",
 }
 LANES = {"move_batch", "move_one", "expire_holds"}
+IDS_AND_TIMES = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d{4}-\d\d-\d\d \d\d:\d\d:[\d.+]+")
 TABLES = """
     select n.nspname || '.' || c.relname from pg_class c join pg_namespace n on n.oid = c.relnamespace
     where n.nspname in ('credits', 'ledger') and c.relkind in ('r', 'p') and not c.relispartition order by 1"""
@@ -142,6 +145,37 @@ class Victim(Scene):
         self.deduct(10, self.someone)
         chain = "select chain_id from credits.chains where organization_id = %s"
         self.chain = self.admin(chain, self.organization)[0][0]
+        self.asked_about = self.limit(400, scope="user", of=self.someone, metric="tokens", action="asks")
+        self.asked_for = self.request(self.asked_about, self.someone, 5)
+        self.raised = self.raise_(self.limited, 5)
+        self.campaign, self.code, self.claimed, self.bought, self.moved = (uuid7() for _ in range(5))
+        self.call(
+            "select credits.open_campaign(%s, %s, %s, null, %s)",
+            self.organization, self.campaign,
+            Jsonb({"name": "x", "amount_micros": 1, "priority": 50, "valid_until": "infinity", "is_for_members": False,
+                   "credits_expire_at": "infinity", "most_per_code": 2, "most_per_person": 2}), self.now,
+        )  # fmt: skip
+        codes = Jsonb({str(self.code): "7Q2K"})
+        self.call("select credits.add_codes(%s, %s, %s, %s)", self.organization, self.campaign, codes, self.now)
+        self.call(
+            "select (credits.redeem_code(%s, %s, %s, %s, 'd', %s, %s)).code_id",
+            self.organization, self.claimed, self.code, self.someone, self.organization, self.now,
+        )  # fmt: skip
+        self.call(
+            "select credits.set_top_up(%s, %s, 2000, 500, 2000, 3, null, %s)", self.organization, self.shared, self.now
+        )
+        self.call(
+            "select (credits.begin_top_up(%s, %s, %s, %s)).top_up_id",
+            self.organization, self.shared, self.bought, self.now,
+        )  # fmt: skip
+        self.call(
+            "select (credits.depart(%s, %s, %s, %s, 'personal', null, %s)).amount_micros",
+            self.organization, self.moved, self.someone, uuid7(), self.now,
+        )  # fmt: skip
+        self.call(
+            "select credits.arrive(%s, %s, %s, %s, 'shared', '[]', null, %s)",
+            self.organization, self.moved, self.someone, uuid7(), self.now,
+        )  # fmt: skip
 
     def everything(self) -> list[tuple[Any, ...]]:
         """Every row of the treasury that belongs to it, as text."""
@@ -153,7 +187,14 @@ class Victim(Scene):
         return sorted(found)
 
 
-def _argument(name: str, kind: str, victim: Victim, organization: UUID) -> Any:
+class Nobody:
+    """What a victim has, with ids that nobody has."""
+
+    def __getattr__(self, name: str) -> UUID:
+        return uuid7()
+
+
+def _argument(name: str, kind: str, victim: Victim | Nobody, organization: UUID) -> Any:
     named: dict[str, Any] = {
         "p_organization_id": organization,
         "p_pool_id": victim.shared,
@@ -168,6 +209,15 @@ def _argument(name: str, kind: str, victim: Victim, organization: UUID) -> Any:
         "p_from_pool_id": victim.shared,
         "p_to_pool_id": victim.shared,
         "p_schedule_id": victim.scheduled,
+        "p_to_allocation_id": None,
+        "p_limit_request_id": victim.asked_for,
+        "p_raise_id": victim.raised,
+        "p_campaign_id": victim.campaign,
+        "p_code_id": victim.code,
+        "p_codes": Jsonb({str(uuid7()): "x"}),
+        "p_redemption_id": victim.claimed,
+        "p_top_up_id": victim.bought,
+        "p_transfer_id": victim.moved,
         "p_to": "personal",
         "p_zone": "UTC",
         "p_unit": "month",
@@ -209,14 +259,21 @@ def _calls(scene: Scene) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def _answer(
-    scene: Scene, name: str, arguments: list[tuple[str, str]], victim: Victim, organization: UUID, tenant: UUID | None
+    scene: Scene,
+    name: str,
+    arguments: list[tuple[str, str]],
+    victim: Victim | Nobody,
+    organization: UUID,
+    tenant: UUID | None,
+    *,
+    keep: bool = True,
 ) -> str:
-    """What a call as the application answers: a value or a refusal's code."""
+    """What a call as the application answers: a value or a refusal's code. keep: what it changed."""
     values = [_argument(argument, kind, victim, organization) for argument, kind in arguments]
     places = ", ".join(f"%s::{kind}" for _, kind in arguments)
     answer = ""
     try:
-        with scene.conn.transaction(force_rollback=False), scene.acting_as("bursar_app", tenant):
+        with scene.conn.transaction(force_rollback=not keep), scene.acting_as("bursar_app", tenant):
             row = scene.conn.execute(f"select credits.{name}({places})::text", values).fetchone()
             answer = str(row)
     except psycopg.Error as error:
@@ -241,11 +298,14 @@ def test_no_function_spends_reads_or_changes_what_is_anothers(scene: Scene) -> N
 
 def test_ids_of_another_organization_are_unknown_in_ones_own(scene: Scene) -> None:
     victim = Victim(scene.conn)
-    before = victim.everything()
+    before, own = victim.everything(), (scene.organization, scene.organization)
     scene.grant(scene.pool(), 100)
     for name, arguments in _calls(scene):
-        _answer(scene, name, arguments, victim, scene.organization, scene.organization)
+        unknown = _answer(scene, name, arguments, Nobody(), *own, keep=False)
+        foreign = _answer(scene, name, arguments, victim, *own)
         assert victim.everything() == before, f"{name} changed something of another organization"
+        answers = {IDS_AND_TIMES.sub("…", each) for each in (unknown, foreign)}
+        assert len(answers) == 1, f"{name} tells a foreign id from one that does not exist"
     user = scene.user()
     assert scene.extend(victim.held, 1).outcome.name == "NO_HOLD"
     assert scene.release(victim.held).outcome.name == "NO_HOLD"

@@ -40,7 +40,7 @@ def forgive(scene: Scene, pool: UUID, amount: int | None, key: str | None = None
 
 def entries(scene: Scene) -> list[tuple[Any, ...]]:
     return scene.admin(
-        "select kind, amount from ledger.entries where organization_id = %s order by booked_at, kind",
+        "select kind, amount from ledger.entries where organization_id = %s order by booked_at, kind, amount",
         scene.organization,
     )
 
@@ -64,12 +64,17 @@ def test_forgiving_is_a_booked_entry_of_what_is_owed(scene: Scene) -> None:
     assert forgive(scene, pool, 10, "k") == 10
     assert forgive(scene, pool, 10, "k") == 10, "again is once"
     assert scene.balance(pool) == Balance(limit=110, used=130, held=0, excess=20)
+    assert scene.grants(pool)[0] == ("forgiveness", 10, 0, "ended"), "burnt at once"
+    assert forgive(scene, pool, 1) == 1
     scene.later(hours=1)
-    assert forgive(scene, pool, None) == 20
+    for _ in range(2):
+        assert forgive(scene, pool, None, "rest") == 19
     assert scene.balance(pool) == Balance(limit=130, used=130, held=0, excess=0)
+    with scene.refusal("BR404"):
+        forgive(scene, uuid7(), None)
     with scene.refusal("BR450"):
         forgive(scene, pool, None)
-    assert entries(scene) == [("grant", 100), ("forgiveness", 10), ("forgiveness", 20)]
+    assert entries(scene) == [("grant", 100), ("forgiveness", 1), ("forgiveness", 10), ("forgiveness", 19)]
     sums = "select sum(left_micros)::bigint, sum(burnt_micros)::bigint from credits.grant_balances"
     assert scene.admin(f"{sums} where organization_id = %s", scene.organization) == [(0, 130)]
     assert scene.findings() == []
@@ -232,11 +237,95 @@ def test_what_a_pool_had_begun_to_buy_before_it_closed_is_granted_where_its_cred
     assert scene.findings() == []
 
 
-@pytest.mark.parametrize(("below", "amount", "ceiling"), [(-1, 1, 1), (0, 0, 1), (0, 2, 1), (0, 10**16, 10**16)])
-def test_amounts_that_cannot_be_are_refused(scene: Scene, below: int, amount: int, ceiling: int) -> None:
+def test_amounts_that_cannot_be_are_refused(scene: Scene) -> None:
     pool = scene.pool()
-    with scene.refusal("BR400"):
-        set_policy(scene, pool, below=below, amount=amount, ceiling=ceiling)
+    for below, amount, ceiling in ((-1, 1, 1), (0, 0, 1), (0, 2, 1), (0, 1, 10**16), (10**16, 1, 1)):
+        with scene.refusal("BR400"):
+            set_policy(scene, pool, below=below, amount=amount, ceiling=ceiling)
+    set_policy(scene, pool, below=0, amount=1, ceiling=1)
+
+
+def test_the_ceiling_may_be_reached_exactly_and_counts_the_month_alone(scene: Scene) -> None:
+    scene.now = datetime(2026, 6, 30, 23, 30, tzinfo=UTC)
+    pool = scene.pool()
+    set_policy(scene, pool, below=10_000, amount=500, ceiling=1_000, per_hour=9)
+    for _ in range(2):
+        assert decide(scene, begin(scene, pool), True) == "succeeded"
+    scene.later(minutes=40)  # July, and less than an hour
+    for _ in range(2):
+        assert decide(scene, begin(scene, pool), True) == "succeeded"
+    assert begin(scene, pool) is None
+    assert told(scene)[-1] == "failed"
+
+
+def test_an_hour_over_the_end_of_a_month_is_one_hour(scene: Scene) -> None:
+    scene.now = datetime(2026, 6, 30, 23, 30, tzinfo=UTC)
+    pool = scene.pool()
+    set_policy(scene, pool, below=10_000, ceiling=100_000, per_hour=2)
+    for _ in range(2):
+        decide(scene, begin(scene, pool), True)
+        scene.later(minutes=20)
+    assert begin(scene, pool) is None
+    assert state(scene) == "runaway"
+
+
+def test_what_was_declined_before_a_purchase_succeeded_does_not_count(scene: Scene) -> None:
+    pool = scene.pool()
+    set_policy(scene, pool, below=10_000)
+    for succeeded in (False, True, False):
+        decide(scene, begin(scene, pool), succeeded)
+        scene.later(hours=1)
+    assert begin(scene, pool), "it waits one hour again, not two"
+
+
+def test_a_policy_that_was_ended_is_not_ended_by_declines_too(scene: Scene) -> None:
+    pool = scene.pool()
+    set_policy(scene, pool)
+    for hours in (1, 2, 4, 8, 16):
+        decide(scene, begin(scene, pool), False)
+        scene.later(hours=hours)
+    top_up = begin(scene, pool)
+    scene.call("select credits.end_top_up(%s, %s, %s)", scene.organization, pool, scene.now)
+    decide(scene, top_up, False)
+    assert state(scene) == "ended"
+    with scene.refusal("BR404"):
+        scene.call("select credits.end_top_up(%s, %s, %s)", scene.organization, pool, scene.now)
+    with scene.refusal("BR404"):
+        decide(scene, uuid7(), True)
+
+
+def test_each_pool_buys_by_its_own_policy(scene: Scene) -> None:
+    one, two = scene.pool(), scene.pool(models="gpt%")
+
+    def policies() -> list[tuple[Any, ...]]:
+        return scene.admin(
+            "select t.state, declines, next_try_at > %s from credits.top_up_policies t join credits.pools p"
+            " using (organization_id, pool_id) where organization_id = %s order by model_filter nulls first",
+            scene.now, scene.organization,
+        )  # fmt: skip
+
+    for pool in (one, two):
+        set_policy(scene, pool, ceiling=500, per_hour=1)
+    first, second = begin(scene, one), begin(scene, two)
+    assert first != second, "that one is being bought for is no purchase of the other"
+    decide(scene, first, False)
+    assert policies() == [("active", 1, True), ("active", 0, False)]
+    decide(scene, second, False)
+    scene.later(hours=1)
+    decide(scene, begin(scene, one), True)
+    assert policies() == [("active", 0, False), ("active", 1, False)]
+    scene.deduct(500, scene.user())
+    scene.later(hours=1)
+    assert begin(scene, one) is None, "its ceiling is reached"
+    assert policies() == [("active", 0, True), ("active", 1, False)]
+    decide(scene, begin(scene, two), True)
+    set_policy(scene, one, ceiling=5_000, per_hour=1)
+    decide(scene, begin(scene, one), True)
+    scene.deduct(500, scene.user())
+    assert begin(scene, one) is None, "too many within an hour"
+    assert [each for each, _, _ in policies()] == ["runaway", "active"]
+    scene.call("select credits.end_top_up(%s, %s, %s)", scene.organization, two, scene.now)
+    assert [each for each, _, _ in policies()] == ["runaway", "ended"]
 
 
 # ---------------------------------------------------------------------------------------------- the job, the money

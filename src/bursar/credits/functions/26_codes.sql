@@ -34,7 +34,7 @@ begin
     v_now := clock_timestamp();
     update code_tries set tried_at = array(select t from unnest(tried_at) t where t > v_now - p_window order by t) where subject_hash = any (p_subjects);
     select max(tried_at[cardinality(tried_at) - p_most + 1] + p_window) into v_free
-    from code_tries where subject_hash = any (p_subjects) and cardinality(tried_at) >= p_most;
+    from code_tries where subject_hash = any (p_subjects);  -- null where there were fewer
     if v_free is null then
         update code_tries set tried_at = tried_at || v_now where subject_hash = any (p_subjects);
     end if;

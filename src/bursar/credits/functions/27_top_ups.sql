@@ -190,7 +190,7 @@ begin
             p_paid_nano_usd, null, null, p_reference, null, 'top-up ' || p_top_up_id, p_at);
         update top_up_policies set declines = 0 where organization_id = p_organization_id and pool_id = v_top_up.pool_id;
     else
-        update top_up_policies set declines = declines + 1, next_try_at = v_now + least(interval '24 hours', interval '1 hour' * 2 ^ declines),
+        update top_up_policies set declines = declines + 1, next_try_at = v_now + interval '1 hour' * 2 ^ declines,
             state = case when declines + 1 >= 6 and state = 'active' then 'declined' else state end
         where organization_id = p_organization_id and pool_id = v_top_up.pool_id;
     end if;

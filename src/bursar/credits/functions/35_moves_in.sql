@@ -27,7 +27,7 @@ begin
     for v_pool in
         select p.pool_id, p.model_filter, b.held_amount, b.excess_amount
         from pools p join balances b on b.organization_id = p.organization_id and b.balance_id = p.pool_id
-        where p.organization_id = p_organization_id and p.kind = 'individual' and p.closed_at is null
+        where p.organization_id = p_organization_id and p.kind = 'individual'
         order by p.created_at, p.pool_id
     loop
         if v_pool.excess_amount > 0 then
@@ -38,14 +38,14 @@ begin
         v_held := v_held + v_kept;
         v_gone := 0;
         for v_row in
-            select s.grant_id, s.left_micros, s.value_left_nano_usd, s.state
+            select s.grant_id, s.left_micros, s.value_left_nano_usd
             from grant_states s join grants g on g.organization_id = s.organization_id and g.grant_id = s.grant_id
             where s.organization_id = p_organization_id and s.pool_id = v_pool.pool_id and s.state in ('active', 'lingering') and s.left_micros > 0
             order by g.priority, g.expires_at, g.is_free desc, g.effective_at, g.created_at, g.grant_id
         loop
             v_take := v_row.left_micros - least(v_row.left_micros, v_kept);
             v_kept := greatest(0, v_kept - v_row.left_micros);
-            continue when v_take = 0 or v_row.state = 'lingering';
+            continue when v_take = 0;  -- so with one that expired: what no hold needed of it is gone since the gate was taken
             select * into strict v_grant from grants where organization_id = p_organization_id and grant_id = v_row.grant_id;
             v_value := credits.value_taken(v_grant, v_row.left_micros, v_row.value_left_nano_usd, v_take);
             insert into ledger.entries (organization_id, entry_id, booked_at, happened_at, kind, from_kind, from_id, to_kind, to_id, amount, grant_id,
@@ -62,11 +62,9 @@ begin
         end loop;
         if v_gone > 0 then
             perform credits.set_pool_limit(p_organization_id, v_pool.pool_id, -v_gone);
-            perform credits.fold_pool(p_organization_id, v_pool.pool_id, v_now);
         end if;
         v_total := v_total + v_gone;
     end loop;
-    perform credits.limits_changed(p_organization_id);
     insert into departures (organization_id, transfer_id, user_id, into_organization_id, into_kind, amount_micros, held_micros, parts, left_at)
     values (p_organization_id, p_transfer_id, p_user_id, p_into_organization_id, p_into_kind, v_total, v_held, v_parts, v_now)
     returning * into v_departure;
