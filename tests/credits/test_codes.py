@@ -379,8 +379,8 @@ def revoke(scene: Scene, of: UUID, text: UUID | None = None) -> int:
 
 def claims(scene: Scene) -> list[tuple[Any, ...]]:
     return scene.admin(
-        "select amount_micros, nullif(credits_expire_at, 'infinity'), grant_id from credits.code_redemptions where organization_id = %s"
-        " order by claimed_at, redemption_id", scene.organization,
+        "select amount_micros, nullif(credits_expire_at, 'infinity'), grant_id from credits.code_redemptions"
+        " where organization_id = %s order by claimed_at, redemption_id", scene.organization,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from tests.credits import test_limits as limits
 from tests.credits import test_rules as rules
 from tests.credits import test_tenancy as tenancy
 from tests.credits import test_top_ups as top_ups
+from tests.credits.command_guards import COMMAND_GUARDS
 from tests.credits.conftest import scratch_database
 from tests.credits.scenes import Scene
 from tests.promises import test_races as races
@@ -30,7 +31,7 @@ FUNCTIONS = next(each.text for each in migrate.load_schema().files if each.path 
 BLOCKS = {
     match[1]: match[0]
     for match in re.finditer(
-        r"^create or replace function credits\.(\w+)\(.*?\$\$;\n", FUNCTIONS, re.MULTILINE | re.DOTALL
+        r"^create or replace function (?:credits|route)\.(\w+)\(.*?\$\$;\n", FUNCTIONS, re.MULTILINE | re.DOTALL
     )
 }
 Rule = Callable[[Scene], None]
@@ -1244,6 +1245,8 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
 ]
 
+MUTATIONS += COMMAND_GUARDS
+
 # The same for what move_one decides by itself: a hold, settle or deduction asked alone.
 ALONE: list[tuple[str, str, str, Rule]] = [
     (
@@ -1402,7 +1405,7 @@ def undone(books: db.Database) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
 def _take_out(conn: psycopg.Connection[tuple[Any, ...]], function: str, guard: str, instead: str) -> None:
     block = BLOCKS[function]
     assert block.count(guard) == 1, f"{function} has {block.count(guard)} x {guard!r}"
-    conn.execute("set local role bursar_money")
+    conn.execute(f"set local role {'bursar_owner' if ' route.' in block.partition('(')[0] else 'bursar_money'}")
     conn.execute(block.replace(guard, instead))
     conn.execute("reset role")
 

@@ -287,11 +287,13 @@ def test_what_an_expired_grant_keeps_for_a_hold_goes_nowhere_else(scene: Scene) 
     scene.grant(pool, 30, expires=scene.now + timedelta(minutes=5))
     request = scene.hold(20, user)
     scene.later(minutes=6)
-    scene.grant(pool, 10, priority=1)  # burns first now, so that the hold needs 10 of the old one
-    amount, _, parts = depart(scene, user)
-    assert (amount, parts) == (0, [])
+    scene.grant(pool, 10)
+    amount, held, parts = depart(scene, user)
+    assert (amount, held, len(parts)) == (10, 20, 1), "the hold needs nothing of the new one"
+    scene.grant(pool, 15, priority=1)  # burns first, so that the hold needs 5 of the old one
+    assert depart(scene, user)[0] == 0
     scene.settle(request, 0)
-    assert depart(scene, user)[0] == 10
+    assert depart(scene, user)[0] == 15
     assert scene.findings() == []
 
 

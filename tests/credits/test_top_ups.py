@@ -89,6 +89,16 @@ def test_what_is_only_held_is_no_debt(scene: Scene) -> None:
         forgive(scene, pool, None)
 
 
+def test_what_is_held_beyond_what_there_is_is_no_debt_either(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    scene.grant(pool, 100)
+    scene.hold(60, user)
+    scene.settle(scene.hold(40, user), 70)
+    assert scene.balance(pool) == Balance(limit=100, used=70, held=60, excess=30)
+    with scene.refusal("BR450"):
+        forgive(scene, pool, None)
+
+
 # ---------------------------------------------------------------------------------------------- when it is bought
 
 
