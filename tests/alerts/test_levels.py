@@ -234,6 +234,33 @@ async def test_an_alert_that_was_broken_off_is_told_by_the_next_look(
     assert await house.levels("limit") == [("limit.threshold", "80")]
 
 
+async def test_what_cannot_be_told_to_one_organization_keeps_no_other_waiting(
+    alone: db.Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    houses = [await _house_in(alone) for _ in range(2)]
+    for house in houses:
+        await house.fund(1000)
+        await house.cap(100, period=Period.DAY)
+        await house.spend(85)
+    stuck = min(house.org.organization_id for house in houses)
+    post_event = looking.post_event
+
+    async def fails(conn: db.Connection, *, organization_id: Any, **rest: Any) -> Any:
+        if organization_id == stuck:
+            raise ConnectionError
+        return await post_event(conn, organization_id=organization_id, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(looking, "post_event", fails)
+        with pytest.raises(ConnectionError):
+            await looking.look(alone)
+        with pytest.raises(ConnectionError):
+            await looking.sweep(alone)
+    for house in houses:
+        is_stuck = house.org.organization_id == stuck
+        assert await house.levels("limit") == ([] if is_stuck else [("limit.threshold", "80")])
+
+
 async def test_refusals_are_told_once_an_hour_for_each_balance(alone: db.Database) -> None:
     house = await _house_in(alone)
     await house.fund(1000)

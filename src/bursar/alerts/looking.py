@@ -7,9 +7,10 @@ that dies leaves `looked_until` where it was. Once an hour every balance is weig
 and for use that was booked long after it happened.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import chain
 from typing import Any, Final
 from uuid import UUID
 
@@ -111,28 +112,38 @@ async def look(database: db.Database) -> int:
         await db.execute(conn, QUERIES.plan_by_index)
         crossed = await db.fetch_all(conn, Crossed, QUERIES.crossed_by_use, since=mine.since, now=mine.now)
         refused = await db.fetch_all(conn, _Refused, QUERIES.refused_now, since=mine.since, now=mine.now)
-    told = [await tell(database, each) for each in crossed]
-    told += [await _tell_refused(database, each) for each in refused]
-    async with database.tenant(PLATFORM_ORGANIZATION_ID) as conn:
-        await db.execute(conn, QUERIES.note_look, **place, now=mine.now)
-    if mine.is_sweep_due:
-        await _note_sweep(database, mine.now - timedelta(minutes=55))  # again soon, where this one is broken off
-        await sweep(database)
-        await _note_sweep(database, mine.now)
-    return sum(told)
+    try:
+        told = await _all(
+            chain((tell(database, each) for each in crossed), (_tell_refused(database, each) for each in refused))
+        )
+        async with database.tenant(PLATFORM_ORGANIZATION_ID) as conn:
+            await db.execute(conn, QUERIES.note_look, **place, now=mine.now)
+    finally:
+        if mine.is_sweep_due:
+            await _note_sweep(database, mine.now - timedelta(minutes=55))  # again soon, where this one is broken off
+            await sweep(database)
+            await _note_sweep(database, mine.now)
+    return told
 
 
 async def sweep(database: db.Database) -> int:
     """Weigh every balance of every organization; how many alerts."""
     told, after = 0, UUID(int=0)
+    fault: Exception | None = None
     while True:
         async with database.platform() as conn, conn.cursor() as cursor:
             await cursor.execute(QUERIES.organizations_after, {"after": after, "most": SWEEP_AT_ONCE})
             organization_ids: list[UUID] = [row[0] for row in await cursor.fetchall()]
-            if not organization_ids:
-                return told
-        told += await sweep_some(database, organization_ids)
+        if not organization_ids:
+            break
+        try:
+            told += await sweep_some(database, organization_ids)
+        except Exception as error:
+            fault = error
         after = organization_ids[-1]
+    if fault is not None:
+        raise fault
+    return told
 
 
 async def sweep_some(database: db.Database, organization_ids: Sequence[UUID]) -> int:
@@ -142,7 +153,22 @@ async def sweep_some(database: db.Database, organization_ids: Sequence[UUID]) ->
         crossed = await db.fetch_all(
             conn, Crossed, QUERIES.crossed_of_organizations, organization_ids=list(organization_ids)
         )
-    return sum([await tell(database, each) for each in crossed])
+    return await _all(tell(database, each) for each in crossed)
+
+
+async def _all(tellings: Iterable[Awaitable[bool]]) -> int:
+    """Tell one after the other; how many were told. What cannot be told to one organization keeps no other waiting: the
+    fault is raised in the end.
+    """
+    told, fault = 0, None
+    for each in tellings:
+        try:
+            told += await each
+        except Exception as error:
+            fault = error
+    if fault is not None:
+        raise fault
+    return told
 
 
 async def look_at_grants(database: db.Database) -> int:
@@ -152,8 +178,12 @@ async def look_at_grants(database: db.Database) -> int:
     async with database.platform() as conn:
         expiring = await db.fetch_all(conn, _Ending, QUERIES.expiring, days=EXPIRING_DAYS)
         expired = await db.fetch_all(conn, _Ending, QUERIES.expired)
-    told = [await _tell_grant(database, each, has_expired=False) for each in expiring]
-    return sum(told + [await _tell_grant(database, each, has_expired=True) for each in expired])
+    return await _all(
+        chain(
+            (_tell_grant(database, each, has_expired=False) for each in expiring),
+            (_tell_grant(database, each, has_expired=True) for each in expired),
+        )
+    )
 
 
 async def tell(database: db.Database, found: Crossed) -> bool:
