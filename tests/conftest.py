@@ -46,6 +46,10 @@ FOLDER_PREFIX = "bursar-tests-"
 FAST_BUT_NOT_DURABLE = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
 SERVER_OPTIONS = {**FAST_BUT_NOT_DURABLE, "max_connections": "600", "shared_buffers": "256MB"}
 
+# Where nothing waits for a disk. What tests kill is a process, never the machine: a folder in memory outlives it, too.
+MEMORY = Path("/dev/shm")
+MEMORY_BYTES = 10_000_000_000  # several times what a run needs
+
 # Begun first, the longest at the beginning, so that no worker is left with one while the others have nothing to do.
 LONGEST = (
     *("tests/promises/test_kills.py", "tests/promises/test_histories.py", "tests/promises/test_inputs.py"),
@@ -54,6 +58,24 @@ LONGEST = (
 )
 # Folders whose tests share a database that takes long to fill: one worker makes it, once.
 TOGETHER = ("tests/demo/", "tests/docs/")
+
+
+def pytest_configure() -> None:
+    """Temporary files are in memory where there is plenty, in workers and in the processes that tests start too."""
+    if "TMPDIR" not in os.environ and _free_memory() > MEMORY_BYTES:
+        os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
+
+
+def _free_memory() -> int:
+    """Bytes that may be written to MEMORY; 0 where there is none, or programs in it may not be run."""
+    try:
+        folder = os.statvfs(MEMORY)
+        facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    except OSError:
+        return 0
+    if folder.f_flag & os.ST_NOEXEC or not os.access(MEMORY, os.W_OK):
+        return 0
+    return min(folder.f_bavail * folder.f_frsize, int(facts["MemAvailable"].split()[0]) * 1024)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -94,6 +116,18 @@ def run_dir(run_id: str) -> Path:
     folder = Path(tempfile.gettempdir()) / f"{FOLDER_PREFIX}{run_id}"
     make_data_dir(folder)
     return folder
+
+
+@pytest.fixture
+def open_dir() -> Iterator[Path]:
+    """A new folder that any user can pass through, unlike pytest's own when root runs it."""
+    folder = Path(tempfile.mkdtemp(prefix="bursar-own-"))
+    folder.chmod(0o711)
+    yield folder
+    for link in folder.rglob("postgres"):
+        if link.is_symlink():
+            shutil.rmtree(link.resolve(), ignore_errors=True)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,8 @@ def bursar(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
-def test_status_migrate_verify_on_a_fresh_machine(tmp_path: Path) -> None:
-    here = {"BURSAR_DATA_DIR": str(tmp_path / "data")}
+def test_status_migrate_verify_on_a_fresh_machine(open_dir: Path) -> None:
+    here = {"BURSAR_DATA_DIR": str(open_dir / "data")}
     before = json.loads(bursar("db", "status", "--json", **here).stdout)
     assert before["is_current"] is False
     assert bursar("db", "verify", **here).returncode == 1
@@ -27,11 +27,11 @@ def test_status_migrate_verify_on_a_fresh_machine(tmp_path: Path) -> None:
     assert migrated.stdout.startswith("applied 0001_tenancy\n"), migrated.stderr
     assert json.loads(bursar("db", "migrate", "--json", **here).stdout) == {"migrations": [], "files": []}
     assert bursar("db", "verify", **here).returncode == 0
-    (tmp_path / "data" / "master.key").unlink()
+    (open_dir / "data" / "master.key").unlink()
     other_key = bursar("db", "migrate", **here)
     assert other_key.returncode == 1
     assert "another master key" in other_key.stderr
-    server = EmbeddedServer(tmp_path / "data")
+    server = EmbeddedServer(open_dir / "data")
     assert not server.home.data.joinpath("postmaster.pid").exists()  # each command has stopped what it started
     server.remove()
 

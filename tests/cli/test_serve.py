@@ -43,9 +43,9 @@ def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
 
 
 @pytest.fixture
-def data_dir(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path / "data"
-    EmbeddedServer(tmp_path / "data").remove()
+def data_dir(open_dir: Path) -> Iterator[Path]:
+    yield open_dir / "data"
+    EmbeddedServer(open_dir / "data").remove()
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Servers of their own for tests that break them, with everything durable."""
 
 import os
-import shutil
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,18 +9,6 @@ import pytest
 
 from bursar.db.embedded import EmbeddedServer
 from bursar.errors import BursarError
-
-
-@pytest.fixture
-def open_dir() -> Iterator[Path]:
-    """A new folder that any user can pass through, unlike pytest's own when root runs it."""
-    folder = Path(tempfile.mkdtemp(prefix="bursar-own-"))
-    folder.chmod(0o711)
-    yield folder
-    for link in folder.rglob("postgres"):
-        if link.is_symlink():
-            shutil.rmtree(link.resolve(), ignore_errors=True)
-    shutil.rmtree(folder)
 
 
 @pytest.fixture
