@@ -149,6 +149,37 @@ async def test_shares_personal_pools_and_restricted_pools_are_drawn_from_as_in_t
     ]  # fmt: skip
 
 
+async def test_a_share_or_cap_that_is_told_again_is_the_same_one_and_ends_once(database: db.Database) -> None:
+    answer = await played(
+        database,
+        grants=[{"id": "all", "amount": 100}],
+        allocations=[
+            {"id": "small", "user": "eli", "amount": 10},
+            {"id": "large", "user": "eli", "amount": 20, "at": at(13), "ended_at": at(15)},
+            {"id": "daily", "user": "eli", "amount": 5, "period": "day", "at": at(14)},
+        ],
+        limits=[{"id": "high", "amount": 50}, {"id": "low", "amount": 40, "at": at(13), "ended_at": at(15)}],
+        usage=[{"at": at(12), "amount": 8, "user": "eli"}],
+        ask=[at(12), at(13), at(14), at(16)],
+    )
+    assert answer["refusals"] == []
+    assert [{each["id"]: each["limit"] for each in asked["limits"]} for asked in answer["asked"]] == [
+        {"small": "10", "high": "50"}, {"small": "20", "high": "40"}, {"high": "40", "daily": "5"}, {},
+    ]  # fmt: skip
+
+
+async def test_a_renewed_share_tells_what_was_used_of_its_period(database: db.Database) -> None:
+    answer = await played(
+        database,
+        grants=[{"id": "all", "amount": 100}],
+        allocations=[{"id": "eli", "user": "eli", "amount": 10, "period": "day"}],
+        usage=[{"at": at(12), "amount": 8, "user": "eli"}, {"at": at(12, day=11), "amount": 3, "user": "eli"}],
+        ask=[at(13), at(13, day=11)],
+    )
+    told = [(each["limit"], each["used"], each["resets_at"]) for asked in answer["asked"] for each in asked["limits"]]
+    assert told == [("10", "8", at(0, day=11)), ("10", "3", at(0, day=12))]
+
+
 async def test_a_late_settle_is_booked_when_it_comes(database: db.Database) -> None:
     answer = await played(
         database,

@@ -131,6 +131,25 @@ async def test_a_cap_refuses_what_goes_beyond_it_and_is_named(history: History) 
     assert answer.bindings[binding].refused == 60
 
 
+async def test_a_cap_that_is_tried_stays_whatever_became_of_one_of_its_kind(history: History) -> None:
+    organization_id, day, limit_id = history.org.organization_id, timedelta(days=1), uuid7()
+    dsn = history.org.database.dsn("bursar_simulator")
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as conn:
+        await conn.execute(
+            "select credits.set_limit(%s, %s, 'user', %s, 'credits', null, 'day', %s, 'stops', null, %s)",
+            [organization_id, limit_id, history.dana, history.charged * 100, START + 8 * day],
+        )
+        await conn.execute("select credits.end_limit(%s, %s, %s)", [organization_id, limit_id, START + 15 * day])
+    for since, days in ((START, 20), (START + 14 * day, 10)):
+        cap = NewCap(
+            scope="user", scope_id=history.dana, metric=Metric.CREDITS, amount=history.charged * 7, period=Period.DAY,
+            model_filter=None,
+        )  # fmt: skip
+        answer = await history.replay(caps=[cap], since=since)
+        assert answer.total.refused == 3 * days
+        assert all(name.startswith("tried: user") for name in answer.bindings)
+
+
 async def test_without_caps_what_was_refused_is_let_through(history: History) -> None:
     answer = await history.replay(without_caps=None)
     assert (answer.once_refused, answer.let_through, answer.let_through_micros) == (1, 1, history.charged)

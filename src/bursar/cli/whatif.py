@@ -145,7 +145,7 @@ async def _scope_id(
         case "user":
             return (await member_of(conn, database, organization_id, name)).user_id
         case "key":
-            return (await key_of(conn, organization_id, name)).api_key_id
+            return (await key_of(conn, organization_id, name)).original_api_key_id
         case "team":
             return (await team_of(conn, organization_id, name)).team_id
         case "department":

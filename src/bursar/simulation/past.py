@@ -67,6 +67,7 @@ class PastAllocation:
     kind: str
     period: str
     amount_micros: Micros
+    carry_micros: Micros
     when_empty: str
     created_at: datetime
     ended_at: datetime | None
@@ -157,6 +158,12 @@ class _Kind:
 
 
 @dataclass(frozen=True, slots=True)
+class _Rotated:
+    id: UUID
+    original: UUID
+
+
+@dataclass(frozen=True, slots=True)
 class _Named:
     id: UUID
     name: str
@@ -166,7 +173,7 @@ class _Named:
 class Past:
     """Everything but the requests. told_from: from here on they are told one by one; before, in sums of days.
 
-    untold: kinds of movement between grants that are not told again.
+    originals: of keys that others were rotated to, the first. untold: what happened besides and is not told again.
     """
 
     organization_id: UUID
@@ -176,6 +183,7 @@ class Past:
     zone: str
     anchored_at: datetime
     names: dict[UUID, str]
+    originals: dict[UUID, UUID]
     askers: tuple[Asker, ...]
     pools: tuple[PastPool, ...]
     grants: tuple[PastGrant, ...]
@@ -193,6 +201,7 @@ async def read_past(conn: db.Connection, *, organization_id: UUID, since: dateti
     own = await db.fetch_one(conn, _Organization, QUERIES.past_organization, **span)
     told_from = min(since, own.month_start)
     people = await db.fetch_all(conn, _Named, QUERIES.past_people, **span)
+    rotated = await db.fetch_all(conn, _Rotated, QUERIES.past_rotations, **span)
     corrections = await db.fetch_all(conn, _Correction, QUERIES.past_corrections, told_from=told_from, **span)
     sums = await db.fetch_all(conn, PastSum, QUERIES.past_sums, told_from=told_from, zone=own.zone, **span)
     return Past(
@@ -203,6 +212,7 @@ async def read_past(conn: db.Connection, *, organization_id: UUID, since: dateti
         zone=own.zone,
         anchored_at=own.anchored_at,
         names={each.id: each.name for each in people},
+        originals={each.id: each.original for each in rotated},
         askers=tuple(await db.fetch_all(conn, Asker, QUERIES.past_askers, **span)),
         pools=tuple(await db.fetch_all(conn, PastPool, QUERIES.past_pools, **span)),
         grants=tuple(await db.fetch_all(conn, PastGrant, QUERIES.past_grants, **span)),

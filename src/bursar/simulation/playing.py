@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 
 from bursar import db
 from bursar.clock import uuid7
-from bursar.credits.limits import Metric, Scope
+from bursar.credits.limits import LimitAction, Metric, Scope
 from bursar.credits.moves import Action, Flag, Move, Verdict
 from bursar.db import arrays
 from bursar.money import MICROS_PER_CREDIT, Micros
@@ -172,7 +172,8 @@ class _Player:
         self._scenario = scenario
         self._cast = cast
         self._pools: dict[str, UUID] = {}
-        self._shares: dict[tuple[str, str], UUID] = {}
+        self._shares: dict[tuple[str, str], tuple[told.Allocation, UUID]] = {}
+        self._caps: dict[tuple[object, ...], UUID] = {}
         self._grants = {grant.id: uuid7() for grant in scenario.grants}
         self._holds = {hold.id: (uuid7(), hold) for hold in scenario.holds}
         self._charges = {use.id: uuid7() for use in scenario.usage if use.id}
@@ -215,10 +216,9 @@ class _Player:
                 yield Step(share.ended_at, _SETS, _with(self._end_share, share))
         for number, limit in enumerate(self._scenario.limits):
             name = limit.id or f"{limit.scope.value} cap {number + 1}"
-            identifier = uuid7()
-            yield Step(limit.at or start, _SETS, _with(self._limit, (identifier, name, limit)))
+            yield Step(limit.at or start, _SETS, _with(self._limit, (name, limit)))
             if limit.ended_at:
-                yield Step(limit.ended_at, _SETS, _with(self._end_limit, (identifier, name, limit)))
+                yield Step(limit.ended_at, _SETS, _with(self._end_limit, (name, limit)))
         yield from self._moves()
 
     def _recurring(self, grant: told.Grant, recurrence: told.Recurrence) -> Iterator[Step]:
@@ -367,7 +367,9 @@ class _Player:
 
     async def _allocate(self, share: told.Allocation, at: datetime) -> Refusal | None:
         place = (share.pool, share.user)
-        identifier = uuid7()
+        before, identifier = self._shares.get(place, (None, uuid7()))
+        if before is not None and (before.kind, before.period) != (share.kind, share.period):
+            identifier = uuid7()  # it begins anew
         refusal = await self._command(
             _asked(at, "allocation", share.id or share.user, share.amount), QUERIES.allocate,
             allocation_id=identifier,
@@ -378,23 +380,25 @@ class _Player:
             amount=share.amount,
             when_empty=share.when_empty,
             oversubscribe=share.oversubscribe,
+            carry=0,
             key=self._stage.new_key(),
         )  # fmt: skip
         if refusal is None:
-            self._shares[place] = identifier
-            self.names[identifier] = share.id or f"{share.user}'s share of {share.pool}"
+            self._shares[place] = share, identifier
+            self.names.setdefault(identifier, share.id or f"{share.user}'s share of {share.pool}")
         return refusal
 
     async def _end_share(self, share: told.Allocation, at: datetime) -> Refusal | None:
-        identifier = self._shares.get((share.pool, share.user), uuid7())
+        _, identifier = self._shares.pop((share.pool, share.user), (None, uuid7()))
         return await self._command(
             _asked(at, "allocation", share.id or share.user), QUERIES.end_allocation, allocation_id=identifier
         )
 
-    async def _limit(self, named: tuple[UUID, str, told.Limit], at: datetime) -> Refusal | None:
-        identifier, name, limit = named
+    async def _limit(self, named: tuple[str, told.Limit], at: datetime) -> Refusal | None:
+        name, limit = named
         amount = limit.amount if limit.metric is Metric.CREDITS else limit.amount // MICROS_PER_CREDIT
-        self.names[identifier] = name
+        identifier = self._caps.setdefault(_kind(limit), uuid7())
+        self.names.setdefault(identifier, name)
         return await self._command(
             _asked(at, "limit", name), QUERIES.set_limit,
             limit_id=identifier,
@@ -407,8 +411,10 @@ class _Player:
             action=limit.action,
         )  # fmt: skip
 
-    async def _end_limit(self, named: tuple[UUID, str, told.Limit], at: datetime) -> Refusal | None:
-        return await self._command(_asked(at, "limit", named[1]), QUERIES.end_limit, limit_id=named[0])
+    async def _end_limit(self, named: tuple[str, told.Limit], at: datetime) -> Refusal | None:
+        name, limit = named
+        identifier = self._caps.pop(_kind(limit), uuid7())
+        return await self._command(_asked(at, "limit", name), QUERIES.end_limit, limit_id=identifier)
 
     async def _hold(self, hold: told.Hold, at: datetime) -> Refusal | None:
         user_id, key_id = self._cast.asker(hold)
@@ -473,6 +479,11 @@ def _with(
     run: Callable[[Any, datetime], Awaitable[Refusal | None]], part: Any
 ) -> Callable[[datetime], Awaitable[Refusal | None]]:
     return lambda at: run(part, at)
+
+
+def _kind(limit: told.Limit) -> tuple[object, ...]:
+    """What makes a cap the same one when it is told again."""
+    return limit.scope, limit.of, limit.metric, limit.period, limit.models, limit.action is LimitAction.WARNS
 
 
 def _asked(at: datetime, kind: str, name: str | None, amount: int | None = None) -> Refusal:

@@ -34,7 +34,7 @@ select credits.void_grant(%(organization_id)s, %(grant_id)s, 'voided', null, %(k
 
 -- name: allocate
 select credits.allocate(%(organization_id)s, %(allocation_id)s, %(pool_id)s, %(user_id)s, %(kind)s, %(period)s, %(amount)s, %(when_empty)s,
-    %(oversubscribe)s, null, %(key)s, %(at)s)
+    %(oversubscribe)s, null, %(key)s, %(at)s, %(carry)s)
 
 -- name: end_allocation
 select credits.end_allocation(%(organization_id)s, %(allocation_id)s, %(at)s)
@@ -83,6 +83,10 @@ union all select department_id, name from identity.departments where organizatio
 union all select team_id, name from identity.teams where organization_id = %(organization_id)s
 union all select api_key_id, name from identity.api_keys where organization_id = %(organization_id)s
 
+-- name: past_rotations
+select api_key_id as id, original_api_key_id as original from identity.api_keys
+where organization_id = %(organization_id)s and original_api_key_id <> api_key_id
+
 -- name: past_askers
 -- Everybody who used something until the end, with team and department as they were then.
 select distinct user_id, api_key_id, team_id, department_id from ledger.attribution
@@ -109,7 +113,7 @@ where g.organization_id = %(organization_id)s and g.created_at < %(until)s and p
 order by g.created_at, g.grant_id
 
 -- name: past_allocations
-select allocation_id, pool_id, user_id, kind, period, amount_micros, when_empty, created_at, ended_at from credits.allocations
+select allocation_id, pool_id, user_id, kind, period, amount_micros, carry_micros, when_empty, created_at, ended_at from credits.allocations
 where organization_id = %(organization_id)s and created_at < %(until)s
 order by created_at, allocation_id
 
@@ -119,9 +123,14 @@ from credits.limits where organization_id = %(organization_id)s and created_at <
 order by created_at, limit_id
 
 -- name: past_movements
--- Kinds of movement between grants that a replay does not tell.
-select distinct kind from ledger.entries
-where organization_id = %(organization_id)s and kind not in ('grant', 'expiry', 'void', 'roll_over', 'forgiveness') and booked_at < %(until)s
+-- What a replay does not tell: kinds of movement between grants, and raises.
+select kind from (
+    select distinct kind from ledger.entries
+    where organization_id = %(organization_id)s and kind not in ('grant', 'expiry', 'void', 'roll_over', 'forgiveness') and booked_at < %(until)s
+    union all
+    select 'raise' where exists (
+        select from credits.raises
+        where organization_id = %(organization_id)s and starts_at < %(until)s and least(ends_at, ended_at) > %(since)s)) k
 order by kind
 
 -- name: past_sums

@@ -168,6 +168,7 @@ class _StandIns:
 
     def __init__(self, past: Past) -> None:
         self._names = past.names
+        self._originals = past.originals
         self._base: dict[UUID, UUID] = {}
         self._keys: dict[Asker, Actor] = {}
         self._users: set[UUID] = {each.user_id for each in past.allocations}
@@ -198,8 +199,8 @@ class _StandIns:
         return self._keys[asker]
 
     def base(self, api_key_id: UUID) -> UUID:
-        """What stands for a key in caps."""
-        return self._base.setdefault(api_key_id, uuid7())
+        """What stands in caps for a key and all that it was rotated to."""
+        return self._base.setdefault(self._originals.get(api_key_id, api_key_id), uuid7())
 
     def cast(self) -> Cast:
         """All of them, for the stage; the keys that others were rotated from first."""
@@ -334,10 +335,15 @@ class _Teller:
             yield share.created_at, _with(self._allocate, share)
             if share.ended_at:
                 yield share.ended_at, _with(self._end_share, share)
+        tried_kinds = {(*_kind(cap), False, False) for cap in change.caps}
         for limit in past.limits:
-            if change.without_caps is not None and limit.limit_id not in change.without_caps:
+            if change.without_caps is None or limit.limit_id in change.without_caps:
+                continue
+            # From `since` on a cap of a kind that is tried is the tried one, whatever became of it then.
+            lasts = (*_kind(limit), limit.is_default, limit.action == "warns") not in tried_kinds
+            if lasts or limit.created_at < past.since:
                 yield limit.created_at, _with(self._limit, limit)
-                if limit.ended_at:
+                if limit.ended_at and (lasts or limit.ended_at <= past.since):
                     yield limit.ended_at, _with(self._end_limit, limit)
         for cap in change.caps:
             yield past.since, _with(self._new_cap, cap)
@@ -376,7 +382,7 @@ class _Teller:
         await self._must(
             QUERIES.allocate, at, allocation_id=identifier, pool_id=self._pools[share.pool_id], user_id=share.user_id,
             kind=share.kind, period=share.period, amount=share.amount_micros, when_empty=share.when_empty,
-            oversubscribe=True, key=self._stage.new_key(),
+            carry=share.carry_micros, oversubscribe=True, key=self._stage.new_key(),
         )  # fmt: skip
 
     async def _end_share(self, share: PastAllocation, at: datetime) -> None:
@@ -557,6 +563,11 @@ class _Teller:
         self.told.end = await look(self._stage, last)
         self.told.not_priced = self._prices.not_priced
         return self.told
+
+
+def _kind(cap: NewCap | PastLimit) -> tuple[object, ...]:
+    """What makes a cap take another one's place, its action aside."""
+    return cap.scope, cap.scope_id, cap.metric, cap.period, cap.model_filter
 
 
 def _with(run: Callable[[Any, datetime], Awaitable[None]], part: Any) -> Callable[[datetime], Awaitable[None]]:

@@ -77,15 +77,19 @@ comment on function credits.told_grants is 'An organization''s grants in burn or
 create or replace function credits.told_limits(p_organization_id uuid, p_at timestamptz)
 returns table (balance_id uuid, metric text, period text, limit_amount bigint, used bigint, held bigint, overage bigint, resets_at timestamptz)
 language sql stable security definer set search_path = credits, pg_temp as $$
-    select o.id, o.metric, o.period, o.amount, coalesce(b.used_amount, 0), coalesce(b.held_amount, 0), coalesce(b.excess_amount, 0),
-        case when isfinite(b.period_end) then b.period_end end
+    select o.id, o.metric, o.period, coalesce(b.limit_amount - r.opening, o.amount), greatest(0, coalesce(b.used_amount, 0) - r.opening),
+        coalesce(b.held_amount, 0), coalesce(b.excess_amount, 0),
+        case when isfinite(b.period_end) then b.period_end when isfinite(o.renews_at) then o.renews_at end
     from (
-        select coalesce(l.balance_id, l.limit_id) as id, l.metric, l.period, l.amount, l.created_at from limits l
+        select coalesce(l.balance_id, l.limit_id) as id, l.metric, l.period, l.amount, 'infinity'::timestamptz as renews_at, l.created_at from limits l
         where l.organization_id = p_organization_id and l.ended_at is null and l.amount is not null
         union all
-        select a.allocation_id, 'credits', a.period, a.amount_micros, a.created_at from allocations a
+        select a.allocation_id, 'credits', a.period, a.amount_micros, a.renews_at, a.created_at from allocations a
         where a.organization_id = p_organization_id and a.ended_at is null) o
     left join balances b on b.organization_id = p_organization_id and b.balance_id = o.id and b.period_start <= p_at and b.period_end > p_at
+    -- A reserved share that is renewed has one balance for ever: what it had used before its period is past.
+    left join allocation_periods p on p.organization_id = p_organization_id and p.allocation_id = o.id and p.period_end = o.renews_at
+    cross join lateral (select coalesce(p.opening_micros, 0) as opening) r
     order by o.created_at, o.id;
 $$;
 comment on function credits.told_limits is 'Caps and shares in force, in the period around an instant; one that nobody has met in it has used nothing';
