@@ -4,11 +4,17 @@ import re
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
+import pytest
+from tests.conftest import Org
 from tests.credits.scenes import NOON, Balance, Scene
 
+from bursar.audit.events import OPERATOR
 from bursar.clock import uuid7
-from bursar.credits.grants import GrantSource
+from bursar.credits.grants import GrantSource, InvalidGrant, add_grant
 from bursar.credits.moves import Flag, Outcome
+from bursar.credits.pools import pool_for
+from bursar.credits.schedules import Unit, add_schedule
+from bursar.money import credits
 
 ACCEPTED, REFUSED = Outcome.ACCEPTED, Outcome.REFUSED
 
@@ -732,3 +738,14 @@ def test_switching_back_and_forth_does_not_grind_grants_to_dust(scene: Scene) ->
     value = "select sum(value_left_nano_usd)::int from credits.grant_states where organization_id = %s"
     assert scene.admin(value, scene.organization) == [(999,)]
     assert scene.findings() == []
+
+
+@pytest.mark.parametrize("source", [GrantSource.TOP_UP, GrantSource.FORGIVENESS, GrantSource.REFUND])
+async def test_what_comes_of_a_command_of_its_own_is_granted_by_no_other(org: Org, source: GrantSource) -> None:
+    place = {"organization_id": org.organization_id}
+    async with org.tenant() as conn:
+        what = {"pool_id": await pool_for(conn, **place), "source": source, "amount_micros": credits(5), **place}
+        with pytest.raises(InvalidGrant, match=source.value):
+            await add_grant(conn, **what, idempotency_key="once")
+        with pytest.raises(InvalidGrant, match=source.value):
+            await add_schedule(conn, **what, unit=Unit.MONTH, zone="UTC", by=OPERATOR, idempotency_key="again")

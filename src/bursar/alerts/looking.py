@@ -131,9 +131,8 @@ async def sweep(database: db.Database) -> int:
     told, after = 0, UUID(int=0)
     fault: Exception | None = None
     while True:
-        async with database.platform() as conn, conn.cursor() as cursor:
-            await cursor.execute(QUERIES.organizations_after, {"after": after, "most": SWEEP_AT_ONCE})
-            organization_ids: list[UUID] = [row[0] for row in await cursor.fetchall()]
+        async with database.platform() as conn:
+            organization_ids = await db.fetch_values(conn, QUERIES.organizations_after, after=after, most=SWEEP_AT_ONCE)
         if not organization_ids:
             break
         try:
@@ -327,9 +326,7 @@ async def _readers(conn: db.Connection, organization_id: UUID, subject: Subject,
 
 
 async def _with_role(conn: db.Connection, organization_id: UUID, role: str) -> set[UUID]:
-    async with conn.cursor() as cursor:
-        await cursor.execute(QUERIES.members_with, {"organization_id": organization_id, "roles": [role]})
-        return {row[0] for row in await cursor.fetchall()}
+    return set(await db.fetch_values(conn, QUERIES.members_with, organization_id=organization_id, roles=[role]))
 
 
 async def _note_sweep(database: db.Database, at: datetime) -> None:

@@ -153,9 +153,7 @@ async def end_rules(
     place: dict[str, Any] = {"organization_id": organization_id, "watches": watches, "object_id": object_id}
     if object_id is not None:
         place["object_id"] = await _balance_of(conn, place)
-    async with conn.cursor() as cursor:
-        await cursor.execute(QUERIES.end_rule, {**place, "measure": None})
-        ended: list[UUID] = [row[0] for row in await cursor.fetchall()]
+    ended = await db.fetch_values(conn, QUERIES.end_rule, **place, measure=None)
     for rule_id in ended:
         await record(conn, organization_id=organization_id, by=by, action="alert_rule.ended", object_id=rule_id)
     return len(ended)

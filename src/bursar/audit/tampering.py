@@ -101,8 +101,7 @@ async def organizations(conn: db.Connection) -> list[UUID]:
 
 async def known_tables(conn: db.Connection) -> list[str]:
     """The sealed tables."""
-    rows = await conn.execute("select table_name from audit.sealed_tables order by 1")
-    return [row[0] for row in await rows.fetchall()]
+    return await db.fetch_values(conn, "select table_name from audit.sealed_tables order by 1")
 
 
 async def check(database: db.Database, *, organization_id: UUID) -> list[Finding]:

@@ -76,6 +76,16 @@ class Grant:
     burns_before_next: str | None
 
 
+def require_given(source: GrantSource) -> None:
+    """Refuse a source of grants that only a command of its own makes.
+
+    Raises:
+        InvalidGrant
+    """
+    if source in OF_THEIR_OWN:
+        raise InvalidGrant(f"Grants of the source {source.value} come of commands of their own")
+
+
 async def add_grant(
     conn: db.Connection,
     *,
@@ -105,8 +115,7 @@ async def add_grant(
         NotFound: no such open pool. InvalidGrant: it would have expired already, or comes of another command.
         KeyReused: another body.
     """
-    if source in OF_THEIR_OWN:
-        raise InvalidGrant(f"Grants of the source {source.value} come of commands of their own")
+    require_given(source)
     grant_id = await db.fetch_value(
         conn,
         QUERIES.add_grant,

@@ -9,7 +9,7 @@ from uuid import UUID
 from bursar import db
 from bursar.audit.events import Actor, record
 from bursar.clock import uuid7
-from bursar.credits.grants import OF_THEIR_OWN, USUAL_PRIORITY, GrantSource, InvalidGrant
+from bursar.credits.grants import USUAL_PRIORITY, GrantSource, require_given
 from bursar.money import Micros, NanoUsd
 
 QUERIES: Final = db.load_queries("bursar.credits")
@@ -76,8 +76,7 @@ async def add_schedule(
     Raises:
         NotFound: no such open pool. InvalidGrant: it makes no sense. KeyReused: another body.
     """
-    if source in OF_THEIR_OWN:
-        raise InvalidGrant(f"Grants of the source {source.value} come of commands of their own")
+    require_given(source)
     schedule_id = await db.fetch_value(
         conn,
         QUERIES.add_schedule,

@@ -67,7 +67,7 @@ async def verify_in_turn(database: db.Database, *, rest: float = 1.0) -> AsyncIt
     """
     async with database.platform() as conn:
         known = set(await tampering.organizations(conn))
-        known |= {row[0] for row in await (await conn.execute("select organization_id from credits.gates")).fetchall()}
+        known |= set(await db.fetch_values(conn, "select organization_id from credits.gates"))
     async with await psycopg.AsyncConnection.connect(database.dsn("bursar_platform"), autocommit=True) as conn:
         for organization_id in sorted(known):
             began = time.monotonic()

@@ -11,7 +11,7 @@ Tables: schema `db` (what has been applied here), written by `migrate` only.
 
 from bursar.db.connections import Database, connect, held, opened
 from bursar.db.queries import Queries, load_queries
-from bursar.db.rows import Connection, NoRow, execute, fetch_all, fetch_one, fetch_optional, fetch_value
+from bursar.db.rows import Connection, NoRow, execute, fetch_all, fetch_one, fetch_optional, fetch_value, fetch_values
 from bursar.db.space import Space
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "fetch_one",
     "fetch_optional",
     "fetch_value",
+    "fetch_values",
     "held",
     "load_queries",
     "opened",

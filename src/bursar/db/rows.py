@@ -52,6 +52,13 @@ async def fetch_value(conn: Connection, sql: str, /, **params: Any) -> Any:
         return None if row is None else row[0]
 
 
+async def fetch_values(conn: Connection, sql: str, /, **params: Any) -> list[Any]:
+    """First column of every row, in the query's order."""
+    async with conn.cursor() as cursor:
+        await cursor.execute(sql, params)
+        return [row[0] for row in await cursor.fetchall()]
+
+
 async def execute(conn: Connection, sql: str, /, **params: Any) -> int:
     """Run a statement; the number of rows it touched."""
     async with conn.cursor() as cursor:

@@ -107,12 +107,11 @@ class Keeper:
         path = f"{vendors.BATCHES[batch.format]}?limit=100"
         listed = _listed(await said(await self._upstream.get(target, path)), batch.provider)
         likely = [each for each in listed if await self._may_be(batch, each)]
-        async with self._database.platform() as conn, conn.cursor() as cursor:
-            ids = [each["id"] for each in likely]
-            await cursor.execute(
-                records.QUERIES.batches_of_provider_ids, {"provider": batch.provider, "provider_batch_ids": ids}
+        ids = [each["id"] for each in likely]
+        async with self._database.platform() as conn:
+            known = await db.fetch_values(
+                conn, records.QUERIES.batches_of_provider_ids, provider=batch.provider, provider_batch_ids=ids
             )
-            known = {row[0] for row in await cursor.fetchall()}
         for each in likely:
             if each["id"] not in known:
                 yield each

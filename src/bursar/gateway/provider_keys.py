@@ -253,9 +253,10 @@ async def reseal_provider_keys(database: db.Database, keyring: Keyring) -> int:
     Raises:
         SealBroken: a key was sealed under a master key that the keyring does not know.
     """
-    async with database.platform() as conn, conn.cursor() as cursor:
-        await cursor.execute(QUERIES.organizations_with_keys_sealed_otherwise, {"sealing_key_id": keyring.newest_id})
-        organization_ids: list[UUID] = [row[0] for row in await cursor.fetchall()]
+    async with database.platform() as conn:
+        organization_ids = await db.fetch_values(
+            conn, QUERIES.organizations_with_keys_sealed_otherwise, sealing_key_id=keyring.newest_id
+        )
     total = 0
     for organization_id in organization_ids:
         async with database.tenant(organization_id) as conn:

@@ -72,9 +72,8 @@ async def purge_outbox(database: db.Database) -> int:
     async with audit_jobs.alone(database, PURGE_LOCK) as is_mine:
         if not is_mine:
             return 0
-        async with database.platform() as conn, conn.cursor() as cursor:
-            await cursor.execute(QUERIES.organizations_to_purge, {"days": days})
-            organization_ids: list[UUID] = [row[0] for row in await cursor.fetchall()]
+        async with database.platform() as conn:
+            organization_ids = await db.fetch_values(conn, QUERIES.organizations_to_purge, days=days)
         for organization_id in organization_ids:
             gone += await purge(database, organization_id, days=days)
     return gone
