@@ -40,6 +40,9 @@ CORRUPTIONS = {
     "use of a cap": "update credits.balances set used_amount = used_amount + 1 where kind = 'limit'",
     "what a cap holds": "update credits.balances set held_amount = 1 where kind = 'limit'",
     "what is left of a grant": "update credits.grant_states set left_micros = left_micros + 5 where {half}",
+    "the money left in a grant": "update credits.grant_states set value_left_nano_usd = value_left_nano_usd + 5"
+    " where {half}",
+    "the money of a stretch": "update credits.burns set value_nano_usd = value_nano_usd + 5 where start_micros > 0",
     "that a grant is active": "update credits.grant_states set state = 'ended', left_micros = 0 where {half}",
     "that a grant is burnt up": "update credits.grant_states set state = 'active', left_micros = 1 where {burnt}",
     "all grants": "update credits.grant_states set left_micros = 3, state = 'active' where state <> 'scheduled'",
@@ -51,6 +54,8 @@ CORRUPTIONS = {
     "up to where was poured": "update credits.pools set poured_micros = poured_micros + 1 where true",
     "when a pool wakes": "update credits.pools set next_event_at = 'infinity' where true",
     "when the gate wakes": "update credits.gates set next_event_at = 'infinity' where true",
+    "when the gate wakes for a raise": "update credits.gates set next_limit_event_at = 'infinity' where true",
+    "limit of a raised cap": "update credits.balances set limit_amount = 400 where kind = 'limit'",
     "all of some balances": "update credits.balances set held_amount = 0, limit_amount = 99, used_amount = 3"
     " where kind <> 'allocation'",
 }  # fmt: skip
@@ -71,10 +76,10 @@ PLACES = {
 DERIVED = (
     "select balance_id, period_start::text, limit_amount, used_amount, held_amount, excess_amount "
     "from credits.balances",
-    "select grant_id, state, left_micros from credits.grant_states",
-    "select pool_id, start_micros, end_micros, grant_id from credits.burns",
+    "select grant_id, state, left_micros, value_left_nano_usd from credits.grant_states",
+    "select pool_id, start_micros, end_micros, grant_id, grant_from_micros, value_nano_usd from credits.burns",
     "select pool_id, poured_micros, next_event_at::text from credits.pools",
-    "select next_event_at::text from credits.gates",
+    "select next_event_at::text, next_limit_event_at::text from credits.gates",
 )
 
 
@@ -90,12 +95,12 @@ def scene_in(database: db.Database) -> Scene:
     scene = Scene(psycopg.connect(database.dsn("admin"), autocommit=True), now=now())
     ann, ben, cem = (scene.user() for _ in range(3))
     pool = scene.pool()
-    scene.grant(pool, 20, expires=scene.now.replace(year=2200), priority=1)
-    scene.grant(pool, 500)
+    scene.grant(pool, 20, expires=scene.now.replace(year=2200), priority=1, paid=777)
+    scene.grant(pool, 500, paid=10_001)
     scene.grant(pool, 50, starts=scene.now.replace(year=2199))
     scene.share(pool, ann, 100)
     scene.share(pool, ben, 60, kind="capped", period="month")
-    scene.limit(400, period="month")
+    scene.raise_(scene.limit(400, period="month"), 30, ends=scene.now.replace(year=2100))
     for user in (ann, ben, cem):
         scene.later(milliseconds=1)
         assert scene.deduct(9, user).accepted
@@ -207,6 +212,6 @@ async def test_balances_are_mended_while_calls_go_on(broken: db.Database) -> Non
     assert scene.findings() == []
 
 
-def test_burns_read_alike_whatever_their_value() -> None:
+def test_a_stretch_of_another_value_is_another_stretch() -> None:
     burn = Burn(0, 5, UUID(int=1))
     assert replace(burn, value_nano_usd=3) != burn

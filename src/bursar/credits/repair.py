@@ -7,6 +7,7 @@ meanwhile. The ledger itself is never touched: where it contradicts itself, that
 import re
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
@@ -51,7 +52,7 @@ class _Share:
 
 @dataclass(frozen=True, slots=True)
 class _Grant:
-    """brought: what ever came into it less what left it otherwise than by use."""
+    """brought: what ever came into it less what left it otherwise than by use. paid: for its whole amount."""
 
     grant_id: UUID
     state: str
@@ -60,17 +61,23 @@ class _Grant:
     is_over: bool
     is_booked: bool
     brought_micros: int
+    amount_micros: int
+    paid_nano_usd: int
     brought_nano_usd: int
 
 
 @dataclass(frozen=True, slots=True)
 class Burn:
-    """A stretch of a pool's running total, and the grant that paid it."""
+    """A stretch of a pool's running total, the grant that paid it, and from which of its micros on."""
 
     start_micros: int
     end_micros: int
     grant_id: UUID
     value_nano_usd: int = 0
+    grant_from_micros: int = 0
+    poured_at: datetime | None = None
+    """None: of one that was missing."""
+    reason: str = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +243,7 @@ async def _mend_pool(conn: db.Connection, finding: Finding) -> None:
     pour = await db.fetch_one(conn, _Pour, SQL.pour, **where)
     grants = await db.fetch_all(conn, _Grant, SQL.grants, **where)
     burns = await db.fetch_all(conn, Burn, SQL.burns, **where)
-    true = true_burns(burns, grants, pour)
+    true = valued(true_burns(burns, grants, pour), grants)
     await _write_burns(conn, where, burns, true)
     poured = true[-1].end_micros if true else 0
     await db.execute(conn, SQL.set_poured, **where, poured_micros=poured)
@@ -306,6 +313,41 @@ def _filled(burns: list[Burn], burnt: dict[UUID, int], end: int) -> list[Burn]:
     return found
 
 
+def valued(burns: list[Burn], grants: list[_Grant]) -> list[Burn]:
+    """With the money that each stretch took along, where that does not add up with what its grant has left.
+
+    What a grant has left, its stretches, and its price by the micro tell the same; two outvote one. Of stretches that
+    were missing the last gets what remains, in nano-dollars, so that nothing is lost to rounding.
+    """
+    found: dict[Burn, Burn] = {}
+    for grant in grants:
+        own = [burn for burn in burns if burn.grant_id == grant.grant_id]
+        spent = grant.brought_nano_usd - grant.value_left_nano_usd
+        at = 0
+        priced: list[Burn] = []
+        for burn in own:
+            start = burn.grant_from_micros if burn.poured_at else at
+            at = start + burn.end_micros - burn.start_micros
+            value = _value_upto(grant, at) - _value_upto(grant, start)
+            priced.append(replace(burn, grant_from_micros=start, value_nano_usd=value))
+        missing = [place for place, burn in enumerate(own) if burn.poured_at is None]
+        true = own
+        if missing:
+            true = [each if burn.poured_at is None else burn for burn, each in zip(own, priced, strict=True)]
+            rest = spent - sum(burn.value_nano_usd for burn in true)
+            last = true[missing[-1]]
+            true[missing[-1]] = replace(last, value_nano_usd=max(0, last.value_nano_usd + rest))
+        elif sum(burn.value_nano_usd for burn in own) != spent == sum(burn.value_nano_usd for burn in priced):
+            true = priced
+        found |= dict(zip(own, true, strict=True))
+    return [found.get(burn, burn) for burn in burns]
+
+
+def _value_upto(grant: _Grant, micros: int) -> int:
+    """Money paid for the first micros of a grant, as credits.value_upto reckons it: rounded down."""
+    return grant.paid_nano_usd * micros // grant.amount_micros
+
+
 def _tile(burns: list[Burn]) -> bool:
     starts = [burn.start_micros for burn in burns]
     return starts == [0, *(burn.end_micros for burn in burns)][: len(burns)] and all(
@@ -344,6 +386,9 @@ async def _write_burns(conn: db.Connection, where: dict[str, Any], found: list[B
                 end_micros=burn.end_micros,
                 grant_id=burn.grant_id,
                 value_nano_usd=burn.value_nano_usd,
+                grant_from_micros=burn.grant_from_micros,
+                poured_at=burn.poured_at,
+                reason=burn.reason,
             )
 
 
@@ -356,9 +401,9 @@ async def _write_grant(conn: db.Connection, organization_id: UUID, grant: _Grant
         state = "lingering" if grant.is_over else "active"
     elif grant.state != "spent":
         state = "ended"
-    value = grant.brought_nano_usd - sum(burn.value_nano_usd for burn in burns) if grant.is_booked else None
-    if "money_adds_up" not in CHECKS or value is None:
-        value = grant.value_left_nano_usd
+    value = grant.value_left_nano_usd
+    if grant.is_booked:
+        value = grant.brought_nano_usd - sum(burn.value_nano_usd for burn in burns)
     if (left, state, value) != (grant.left_micros, grant.state, grant.value_left_nano_usd):
         await db.execute(
             conn,

@@ -52,6 +52,7 @@ group by 1, b.used_amount, b.held_amount;
 select g.grant_id, s.state, s.left_micros, s.value_left_nano_usd, g.expires_at <= clock_timestamp() as is_over, coalesce(e.is_booked, false) as is_booked,
     case when e.is_booked then g.amount_micros + coalesce(e.refunded, 0) - coalesce(e.gone, 0) - coalesce(m.gone, 0)
          when s.state = 'ended' then 0 else g.amount_micros end::bigint as brought_micros,
+    g.amount_micros, case when g.is_free then 0 else g.cost_basis_nano_usd end as paid_nano_usd,
     (case when g.is_free then 0 else g.cost_basis_nano_usd end
         + coalesce(e.refunded_value, 0) - coalesce(e.gone_value, 0) - coalesce(m.gone_value, 0))::bigint as brought_nano_usd
 from credits.grants g
@@ -71,7 +72,7 @@ where g.organization_id = %(organization_id)s and g.pool_id = %(pool_id)s
 order by g.priority, g.expires_at, g.is_free desc, g.effective_at, g.created_at, g.grant_id;
 
 -- name: burns
-select start_micros, end_micros, grant_id, value_nano_usd from credits.burns
+select start_micros, end_micros, grant_id, value_nano_usd, grant_from_micros, poured_at, reason from credits.burns
 where organization_id = %(organization_id)s and pool_id = %(pool_id)s order by start_micros;
 
 -- name: pool_of_grant
@@ -95,12 +96,10 @@ where organization_id = %(organization_id)s and grant_id = %(grant_id)s;
 delete from credits.burns where organization_id = %(organization_id)s and pool_id = %(pool_id)s and start_micros = %(start_micros)s;
 
 -- name: add_burn
-insert into credits.burns (organization_id, pool_id, start_micros, end_micros, grant_id, poured_at, value_nano_usd)
-values (%(organization_id)s, %(pool_id)s, %(start_micros)s, %(end_micros)s, %(grant_id)s, clock_timestamp(), %(value_nano_usd)s);
-
--- name: move_burn
-update credits.burns set start_micros = %(start_micros)s, end_micros = %(end_micros)s
-where organization_id = %(organization_id)s and pool_id = %(pool_id)s and start_micros = %(was_micros)s;
+-- One that was missing: nobody knows any more when it was poured, and why that grant burnt first.
+insert into credits.burns (organization_id, pool_id, start_micros, end_micros, grant_id, poured_at, grant_from_micros, value_nano_usd, reason)
+values (%(organization_id)s, %(pool_id)s, %(start_micros)s, %(end_micros)s, %(grant_id)s, coalesce(%(poured_at)s, clock_timestamp()),
+    %(grant_from_micros)s, %(value_nano_usd)s, %(reason)s);
 
 -- name: wake_pool
 update credits.pools set next_event_at = %(at)s where organization_id = %(organization_id)s and pool_id = %(pool_id)s;
