@@ -1,5 +1,6 @@
 """`bursar repair` sets what is derived to what ledger, attribution, holds and grants say, and touches nothing else."""
 
+import asyncio
 import random
 import threading
 from collections.abc import AsyncIterator
@@ -209,6 +210,20 @@ async def test_balances_are_mended_while_calls_go_on(broken: db.Database) -> Non
             stop.set()
         for each in driving:
             each.result()
+    assert scene.findings() == []
+
+
+async def test_a_repair_waits_for_whoever_is_moving_credits(broken: db.Database) -> None:
+    scene = scene_in(broken)
+    corrupt(scene, "limit of a pool")
+    with scene.conn.transaction():
+        assert scene.deduct(9, scene.user()).accepted
+        mending = asyncio.create_task(mend(broken, scene, apply=True))
+        waits = "select exists (select from pg_locks where not granted and %s = any (pg_blocking_pids(pid)))"
+        while not mending.done() and scene.admin(waits, scene.conn.info.backend_pid) == [(False,)]:
+            await asyncio.sleep(0.01)
+    # Nothing but what was wrong: whoever reads an amount while it moves would set it back, and mend that too.
+    assert {each.invariant for each in await mending} == {"pool_limit_is_the_ledger"}
     assert scene.findings() == []
 
 
