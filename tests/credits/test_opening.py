@@ -96,6 +96,7 @@ async def test_an_import_that_ended_in_the_middle_is_gone_on_with(database: db.D
         ("credits,paid_usd\n1,-1\n", 2, "paid_usd", "not negative"),
         ("credits,free\n1,perhaps\n", 2, "free", "none of"),
         ("credits,source\n1,gift\n", 2, "source", "none of"),
+        ("credits,source\n1,refund\n", 2, "source", "none of"),
         ("credits,priority\n1,40000\n", 2, "priority", "0 to 32767"),
         ("credits,expires_at\n1,tomorrow\n", 2, "expires_at", "no date"),
         ("credits,expires_at\n1,2020-01-01\n", 2, "expires_at", "would have expired"),

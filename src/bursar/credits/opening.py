@@ -15,7 +15,7 @@ from uuid import UUID
 
 from bursar import clock, db
 from bursar.audit.events import Actor, record
-from bursar.credits.grants import USUAL_PRIORITY, GrantSource, KeyReused, add_grant
+from bursar.credits.grants import OF_THEIR_OWN, USUAL_PRIORITY, GrantSource, InvalidGrant, KeyReused, add_grant
 from bursar.credits.pools import NoPool, pool_for
 from bursar.identity.addresses import Address, InvalidEmail
 from bursar.identity.memberships import MemberNotFound, find_membership_by_email
@@ -42,6 +42,7 @@ OPTIONAL: Final = (
     "reference",
 )
 MOST_MICROS: Final = 10**15
+_SOURCES: Final = {each.value: each for each in GrantSource if each not in OF_THEIR_OWN}
 _YES: Final = {"yes": True, "true": True, "1": True, "": False, "no": False, "false": False, "0": False}
 
 
@@ -134,7 +135,7 @@ async def import_rows(
         try:
             with translated():
                 await _grant(database, row, by)
-        except (KeyReused, NoPool) as problem:
+        except (KeyReused, NoPool, InvalidGrant) as problem:
             faults.append(Fault(row.line, None, problem.detail or problem.title))
         progress(done)
     return faults
@@ -197,7 +198,7 @@ async def _row(
         amount_micros=_amount(text["credits"]),
         cost_basis_nano_usd=_money(text["paid_usd"]),
         is_free=_choice("free", text["free"].lower(), _YES),
-        source=_choice("source", text["source"] or "opening", {each.value: each for each in GrantSource}),
+        source=_choice("source", text["source"] or "opening", _SOURCES),
         priority=_priority(text["priority"]),
         effective_at=effective,
         expires_at=expires,

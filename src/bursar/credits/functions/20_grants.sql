@@ -106,7 +106,7 @@ begin
     -- A correction may have taken use back: the last credits burnt return first, to the grants that paid them, with the money they had taken.
     while v_poured > v_used loop
         select * into strict v_row from burns
-        where organization_id = p_organization_id and pool_id = p_pool_id and end_micros = v_poured;
+        where organization_id = p_organization_id and pool_id = p_pool_id and start_micros < v_poured order by start_micros desc limit 1;
         select * into strict v_grant from grants where organization_id = p_organization_id and grant_id = v_row.grant_id;
         v_take := least(v_poured - v_used, v_row.end_micros - v_row.start_micros);
         v_value := v_row.value_nano_usd;
