@@ -557,6 +557,8 @@ class Organization:
     stored: dict[str, Stored] = field(default_factory=dict)
     anchor: datetime = EARLIEST
     counters: dict[tuple[Any, ...], UUID] = field(default_factory=dict)
+    counted: dict[UUID, tuple[UUID, UUID | None]] = field(default_factory=dict)
+    """For which default a balance counted last, and whom."""
     raises: dict[UUID, Raise] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     schedules: dict[UUID, Schedule] = field(default_factory=dict)
@@ -1049,18 +1051,28 @@ class Organization:
         for own in self.limits.values():
             if own.balance_id and (own.kind, own.scope_id) == (limit.kind, subject) and own.ended >= limit.created:
                 counted = own.balance_id
-        return self.counters.setdefault((*limit.kind, subject), counted)
+        counted = self.counters.setdefault((*limit.kind, subject), counted)
+        self.counted[counted] = limit.limit_id, subject
+        return counted
 
-    def _meant(self, limit_id: UUID, subject: UUID | None) -> Limit:
-        """The limit that is meant: of a default and one that it is for, what is theirs instead."""
-        limit = self.limits.get(limit_id)
-        if limit is not None and limit.each and not limit.is_ended and limit.amount is not None:
-            own = (o for o in self.limits.values() if not o.is_ended and not o.each and o.kind == limit.kind)
-            limit = next((o for o in own if o.scope_id == subject), limit)
-            limit = None if limit.each and subject is None else limit
-        if limit is None or limit.is_ended or limit.amount is None:
+    def _meant(self, named: UUID, subject: UUID | None) -> tuple[Limit, UUID | None]:
+        """What is named by a limit's id, or by that of a balance, as refusals tell it: what counts there now.
+
+        Of a default: for the one that is named, or what is theirs instead.
+        """
+        in_force = {x.limit_id: x for x in self.limits.values() if not x.is_ended and x.amount is not None}
+        limit = next((x for x in in_force.values() if x.balance_id == named), None)
+        if limit is None:
+            default, counted = self.counted.get(named, (None, None))
+            limit = in_force.get(default or named) or in_force.get(named)
+            if limit is not None and limit.limit_id == default:
+                subject = subject or counted
+        if limit is not None and limit.each:
+            own = (x for x in self.limits.values() if not x.is_ended and not x.each and x.kind == limit.kind)
+            limit = next((x for x in own if x.scope_id == subject), limit) if subject else None
+        if limit is None or limit.amount is None:
             raise Refused("BR404")
-        return limit
+        return limit, subject
 
     def raise_limit(
         self,
@@ -1078,7 +1090,7 @@ class Organization:
         body = ("raise", limit_id, subject, amount, starts, ends, reason)
         if self._begin(now, key, body) is not None:
             return UUID(str(self.results[key]))
-        limit = self._meant(limit_id, subject)
+        limit, subject = self._meant(limit_id, subject)
         self._give_raise(raise_id, self._balance_of(limit, subject), amount, starts, ends, now)
         self._end(now, key, body, raise_id)
         return raise_id
@@ -1115,7 +1127,7 @@ class Organization:
             raise Refused("BR464")
         if user not in self.members or self.members[user].status != "active":
             raise Refused("BR404")
-        limit = self._meant(limit_id, subject)
+        limit, subject = self._meant(limit_id, subject)
         if limit.action != "asks":
             raise Refused("BR461")
         balance_id = self._balance_of(limit, subject)
