@@ -568,8 +568,6 @@ class Organization:
     wishes: dict[UUID, Wish] = field(default_factory=dict)
     campaigns: dict[UUID, Campaign] = field(default_factory=dict)
     codes: dict[UUID, Code] = field(default_factory=dict)
-    unrecorded: set[UUID] = field(default_factory=set)
-    """Requests whose holds ended in the batch that is being decided."""
     names: Names = field(default_factory=Names)
 
     # ------------------------------------------------------------------ balances
@@ -687,10 +685,10 @@ class Organization:
                 self.balance(pool.pool_id).limit += grant.amount
                 self.version += 1
 
-    def fold(self, now: datetime) -> None:
+    def fold(self, now: datetime, is_over: bool = True) -> None:
         """Apply what became due, each event at its own instant; then what no hold needs any more goes."""
         for pool_id in sorted(self.pools):
-            self._fold_pool(self.pools[pool_id], now)
+            self._fold_pool(self.pools[pool_id], now, is_over)
         self._follow_raises(now)
         self._renew_shares(now)
 
@@ -725,7 +723,8 @@ class Organization:
                 self.version += 1
         self.reopen()
 
-    def _fold_pool(self, pool: Pool, now: datetime) -> None:
+    def _fold_pool(self, pool: Pool, now: datetime, is_over: bool = True) -> None:
+        """is_over: whatever moved credits before is over; what a batch leaves in a closed pool goes on after it."""
         self.pour(pool, now)
         while True:
             comes = [g.effective for g in self._grants_of(pool, "scheduled")]
@@ -741,7 +740,7 @@ class Organization:
         if self._grants_of(pool, "lingering"):
             self._expire(pool, now)
         self.reopen()
-        if pool.is_closed:
+        if pool.is_closed and is_over:
             self._sweep(pool, now)
 
     def _make_occurrences(self, pool: Pool, at: datetime) -> None:
@@ -1631,7 +1630,7 @@ class Organization:
     def _sweep(self, pool: Pool, now: datetime) -> None:
         """What turns up in a closed pool goes where it belongs."""
         for request in sorted(pool.leaving):
-            if request in self.holds or request in self.unrecorded:
+            if request in self.holds:
                 continue
             kept, to_id = pool.leaving.pop(request)
             draws = self.charges[request].draws if request in self.charges else []
@@ -1642,8 +1641,6 @@ class Organization:
                 owed = self.balance(pool.pool_id).excess
                 self._pass_on(self.pools[to_id], pool, min(used - kept, owed), now)
                 self.pour(pool, now)
-        if any(request not in self.holds for request in pool.leaving):
-            return
         if self._spare(pool) and pool.kind == "shared":
             self._spread_over_members(pool, {}, now)
         elif self._spare(pool):
@@ -1861,7 +1858,7 @@ class Organization:
                     hold = self.holds.get(move.request) if move.request else None
                     if self._is_slow(move, hold) == pass_slow:
                         self._settle(move, hold, answer, now)
-        self.fold(now)
+        self.fold(now, is_over=False)
         self._demands(moves, answers, now)
         self._place(moves, answers, now)
         self._record(moves, answers, now)
@@ -1977,8 +1974,6 @@ class Organization:
             freed_calls=1,
             freed_tokens=hold.tokens,
         )
-        if release or not is_slow:
-            self.unrecorded.add(move.request)
         if not release:
             self.charged[move.request] = self.charged.get(move.request, 0) + move.amount
             if is_slow:
@@ -2051,7 +2046,7 @@ class Organization:
             assert move.request is not None
             self._undraw(self.charges[move.request], estimate.chain, moved)
             for pool_id in {leg.pool_id for leg, back in zip(estimate.chain.legs, moved, strict=True) if back}:
-                self._fold_pool(self.pools[pool_id], now)
+                self._fold_pool(self.pools[pool_id], now, is_over=False)
             self.version += 1
 
     # ------------------------------------------------------------------ where charges stand
@@ -2097,7 +2092,6 @@ class Organization:
             self._note_charge(move, chain, {p: (at[p], at[p] + amount) for p, amount in paid.items()}, now)
             for pool_id, amount in paid.items():
                 at[pool_id] += amount
-        self.unrecorded.clear()
 
     # ------------------------------------------------------------------ demands
 

@@ -599,6 +599,20 @@ def test_who_used_more_than_was_held_before_the_switch_pays_it_from_the_new_pool
     assert scene.findings() == []
 
 
+def test_so_does_who_was_refused_under_that_request_before(scene: Scene) -> None:
+    users = sorted(scene.user() for _ in range(2))
+    pool, request = scene.pool(), uuid7()
+    scene.grant(pool, 100)
+    assert scene.authorize(101, users[0], request).outcome is Outcome.REFUSED
+    scene.hold(20, users[0], request=request)
+    scene.switch("personal")
+    scene.settle(request, 35)
+    scene.wake()
+    assert _pools(scene) == {("personal", users[0]): 25, ("personal", users[1]): 40}
+    assert scene.balance(pool) == Balance(35, 35, 0, 0)
+    assert scene.findings() == []
+
+
 def test_a_hold_on_a_personal_pool_frees_into_the_shared_one(scene: Scene) -> None:
     user = scene.user()
     own = scene.pool("personal", owner=user)

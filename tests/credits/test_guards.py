@@ -143,7 +143,7 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     ("add_grant", "greatest(v_now, p_effective_at)", "v_now", rules.test_a_grant_that_ends_before_it_starts_is_refused),
     (
-        "fold_pool",
+        "apply_events",
         "perform credits.pour(p_organization_id, p_pool_id, v_at);",
         "",
         rules.test_use_is_paid_by_the_grants_there_were_at_the_time,
@@ -372,13 +372,13 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
         rules.test_a_late_grant_to_a_personal_pool_is_spent_before_the_shared_one,
     ),
     (
-        "fold_pool",
+        "apply_events",
         "exit when v_at > p_now;",
         "exit when v_at >= p_now;",
         rules.test_grants_are_spendable_from_their_first_instant_until_just_before_their_last,
     ),
     (
-        "fold_pool",
+        "apply_events",
         "v_at := '-infinity';",
         "v_at := v_at;",
         rules.test_what_an_expired_grant_holds_for_a_running_call_stays_payable_until_it_ends,
@@ -560,9 +560,9 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
         grants.test_shares_larger_than_the_pool_get_their_part_of_it,
     ),
     (
-        "sweep_pool",
-        "and (exists (select from ledger.attribution a where",
-        "and (true or exists (select from ledger.attribution a where",
+        "move_batch",
+        "perform credits.fold_in_batch(v_row.organization_id,",
+        "perform credits.fold_pool(v_row.organization_id,",
         grants.test_who_used_more_than_was_held_before_the_switch_pays_it_from_the_new_pool,
     ),
     (
@@ -946,7 +946,7 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     (
         "book_correction",
-        "perform credits.fold_pool(p_estimate.organization_id, v_pool, p_now);",
+        "perform credits.fold_in_batch(p_estimate.organization_id, v_pool, p_now);",
         "",
         rules.test_credit_given_back_to_an_expired_grant_cannot_be_spent_again,
     ),

@@ -279,13 +279,12 @@ begin
 end $$;
 comment on function credits.activate_grants is 'Makes scheduled grants spendable at their instant and books them';
 
--- fold_pool: apply every time event of one pool up to p_now, each at its very instant, in order. Nothing was used between an
--- event and now, because whoever moves credits folds first.
-create or replace function credits.fold_pool(p_organization_id uuid, p_pool_id uuid, p_now timestamptz) returns void
+-- apply_events: every time event of one pool up to p_now, each at its very instant, in order. Nothing was used between an event and now,
+-- because whoever moves credits folds first. Returns when the next one is due.
+create or replace function credits.apply_events(p_organization_id uuid, p_pool_id uuid, p_now timestamptz) returns timestamptz
 language plpgsql volatile set search_path = credits, pg_temp as $$
 declare
     v_at timestamptz;
-    v_is_needed boolean;
 begin
     loop
         select least(min(case s.state when 'scheduled' then g.effective_at when 'active' then g.expires_at when 'spent' then g.expires_at end),
@@ -307,21 +306,44 @@ begin
         from grant_states s join grants g on g.organization_id = s.organization_id and g.grant_id = s.grant_id
         where s.organization_id = p_organization_id and s.pool_id = p_pool_id and s.state in ('active', 'spent');
         if v_at <= p_now then
-            perform credits.fold_pool(p_organization_id, p_pool_id, p_now);
-            return;
+            return credits.apply_events(p_organization_id, p_pool_id, p_now);
         end if;
         if exists (select 1 from grant_states where organization_id = p_organization_id and pool_id = p_pool_id and state = 'lingering') then
             v_at := '-infinity';  -- due again in every batch until the holds that need it have ended
         end if;
     end if;
-    v_is_needed := credits.sweep_pool(p_organization_id, p_pool_id, p_now);
+    return v_at;
+end $$;
+comment on function credits.apply_events is 'Applies a pool''s time events up to now: pours use, ends grants, makes those of schedules, starts grants; returns when the next is due';
+
+-- fold_pool: apply what time has changed of one pool up to p_now, and send on what turned up in it since it closed.
+create or replace function credits.fold_pool(p_organization_id uuid, p_pool_id uuid, p_now timestamptz) returns void
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_at constant timestamptz := credits.apply_events(p_organization_id, p_pool_id, p_now);
+    v_is_needed constant boolean := credits.sweep_pool(p_organization_id, p_pool_id, p_now);
+begin
     -- A closed pool is due as long as open holds need its credits.
     update pools set next_event_at = case when v_is_needed then '-infinity' else v_at end
     where organization_id = p_organization_id and pool_id = p_pool_id;
     update gates set next_event_at = least(next_limit_event_at, (select min(next_event_at) from pools where organization_id = p_organization_id))
     where organization_id = p_organization_id;
 end $$;
-comment on function credits.fold_pool is 'Applies a pool''s time events up to now: pours use, ends grants, makes those of schedules, starts grants';
+comment on function credits.fold_pool is 'Applies a pool''s time events up to now, and sends on what turned up in a closed one';
+
+-- fold_in_batch: the same in the middle of a batch, which has not written yet what its holds used: what they leave in a closed pool goes on
+-- with the next movement.
+create or replace function credits.fold_in_batch(p_organization_id uuid, p_pool_id uuid, p_now timestamptz) returns void
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_at constant timestamptz := credits.apply_events(p_organization_id, p_pool_id, p_now);
+begin
+    update pools set next_event_at = case when closed_at is null then v_at else '-infinity' end
+    where organization_id = p_organization_id and pool_id = p_pool_id;
+    update gates set next_event_at = least(next_limit_event_at, (select min(next_event_at) from pools where organization_id = p_organization_id))
+    where organization_id = p_organization_id;
+end $$;
+comment on function credits.fold_in_batch is 'Applies a pool''s time events up to now while a batch is decided; a closed pool is due again at once';
 
 create or replace function credits.fold_due_pools(p_organization_id uuid, p_now timestamptz) returns void
 language plpgsql volatile set search_path = credits, pg_temp as $$

@@ -259,8 +259,6 @@ begin
             delete from sweeps w
             where w.organization_id = p_organization_id and w.pool_id = p_pool_id
               and not exists (select from holds h where h.organization_id = w.organization_id and h.request_id = w.request_id)
-              and (exists (select from ledger.attribution a where a.organization_id = w.organization_id and a.request_id = w.request_id)
-                   or exists (select from unbilled_requests u where u.organization_id = w.organization_id and u.request_id = w.request_id))
             returning w.*
         )
         select * from ended order by request_id  -- so that the same is left of which grant, whatever the rows' places
@@ -283,10 +281,6 @@ begin
             perform credits.pour(p_organization_id, p_pool_id, p_now);
         end if;
     end loop;
-    if exists (select from sweeps w where w.organization_id = p_organization_id and w.pool_id = p_pool_id
-               and not exists (select from holds h where h.organization_id = w.organization_id and h.request_id = w.request_id)) then
-        return true;  -- a batch that is about to write what a hold used: the next fold knows
-    end if;
     v_room := credits.room_of_pool(p_organization_id, p_pool_id);
     if v_room > 0 and v_pool.kind = 'shared' then
         perform credits.spread_over_members(p_organization_id, p_pool_id, '{}', '{}', 'after the switch of pools', null, null, p_now);

@@ -243,7 +243,7 @@ begin
         -- What comes back to a grant that has expired since is not spendable again; and an empty pool may have something again.
         for v_pool in select distinct pool_id from unnest(v_chain.leg_pool_ids, v_moved) m(pool_id, moved) where moved < 0 order by 1 loop
             perform credits.pour(p_estimate.organization_id, v_pool, p_now);
-            perform credits.fold_pool(p_estimate.organization_id, v_pool, p_now);
+            perform credits.fold_in_batch(p_estimate.organization_id, v_pool, p_now);
         end loop;
         perform credits.limits_changed(p_estimate.organization_id);
     end if;

@@ -544,8 +544,10 @@ begin
             end if;
             if v_lingering then
                 -- What a released hold kept of an expired grant must be gone before anybody else is authorized.
-                for v_row in select distinct o from unnest(p_organization_ids) o order by 1 loop
-                    perform credits.fold_due_pools(v_row.o, v_now);
+                for v_row in
+                    select organization_id, pool_id from pools where next_event_at <= v_now and organization_id = any (p_organization_ids) order by 1, 2
+                loop
+                    perform credits.fold_in_batch(v_row.organization_id, v_row.pool_id, v_now);
                 end loop;
             end if;
         end if;
