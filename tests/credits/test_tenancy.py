@@ -81,7 +81,7 @@ CALCULATIONS = {
     "value_upto",
     "value_within",
 }
-LANES = {"move_batch", "move_one", "expire_holds"}
+LANES = {"move_batch", "move_one", "expire_holds", "expire_holds_of"}
 IDS_AND_TIMES = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d{4}-\d\d-\d\d \d\d:\d\d:[\d.+]+")
 TABLES = """
     select n.nspname || '.' || c.relname from pg_class c join pg_namespace n on n.oid = c.relnamespace

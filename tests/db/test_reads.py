@@ -55,6 +55,7 @@ NOT_RUN: Final = {
 READS_MORE: Final = {
     "usage.usage_parts": "sums the days that are asked for; daily sums come with analytics",
     "credits.open_holds": "a gauge over all open holds",
+    "credits.with_holds_to_expire": "looks at all open holds, after a run that failed",
     "credits.campaigns": "sums every redemption of every campaign",
     "credits.end_allocation": "a pool's open part is what no share claims, so a changed share asks all of them",
     "usage.people_with_access": "counts members",

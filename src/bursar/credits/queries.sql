@@ -293,6 +293,12 @@ from credits.holds
 -- name: expire_holds
 select credits.expire_holds(%(most)s)
 
+-- name: expire_holds_of
+select credits.expire_holds_of(%(organization_id)s)
+
+-- name: with_holds_to_expire
+select distinct organization_id from credits.holds where lease_expires_at <= clock_timestamp() order by 1
+
 -- name: ensure_partitions
 select ledger.ensure_partition(statement_timestamp() + make_interval(months => n)) from generate_series(0, %(months)s) n
 

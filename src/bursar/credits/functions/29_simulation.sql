@@ -10,15 +10,6 @@ begin
 end $$;
 comment on function credits.bring_up_to_date is 'Applies an organization''s time events until an instant and pours its use over its grants';
 
--- expire_holds_of: as expire_holds, of one organization, so that a simulated instant ends nobody else's holds and waits for no other gate.
-create or replace function credits.expire_holds_of(p_organization_id uuid, p_at timestamptz) returns integer
-language plpgsql volatile security definer set search_path = credits, pg_temp as $$
-begin
-    perform credits.lock_gate(p_organization_id, p_at);
-    return credits.end_holds(array[p_organization_id], null, p_at);
-end $$;
-comment on function credits.expire_holds_of is 'Ends the holds of one organization whose lease is over';
-
 -- What a simulation reads of its organization. The role bursar_simulator has no right to any table.
 
 create or replace function credits.told_open_part(p_organization_id uuid, p_pool_id uuid) returns uuid

@@ -15,6 +15,16 @@ begin
 end $$;
 comment on function credits.expire_holds is 'Ends holds whose lease is over: releases what was never sent, charges what was; returns how many';
 
+-- expire_holds_of: as expire_holds, of one organization: a simulated instant ends nobody else's holds and waits for no other gate, and one whose
+-- holds cannot be ended keeps no other waiting.
+create or replace function credits.expire_holds_of(p_organization_id uuid, p_at timestamptz default null) returns integer
+language plpgsql volatile security definer set search_path = credits, pg_temp as $$
+begin
+    perform credits.lock_gate(p_organization_id, p_at);
+    return credits.end_holds(array[p_organization_id], null, p_at);
+end $$;
+comment on function credits.expire_holds_of is 'Ends the holds of one organization whose lease is over';
+
 -- end_holds: what expire_holds does, of organizations whose gates are locked.
 create or replace function credits.end_holds(p_organization_ids uuid[], p_most integer, p_at timestamptz) returns integer
 language plpgsql volatile set search_path = credits, pg_temp as $$
