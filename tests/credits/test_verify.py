@@ -35,8 +35,8 @@ FAULTS = {
     "events_are_numbered_without_gaps": """
         insert into outbox.events (organization_id, event_id, kind, object_kind, object_id, sequence, payload,
             happened_at)
-        select organization_id, gen_random_uuid(), 'pool.low', 'pool', pool_id, 2, '{}', now() from credits.pools
-        where true""",
+        select organization_id, gen_random_uuid(), 'pool.low', 'pool', pool_id, number, '{}', now()
+        from credits.pools, unnest(array[4, 6]) number where true""",
     "takes_belong_to_a_request": """
         insert into ledger.attribution_takes (organization_id, request_id, booked_at, pool_id, position_micros,
             charged_micros)

@@ -12,6 +12,7 @@ from tests.outbox.test_events import NUMBERS, asked, endpoint, post
 from bursar import db
 from bursar.audit.events import OPERATOR
 from bursar.clock import now, uuid7
+from bursar.credits.verify import verify
 from bursar.outbox.endpoints import replay
 from bursar.outbox.jobs import purge, purge_outbox
 from bursar.problems import NotFound, translated
@@ -127,6 +128,15 @@ async def test_what_nobody_was_told_ends_so_long_after_it_happened_and_the_next_
     assert await asked(org, NUMBERS, object_id=thing) == [5, 6]
     await purged(org)
     assert await asked(org, NUMBERS, object_id=thing) == [6]
+
+
+async def test_the_books_agree_where_events_have_ended(org: Org) -> None:
+    webhook = await endpoint(org, "*")
+    _, kept, _, _ = await old_events(org, 4)
+    await deliver(org, webhook, kept, "delivered", 2)
+    assert await purged(org) == 2, "the first, and one between others"
+    async with org.database.platform() as conn:
+        assert await verify(conn, organization_id=org.organization_id) == []
 
 
 async def test_an_event_that_is_told_or_the_last_one_is_deleted_by_nobody(org: Org, database: db.Database) -> None:
