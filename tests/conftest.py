@@ -6,6 +6,7 @@ folder by the first worker and stopped by the last. What a killed run left behin
 """
 
 import fcntl
+import gc
 import os
 import shutil
 import tempfile
@@ -85,6 +86,12 @@ def _free_memory() -> int:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((n for n, at in enumerate(LONGEST) if item.nodeid.startswith(at)), len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, and the collector need not look at all of it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 class ByFile(LoadScopeScheduling):  # type: ignore[misc]
