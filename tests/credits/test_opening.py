@@ -1,6 +1,7 @@
 """Opening balances from CSV: every fault named by line and column, every row granted once."""
 
 import json
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from bursar.audit.events import OPERATOR
 from bursar.credits import opening
 from bursar.credits.grants import GrantSource, list_grants
 from bursar.credits.pools import PoolKind, list_pools
+from bursar.identity.organizations import get_organization
 from bursar.settings import Settings
 
 
@@ -64,6 +66,49 @@ async def test_a_file_again_grants_only_what_was_not_granted(database: db.Databa
     assert "idempotency key" in changed.problem
 
 
+async def test_what_expired_since_the_file_was_checked_is_a_fault_and_the_others_are_granted(
+    database: db.Database, org: Any, make_org: Any
+) -> None:
+    other = await make_org()
+    checked = await check(database, f"organization,credits\n{org.slug},1\n{other.slug},2\n{org.slug},3\n")
+    gone = replace(checked.rows[0], expires_at=clock.now())
+    [fault] = await opening.import_rows(database, [gone, *checked.rows[1:]], by=OPERATOR, progress=lambda _: None)
+    assert (fault.line, "expired" in fault.problem) == (2, True)
+    for each, amount in ((other, 2), (org, 3)):
+        async with each.tenant() as conn:
+            grants = await list_grants(conn, organization_id=each.organization_id)
+            recorded = "select new_value from audit.events where organization_id = %s and action = 'balances.imported'"
+            rows = await (await conn.execute(recorded, [each.organization_id])).fetchall()
+        assert [grant.amount_micros for grant in grants] == [amount * 1_000_000]
+        assert [row[0]["rows"] for row in rows] == [1 if each is other else 2]
+
+
+async def test_the_largest_balance_can_be_brought_along(database: db.Database, org: Any) -> None:
+    assert await load(database, "credits,priority\n1000000000,32767\n", org.slug) == []
+
+
+async def test_the_same_reference_in_another_organization_is_another_balance(
+    database: db.Database, org: Any, make_org: Any
+) -> None:
+    other = await make_org()
+    text = f"organization,credits,reference\n{org.slug},1,A\n{other.slug},1,A\n"
+    for _ in range(2):
+        assert await load(database, text) == []
+    for each in (org, other):
+        async with each.tenant() as conn:
+            assert len(await list_grants(conn, organization_id=each.organization_id)) == 1
+
+
+async def test_a_person_of_an_individual_account_is_granted_into_it(database: db.Database, org: Any) -> None:
+    user = await org.user()
+    async with database.tenant(user.home_organization_id) as conn:
+        home = await get_organization(conn, organization_id=user.home_organization_id)
+    assert await load(database, f"organization,user,credits\n{home.slug},whoever,5\n") == []
+    async with database.tenant(home.organization_id) as conn:
+        [pool] = await list_pools(conn, organization_id=home.organization_id)
+    assert (pool.kind, pool.available_micros) == (PoolKind.INDIVIDUAL, 5_000_000)
+
+
 async def test_an_import_that_ended_in_the_middle_is_gone_on_with(database: db.Database, org: Any) -> None:
     text = "credits\n1\n2\n3\n"
     checked = await check(database, text, org.slug)
@@ -100,6 +145,13 @@ async def test_an_import_that_ended_in_the_middle_is_gone_on_with(database: db.D
         ("credits,priority\n1,40000\n", 2, "priority", "0 to 32767"),
         ("credits,expires_at\n1,tomorrow\n", 2, "expires_at", "no date"),
         ("credits,expires_at\n1,2020-01-01\n", 2, "expires_at", "would have expired"),
+        ("credits,effective_at,expires_at\n1,2020-01-01,2020-02-01\n", 2, "expires_at", "would have expired"),
+        ("credits,effective_at,expires_at\n1,2090-01-01,2080-02-01\n", 2, "expires_at", "would have expired"),
+        ("credits,effective_at,expires_at\n1,2090-01-01,2090-01-01\n", 2, "expires_at", "would have expired"),
+        ("credits\n1000000000.000001\n", 2, "credits", "at most a billion"),
+        ("credits,priority\n1,-1\n", 2, "priority", "0 to 32767"),
+        ("credits,priority\n1,32768\n", 2, "priority", "0 to 32767"),
+        ("credits,reason\n1,\0\n", 2, "reason", "code 0"),
         ("credits,user\n1,nobody@x.example\n", 2, "user", "no member"),
         ("credits,user\n1,nonsense\n", 2, "user", "no member"),
         ("credits,organization\n1,no-such-one\n", 2, "organization", "there is no organization"),

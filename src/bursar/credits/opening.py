@@ -185,10 +185,13 @@ async def _row(
     if None in cells or None in cells.values():
         raise _Bad(None, "it has more or fewer cells than the head has columns")
     text = {name: cell.strip() for name, cell in cells.items()}
+    for name, cell in text.items():
+        if "\0" in cell:
+            raise _Bad(name, "it has a character of code 0 in it, which no text may have")
     text = dict.fromkeys(REQUIRED + OPTIONAL, "") | text
     organization, owner = await places.find(text["organization"] or default, text["user"])
     effective, expires = _instant("effective_at", text["effective_at"]), _instant("expires_at", text["expires_at"])
-    if expires is not None and expires <= (effective or clock.now()):
+    if expires is not None and expires <= max(effective or clock.now(), clock.now()):
         raise _Bad("expires_at", "the credits would have expired before they can be spent")
     return Opening(
         line=line,

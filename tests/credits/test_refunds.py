@@ -1,0 +1,167 @@
+"""What a refund gives back, where and to whom: of one request alone, in the period in which it was charged."""
+
+from datetime import UTC, datetime
+from uuid import UUID
+
+from tests.credits.scenes import Balance, Scene
+
+from bursar.credits.moves import Flag, Outcome
+
+ACCEPTED, REFUSED = Outcome.ACCEPTED, Outcome.REFUSED
+
+
+def refunded(scene: Scene) -> list[tuple[str, int]]:
+    """(kind of pool, micros) of every refund, in the order of booking."""
+    return scene.admin(
+        "select p.kind, e.amount from ledger.entries e join credits.pools p on p.pool_id = e.to_id"
+        " where e.organization_id = %s and e.kind = 'refund' order by e.booked_at, p.kind", scene.organization,
+    )  # fmt: skip
+
+
+def test_of_several_requests_that_drew_on_several_pools_the_one_that_is_meant_is_refunded(scene: Scene) -> None:
+    shared, user = scene.pool(), scene.user()
+    own = scene.pool("personal", owner=user)
+    scene.grant(shared, 100)
+    requests = []
+    for amount in (15, 18, 16):
+        scene.grant(own, 10)
+        requests.append(scene.deduct(amount, user).request_id)
+        scene.later(seconds=1)
+    assert scene.refund(requests[1]) == 18
+    assert refunded(scene) == [("personal", 10), ("shared", 8)]
+    assert (scene.balance(own), scene.balance(shared)) == (Balance(40, 30, 0, 0), Balance(108, 19, 0, 0))
+    assert scene.findings() == []
+
+
+def test_a_correction_that_took_back_from_two_pools_leaves_the_rest_to_be_refunded(scene: Scene) -> None:
+    shared, user = scene.pool(), scene.user()
+    own = scene.pool("personal", owner=user)
+    scene.grant(shared, 100)
+    scene.grant(own, 10)
+    request = scene.hold(15, user, flags=Flag.SENT)
+    scene.later(hours=1)
+    scene.expire()
+    other = scene.deduct(20, user).request_id
+    scene.settle(request, 8, user)
+    assert scene.refund(request) == 8
+    assert refunded(scene) == [("personal", 8)]
+    assert scene.refund(other) == 20
+    assert sorted(refunded(scene)) == [("personal", 8), ("shared", 20)]
+    assert scene.findings() == []
+
+
+def test_only_caps_on_what_was_asked_have_room_again(scene: Scene) -> None:
+    user = scene.user()
+    scene.grant(scene.pool(), 100)
+    of_gpt, of_all = scene.limit(50, models="gpt%"), scene.limit(60)
+    scene.deduct(20, user, model="gpt-4")
+    scene.refund(scene.deduct(30, user, model="claude").request_id, 10)
+    assert (scene.used(of_gpt), scene.used(of_all)) == ((20, 0), (40, 0))
+    assert scene.findings() == []
+
+
+def test_a_cap_has_room_again_in_the_period_of_the_charge(scene: Scene) -> None:
+    user = scene.user()
+    scene.grant(scene.pool(), 200)
+    cap = scene.limit(50, period="month")
+    june = scene.deduct(50, user).request_id
+    scene.now = datetime(2026, 7, 1, tzinfo=UTC)
+    scene.deduct(20, user)
+    scene.refund(june, 40)
+    used = "select used_amount from credits.balances where balance_id = %s order by period_start"
+    assert scene.admin(used, cap) == [(10,), (20,)]
+    assert scene.findings() == []
+
+
+def test_a_cap_that_is_still_over_its_limit_after_a_refund_still_blocks(scene: Scene) -> None:
+    user = scene.user()
+    scene.grant(scene.pool(), 200)
+    cap = scene.limit(100)
+    request = scene.deduct(80, user).request_id
+    scene.limit(50)
+    scene.refund(request, 10)
+    assert scene.balance(cap) == Balance(50, 70, 0, 20)
+    scene.refund(request, 30)
+    assert scene.balance(cap) == Balance(50, 40, 0, 0)
+
+
+def test_a_cap_on_one_pool_has_room_again_for_what_that_pool_paid(scene: Scene) -> None:
+    shared, user = scene.pool(), scene.user()
+    own = scene.pool("personal", owner=user)
+    scene.grant(shared, 100)
+    scene.grant(own, 10)
+    capped = scene.share(shared, user, 30, kind="capped")
+    request = scene.deduct(25, user).request_id
+    assert scene.used(capped) == (15, 0)
+    scene.refund(request, 15)
+    assert scene.used(capped) == (0, 0)
+    scene.refund(request, 10)
+    assert scene.used(capped) == (0, 0)
+    assert scene.findings() == []
+
+
+def test_a_share_grows_by_what_it_paid_whatever_other_pools_its_member_has(scene: Scene) -> None:
+    shared, user = scene.pool(), scene.user()
+    own = scene.pool("personal", owner=user)
+    scene.grant(shared, 100)
+    share = scene.share(shared, user, 30)
+    scene.grant(own, 10)
+    request = scene.deduct(25, user).request_id
+    scene.refund(request)
+    assert (scene.balance(share), scene.balance(own)) == (Balance(45, 15, 0, 0), Balance(20, 10, 0, 0))
+    assert scene.findings() == []
+
+
+def renewed_share(scene: Scene) -> tuple[UUID, UUID, UUID]:
+    """A pool, a share of 60 by month of which 50 were used, and the request."""
+    pool, user = scene.pool(), scene.user()
+    scene.grant(pool, 500)
+    share = scene.share(pool, user, 60, period="month")
+    scene.later(days=1)
+    return pool, share, scene.deduct(50, user).request_id
+
+
+def test_a_renewed_share_grows_in_the_month_of_the_charge_alone(scene: Scene) -> None:
+    _, share, request = renewed_share(scene)
+    scene.refund(request, 20)
+    assert scene.balance(share) == Balance(80, 50, 0, 0)
+    scene.now = datetime(2026, 7, 1, tzinfo=UTC)
+    scene.fold()
+    assert scene.balance(share) == Balance(110, 50, 0, 0), "60 more than what was used, as ever"
+    assert scene.findings() == []
+
+
+def test_what_a_renewed_share_paid_in_a_month_that_is_over_goes_to_the_open_part(scene: Scene) -> None:
+    pool, share, request = renewed_share(scene)
+    scene.now = datetime(2026, 7, 1, tzinfo=UTC)
+    scene.refund(request, 20)
+    assert scene.balance(share) == Balance(110, 50, 0, 0)
+    assert scene.balance(scene.open_part(pool)).limit == 520 - 110
+    assert scene.findings() == []
+
+
+def test_a_share_that_ended_gets_nothing_back(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    scene.grant(pool, 100)
+    share = scene.share(pool, user, 60)
+    request = scene.deduct(50, user).request_id
+    scene.end_share(share)
+    scene.refund(request)
+    assert scene.balance(share).limit == 0
+    assert scene.deduct(100, scene.user()).outcome is ACCEPTED
+    assert scene.findings() == []
+
+
+def test_a_refund_to_who_was_without_credits_can_be_spent_at_once(scene: Scene) -> None:
+    shared, user = scene.pool(), scene.user()
+    own = scene.pool("personal", owner=user)
+    scene.grant(shared, 100)
+    scene.grant(own, 10)
+    request = scene.deduct(10, user).request_id
+    scene.deduct(1, user)  # by a chain without their own pool
+    scene.refund(request)
+    scene.deduct(10, user)
+    assert (scene.used(own), scene.used(shared)) == ((20, 0), (1, 0))
+    scene.now = datetime(2026, 6, 11, tzinfo=UTC)
+    assert scene.deduct(99, user).outcome is ACCEPTED
+    assert scene.deduct(1, user).outcome is REFUSED

@@ -1,0 +1,177 @@
+"""The switch of pools, and what turns up in pools that are closed: each credit goes where it belongs, once."""
+
+from datetime import timedelta
+from uuid import UUID
+
+from tests.credits.scenes import Balance, Scene
+
+from bursar.clock import uuid7
+from bursar.credits.moves import Flag, Outcome
+
+ACCEPTED = Outcome.ACCEPTED
+
+
+def own_of(scene: Scene, user: UUID, models: str | None = None) -> Balance:
+    """The personal pool of a user, as it is now."""
+    [(pool,)] = scene.admin(
+        "select pool_id from credits.pools where organization_id = %s and owner_user_id = %s and kind = 'personal'"
+        " and model_filter is not distinct from %s", scene.organization, user, models,
+    )  # fmt: skip
+    return scene.balance(pool)
+
+
+def test_only_a_companys_pools_are_switched(scene: Scene) -> None:
+    scene.grant(scene.pool(), 100)
+    for to in ("individual", None):
+        with scene.refusal("BR400"):
+            scene.switch(to)  # type: ignore[arg-type]
+    scene.admin("update identity.organizations set kind = 'individual' where organization_id = %s", scene.organization)
+    with scene.refusal("BR400"):
+        scene.switch("personal")
+
+
+def test_each_pool_is_divided_by_its_own_shares(scene: Scene) -> None:
+    one, two, pool = scene.user(), scene.user(), scene.pool()
+    gpt = scene.pool(models="gpt%")
+    scene.grant(pool, 1_000)
+    scene.grant(gpt, 100)
+    ended = scene.share(pool, two, 200)
+    scene.deduct(20, two)
+    scene.end_share(ended)
+    scene.share(pool, one, 70)
+    scene.deduct(20, one)
+    scene.share(gpt, one, 40, kind="capped")
+    scene.share(pool, two, 300, kind="capped")
+    assert scene.switch("personal")["moved_micros"] == 960 + 100
+    assert (own_of(scene, one).limit, own_of(scene, two).limit) == (50 + 455, 455)
+    assert (own_of(scene, one, "gpt%").limit, own_of(scene, two, "gpt%").limit) == (50, 50)
+    assert scene.admin("select from credits.allocations where organization_id = %s and ended_at is null",
+                       scene.organization) == []  # fmt: skip
+    assert scene.findings() == []
+
+
+def test_a_share_that_is_overdrawn_claims_nothing_of_what_is_divided(scene: Scene) -> None:
+    one, two, pool = scene.user(), scene.user(), scene.pool()
+    scene.grant(pool, 100)
+    scene.share(pool, one, 10)
+    scene.settle(scene.hold(10, one), 30)
+    scene.switch("personal")
+    assert (own_of(scene, one).limit, own_of(scene, two).limit) == (35, 35)
+    assert scene.findings() == []
+
+
+def test_who_is_suspended_gets_no_part(scene: Scene) -> None:
+    one, two = scene.user(), scene.user()
+    scene.grant(scene.pool(), 100)
+    scene.admin("update identity.memberships set status = 'suspended' where user_id = %s", two)
+    assert scene.switch("personal")["residual_micros"] == 0
+    assert own_of(scene, one).limit == 100
+    assert scene.findings() == []
+
+
+def test_what_was_switched_is_not_switched_again(scene: Scene) -> None:
+    user = scene.user()
+    scene.grant(scene.pool(), 100)
+    assert scene.switch("personal", key="k") == scene.switch("personal", key="k")
+    assert scene.switch("shared")["moved_micros"] == 100
+    assert scene.switch("shared") == {"moved_micros": 0, "residual_micros": 0, "held_micros": 0, "pools": 0}
+    assert scene.deduct(100, user).outcome is ACCEPTED
+    assert scene.findings() == []
+
+
+def test_a_closed_pool_or_none_takes_nothing(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    scene.grant(pool, 100)
+    scene.switch("personal")
+    own = scene.pool("personal", owner=user)
+    for closed in (pool, uuid7()):
+        for command in (
+            lambda closed=closed: scene.grant(closed, 1),
+            lambda closed=closed: scene.schedule(closed, 1),
+            lambda closed=closed: scene.transfer(closed, own, 1),
+            lambda closed=closed: scene.transfer(own, closed, 1),
+            lambda closed=closed: scene.share(closed, user, 1),
+        ):
+            with scene.refusal("BR404"):
+                command()
+    assert scene.balance(own).limit == 100
+
+
+def test_what_a_hold_on_two_pools_frees_goes_to_its_user_in_each(scene: Scene) -> None:
+    one, other, gpt, pool = scene.user(), scene.user(), scene.pool(models="gpt%"), scene.pool()
+    scene.grant(gpt, 20)
+    scene.grant(pool, 100)
+    request = scene.hold(30, one, model="gpt-4")
+    kept = scene.hold(5, other)
+    assert scene.switch("personal") == {"moved_micros": 85, "residual_micros": 1, "held_micros": 35, "pools": 2}
+    noted = "select kept_micros from credits.sweeps where organization_id = %s order by kept_micros"
+    assert scene.admin(noted, scene.organization) == [(0,), (5,), (10,), (20,)]
+    scene.settle(request, 12, model="gpt-4")
+    scene.wake()
+    assert own_of(scene, one, "gpt%").limit == 8
+    assert own_of(scene, one).limit == 42 + 10
+    assert scene.admin(noted, scene.organization) == [(0,), (5,)], "what still runs is waited for"
+    assert (scene.balance(gpt), scene.balance(pool)) == (Balance(12, 12, 0, 0), Balance(5, 0, 5, 0))
+    scene.settle(kept, 5)
+    scene.wake()
+    assert scene.admin(noted, scene.organization) == []
+    assert scene.findings() == []
+
+
+def test_a_call_that_the_customers_own_key_pays_keeps_nothing_waiting(scene: Scene) -> None:
+    user, pool = scene.user(), scene.pool()
+    scene.grant(pool, 100)
+    scene.hold(0, user, flags=Flag.OWN_KEY)
+    assert scene.switch("personal")["held_micros"] == 0
+    assert scene.admin("select from credits.sweeps where organization_id = %s", scene.organization) == []
+    assert scene.findings() == []
+
+
+def test_who_used_more_than_the_new_pool_has_owes_the_rest_and_no_other_pays_it(scene: Scene) -> None:
+    users = sorted(scene.user() for _ in range(2))
+    pool = scene.pool()
+    scene.grant(pool, 100)
+    requests = [scene.hold(20, user) for user in users]
+    scene.switch("personal")
+    scene.settle(requests[0], 65)
+    scene.wake()
+    assert own_of(scene, users[0]).limit == 0
+    assert own_of(scene, users[1]).limit == 30
+    assert scene.balance(pool) == Balance(70, 65, 20, 15)
+    scene.settle(requests[1], 5)
+    scene.wake()
+    assert scene.findings() == []
+
+
+def test_a_hold_on_one_pool_keeps_nothing_of_anothers_expired_grants(scene: Scene) -> None:
+    user, shared = scene.user(), scene.pool()
+    own = scene.pool("personal", owner=user)
+    scene.grant(own, 10, expires=scene.now + timedelta(minutes=5))
+    scene.grant(shared, 50, expires=scene.now + timedelta(minutes=5))
+    first = scene.hold(10, user)
+    scene.hold(20, user)
+    scene.release(first)
+    split = scene.hold(14, user)  # 10 of their own, 4 of the shared
+    scene.later(minutes=6)
+    scene.wake()
+    assert (scene.balance(own), scene.balance(shared)) == (Balance(10, 0, 10, 0), Balance(24, 0, 24, 0))
+    scene.release(split)
+    scene.wake()
+    assert (scene.balance(own), scene.balance(shared)) == (Balance(0, 0, 0, 0), Balance(20, 0, 20, 0))
+    assert scene.findings() == []
+
+
+def test_bounds_of_a_roll_over_go_along_with_what_is_gathered(scene: Scene) -> None:
+    users, end = [scene.user() for _ in range(2)], scene.now + timedelta(days=1)
+    pools = [scene.pool("personal", owner=user) for user in users]
+    for pool, rolls in zip(pools, ((20, 40), None), strict=True):
+        scene.grant(pool, 80, expires=end, rolls=rolls, rolls_until=end + timedelta(days=1) if rolls else None)
+    scene.deduct(60, users[0])
+    assert scene.switch("shared")["moved_micros"] == 100
+    shared = scene.pool()
+    bounds = "select amount_micros, min_rollover_micros, max_rollover_micros from credits.grants where pool_id = %s"
+    assert sorted(scene.admin(bounds, shared), key=str) == [(20, 0, 10), (80, None, None)]
+    scene.now = end
+    scene.wake()
+    assert scene.balance(shared).limit == 10
+    assert scene.findings() == []
