@@ -5,8 +5,13 @@ A cut is what is taken out of a function: a condition (which then holds), or a p
 
 from collections.abc import Callable, Iterator
 
+from tests.credits import test_apart as apart
 from tests.credits import test_codes as codes
+from tests.credits import test_grants as grants
+from tests.credits import test_limits_apart as limits
 from tests.credits import test_moving as moving
+from tests.credits import test_refunds as refunds
+from tests.credits import test_switching as switching
 from tests.credits import test_tenancy as tenancy
 from tests.credits import test_top_ups as top_ups
 from tests.credits.scenes import Scene
@@ -385,5 +390,356 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
         "note_arrival",
         ("and arrived_at is null", moving.test_when_a_move_arrived_is_noted_once),
         ("and transfer_id = p_transfer_id", moving.test_when_a_move_arrived_is_noted_once),
+    ),
+    # grants, schedules and transfers
+    *of(
+        "add_grant",
+        ("and pool_id = p_pool_id", switching.test_a_closed_pool_or_none_takes_nothing),
+        (("(closed_at is null or p_source = 'top_up')", "true"), switching.test_a_closed_pool_or_none_takes_nothing),
+        ("perform credits.require_paid(p_cost_basis_nano_usd);", grants.test_nobody_is_paid_for_a_grant),
+    ),
+    *of(
+        "void_grant",
+        (
+            (
+                "where organization_id = p_organization_id and grant_id = p_grant_id;\n    if not found",
+                "where organization_id = p_organization_id;\n    if not found",
+            ),
+            apart.test_of_a_pools_grants_only_the_one_that_is_meant_is_voided,
+        ),
+        (unless("not found"), apart.test_of_a_pools_grants_only_the_one_that_is_meant_is_voided),
+        (
+            "perform credits.pour(p_organization_id, v_state.pool_id, v_now);",
+            apart.test_of_a_pools_grants_only_the_one_that_is_meant_is_voided,
+        ),
+        (
+            (
+                "then v_now end\n        where organization_id = p_organization_id and grant_id = p_grant_id",
+                "then v_now end\n        where organization_id = p_organization_id",
+            ),
+            apart.test_of_a_pools_grants_only_the_one_that_is_meant_is_voided,
+        ),
+    ),
+    *of(
+        "add_schedule",
+        ("and pool_id = p_pool_id and closed_at is null", switching.test_a_closed_pool_or_none_takes_nothing),
+        ("and closed_at is null", switching.test_a_closed_pool_or_none_takes_nothing),
+        ("perform credits.require_amount(p_amount_micros, 1);", grants.test_a_schedule_that_makes_no_sense_is_none),
+        (
+            "perform credits.require_bounds(p_min_rollover_micros, p_max_rollover_micros);",
+            grants.test_a_schedule_that_makes_no_sense_is_none,
+        ),
+        ("p_lasts <= interval '0' or", grants.test_a_schedule_that_makes_no_sense_is_none),
+        (
+            "or (p_is_lasting and (p_lasts is not null or p_max_rollover_micros is not null))",
+            grants.test_a_schedule_that_makes_no_sense_is_none,
+        ),
+        ("or p_max_rollover_micros is not null", grants.test_a_schedule_that_makes_no_sense_is_none),
+        (
+            unless("v_anchor not between v_now - interval '50 years' and v_now + interval '50 years'"),
+            grants.test_a_schedule_that_makes_no_sense_is_none,
+        ),
+        (
+            unless("not exists (select 1 from pg_catalog.pg_timezone_names where name = p_zone)"),
+            grants.test_a_schedule_that_makes_no_sense_is_none,
+        ),
+        (
+            ("or p_every not between 1 and 1000", ""),
+            grants.test_a_schedule_that_makes_no_sense_is_none,
+        ),
+    ),
+    *of(
+        "cancel_schedule",
+        ("and schedule_id = p_schedule_id", apart.test_grants_schedules_and_refunds_leave_others_alone),
+    ),
+    *of(
+        "make_occurrences",
+        ("and pool_id = p_pool_id", grants.test_schedules_of_other_pools_come_at_their_own_time),
+        ("and schedule_id = v_row.schedule_id", grants.test_schedules_of_other_pools_come_at_their_own_time),
+    ),
+    *of(
+        "require_bounds",
+        ("perform credits.require_amount(p_max_micros, 0);", grants.test_bounds_of_a_roll_over_are_two_amounts),
+    ),
+    *of(
+        "transfer_credits",
+        ("perform credits.require_amount(p_amount_micros, 1);", grants.test_a_transfer_is_of_some_amount),
+        (
+            ("p_from_pool_id and closed_at is null", "p_from_pool_id"),
+            switching.test_a_closed_pool_or_none_takes_nothing,
+        ),
+        (("p_to_pool_id and closed_at is null", "p_to_pool_id"), switching.test_a_closed_pool_or_none_takes_nothing),
+        (unless("v_from.pool_id is null or v_to.pool_id is null"), switching.test_a_closed_pool_or_none_takes_nothing),
+        (unless("v_from.pool_id = v_to.pool_id"), grants.test_a_transfer_is_of_some_amount),
+        (
+            "and v_to.model_filter is distinct from v_from.model_filter",
+            apart.test_grants_schedules_and_refunds_leave_others_alone,
+        ),
+    ),
+    *of(
+        "expire_grants",
+        ("and l.pool_id = p_pool_id", switching.test_a_hold_on_one_pool_keeps_nothing_of_anothers_expired_grants),
+        (
+            "and (h.leg_micros is not null or h.leg = l.leg)",
+            switching.test_a_hold_on_one_pool_keeps_nothing_of_anothers_expired_grants,
+        ),
+        ("and c.chain_id = h.chain_id", switching.test_a_hold_on_one_pool_keeps_nothing_of_anothers_expired_grants),
+    ),
+    # refunds
+    *of(
+        "draws_of",
+        (
+            ("t.request_id = a.request_id and t.booked_at = a.booked_at), 0)", "true), 0)"),
+            refunds.test_of_several_requests_that_drew_on_several_pools_the_one_that_is_meant_is_refunded,
+        ),
+        (
+            "and t.request_id = p_request_id",
+            refunds.test_of_several_requests_that_drew_on_several_pools_the_one_that_is_meant_is_refunded,
+        ),
+    ),
+    *of(
+        "give_room_back",
+        ("and credits.admits(e.filter, p_model, p_feature)", refunds.test_only_caps_on_what_was_asked_have_room_again),
+        ("and period_start = v_row.start", refunds.test_a_cap_has_room_again_in_the_period_of_the_charge),
+        (
+            ("greatest(0, used_amount - v_row.refunded + held_amount - limit_amount)", "0"),
+            refunds.test_a_cap_that_is_still_over_its_limit_after_a_refund_still_blocks,
+        ),
+        (
+            ("where e.leg = 0 or r.pool_id = v_chain.leg_pool_ids[e.leg]", ""),
+            refunds.test_a_cap_on_one_pool_has_room_again_for_what_that_pool_paid,
+        ),
+        (
+            ("l where l = v_chain.leg_pool_ids[e.leg]", "l"),
+            refunds.test_a_share_grows_by_what_it_paid_whatever_other_pools_its_member_has,
+        ),
+        ("and period = 'none'", refunds.test_a_renewed_share_grows_in_the_month_of_the_charge_alone),
+        (
+            ("set adjusted_micros = adjusted_micros + v_row.grown", "set adjusted_micros = adjusted_micros"),
+            refunds.test_a_renewed_share_grows_in_the_month_of_the_charge_alone,
+        ),
+        (
+            "and period_start <= p_charged_at",
+            refunds.test_what_a_renewed_share_paid_in_a_month_that_is_over_goes_to_the_open_part,
+        ),
+        (("v_row.ended_at is null and", ""), refunds.test_a_share_that_ended_gets_nothing_back),
+        ("and allocation_id = v_row.id and period = 'none'", apart.test_shares_leave_others_alone),
+        (
+            (
+                "where organization_id = p_organization_id and allocation_id = v_row.id and period_start <=",
+                "where organization_id = p_organization_id and period_start <=",
+            ),
+            apart.test_shares_leave_others_alone,
+        ),
+    ),
+    *of(
+        "refund_charge",
+        (
+            "perform credits.limits_changed(p_organization_id);",
+            refunds.test_a_refund_to_who_was_without_credits_can_be_spent_at_once,
+        ),
+    ),
+    # the switch
+    *of(
+        "switch_pools",
+        (("if v_stored is not null then", "if false then"), switching.test_what_was_switched_is_not_switched_again),
+        (
+            ("p_to is null or p_to not in ('personal', 'shared') or not", "not"),
+            switching.test_only_a_companys_pools_are_switched,
+        ),
+        ("and kind = 'company'", switching.test_only_a_companys_pools_are_switched),
+        ("and p.closed_at is null", switching.test_what_was_switched_is_not_switched_again),
+        (("a.pool_id = v_row.pool_id and a.kind", "a.kind"), switching.test_each_pool_is_divided_by_its_own_shares),
+        ("and a.kind = 'reserved'", switching.test_each_pool_is_divided_by_its_own_shares),
+        (
+            (
+                "greatest(0, b.limit_amount - b.used_amount - b.held_amount)",
+                "b.limit_amount - b.used_amount - b.held_amount",
+            ),
+            switching.test_a_share_that_is_overdrawn_claims_nothing_of_what_is_divided,
+        ),
+        (
+            ("v_row.pool_id and ended_at is null;", "v_row.pool_id;"),
+            switching.test_each_pool_is_divided_by_its_own_shares,
+        ),
+    ),
+    *of("spread_over_members", ("and status = 'active'", switching.test_who_is_suspended_gets_no_part)),
+    *of(
+        "watch_holds",
+        ("and h.flags & 2 = 0", switching.test_a_call_that_the_customers_own_key_pays_keeps_nothing_waiting),
+        ("and l.pool_id = p_pool_id", switching.test_what_a_hold_on_two_pools_frees_goes_to_its_user_in_each),
+        (
+            "when h.leg_micros is not null then h.leg_micros[l.leg]",
+            switching.test_what_a_hold_on_two_pools_frees_goes_to_its_user_in_each,
+        ),
+    ),
+    *of(
+        "sweep_pool",
+        (
+            (
+                "and w.pool_id = p_pool_id\n              and not exists",
+                "and not exists",
+            ),
+            switching.test_what_a_hold_on_two_pools_frees_goes_to_its_user_in_each,
+        ),
+        (
+            "and a.request_id = v_row.request_id and a.pool_id = p_pool_id",
+            switching.test_what_a_hold_on_two_pools_frees_goes_to_its_user_in_each,
+        ),
+    ),
+    *of(
+        "gather",
+        (
+            (
+                "p.min_rollover_micros when p.max_rollover_micros is not null then 0 end",
+                "p.min_rollover_micros else 0 end",
+            ),
+            switching.test_bounds_of_a_roll_over_go_along_with_what_is_gathered,
+        ),
+        (
+            ("when p.free = p.amount_micros then p.min_rollover_micros", ""),
+            switching.test_bounds_of_a_roll_over_go_along_with_what_is_gathered,
+        ),
+    ),
+    # limits
+    *of(
+        "set_limit",
+        *(
+            (f"and {each}", limits.test_what_differs_in_any_way_is_another_limit)
+            for each in (
+                "(action = 'warns') = (p_action = 'warns')",
+                "within_id is not distinct from p_within_id",
+                "scope_id is not distinct from p_scope_id",
+            )
+        ),
+        *(
+            (f"and {each}", limits.test_a_limit_of_ones_own_goes_on_where_a_default_of_its_kind_counted_that_member)
+            for each in ("subject_id = p_scope_id", "stops = (p_action <> 'warns')")
+        ),
+        (
+            ("and subject_id = p_scope_id and metric = p_metric", "and subject_id = p_scope_id"),
+            limits.test_a_limit_of_ones_own_goes_on_where_a_default_of_its_kind_counted_that_member,
+        ),
+        (
+            (
+                "and subject_id = p_scope_id and metric = p_metric and period = p_period",
+                "and subject_id = p_scope_id and metric = p_metric",
+            ),
+            limits.test_a_limit_of_ones_own_goes_on_where_a_default_of_its_kind_counted_that_member,
+        ),
+    ),
+    *of(
+        "end_limit",
+        ("and ended_at is null", limits.test_a_limit_that_was_lifted_is_lifted_once_and_set_again_is_another),
+        (unless("not found"), limits.test_a_limit_that_was_lifted_is_lifted_once_and_set_again_is_another),
+        ("and limit_id = p_limit_id", apart.test_limits_raises_and_requests_leave_others_alone),
+    ),
+    *of(
+        "follow_raises",
+        ("and after = 'active'", limits.test_a_raise_that_came_and_went_while_nobody_looked_changes_nothing),
+        (
+            "where before = 'active' and after = 'ended'",
+            limits.test_a_raise_that_came_and_went_while_nobody_looked_changes_nothing,
+        ),
+        ("and b.period_end > e.at", limits.test_the_end_of_a_raise_is_of_the_month_in_which_it_ends),
+        ("and b.period_start = d.period_start", limits.test_the_end_of_a_raise_is_of_the_month_in_which_it_ends),
+    ),
+    *of(
+        "counter_of",
+        *(
+            (f"and {each}", limits.test_defaults_of_different_kinds_count_apart)
+            for each in (
+                "metric = p_limit.metric\n",
+                "stops = (p_limit.action <> 'warns')",
+                "coalesce(model_filter, '') = coalesce(p_limit.model_filter, '')",
+            )
+        ),
+        (
+            ("if v_row.limit_id <> p_limit.limit_id then", "if false then"),
+            limits.test_a_counter_is_of_the_default_that_holds_now,
+        ),
+        ("and balance_id = v_row.balance_id", limits.test_a_counter_is_of_the_default_that_holds_now),
+    ),
+    *of(
+        "target_of",
+        (
+            ("p_id and l.ended_at is null and l.amount is not null;", "p_id and l.amount is not null;"),
+            limits.test_only_what_is_a_limit_now_is_raised,
+        ),
+        (
+            (
+                "p_organization_id and l.ended_at is null and l.amount is not null and (k",
+                "p_organization_id and l.amount is not null and (k",
+            ),
+            limits.test_only_what_is_a_limit_now_is_raised,
+        ),
+        ("and (k.balance_id is not null or l.limit_id = p_id)", limits.test_only_what_is_a_limit_now_is_raised),
+        *(
+            (f"v_limit.scope = '{each}' and", limits.test_a_default_is_raised_for_those_of_its_kind)
+            for each in ("user", "key", "department")
+        ),
+        *(
+            (f"and {each}", limits.test_a_default_is_raised_for_those_of_its_kind)
+            for each in (
+                "m.user_id = p_subject_id",
+                "a.api_key_id = p_subject_id",
+                "t.team_id = p_subject_id",
+                "d.department_id = p_subject_id",
+            )
+        ),
+        *(
+            (f"and {each}", limits.test_who_has_a_limit_of_their_own_of_the_same_kind_is_raised_there)
+            for each in (
+                "l.scope_id = p_subject_id",
+                "l.metric = v_limit.metric",
+                "l.period = v_limit.period",
+                "l.model_filter is not distinct from v_limit.model_filter",
+                "(l.action = 'warns') = (v_limit.action = 'warns')",
+            )
+        ),
+        (
+            ("(v_limit.action = 'warns') and l.ended_at is null;", "(v_limit.action = 'warns');"),
+            limits.test_who_has_a_limit_of_their_own_of_the_same_kind_is_raised_there,
+        ),
+    ),
+    *of("give_raise", ("or not isfinite(p_ends_at)", limits.test_a_raise_has_an_end)),
+    *of("end_raise", ("and raise_id = p_raise_id", apart.test_limits_raises_and_requests_leave_others_alone)),
+    *of(
+        "request_raise",
+        (unless("v_stored is not null"), limits.test_a_request_is_of_an_active_member_for_some_amount_and_made_once),
+        (
+            "perform credits.require_amount(p_amount, 1);",
+            limits.test_a_request_is_of_an_active_member_for_some_amount_and_made_once,
+        ),
+        ("and status = 'active'", limits.test_a_request_is_of_an_active_member_for_some_amount_and_made_once),
+        ("or not isfinite(p_until_at)", limits.test_a_raise_has_an_end),
+        ("or p_until_at <= v_now", limits.test_a_raise_has_an_end),
+        *(
+            (cut, limits.test_a_request_that_is_open_keeps_no_other_from_being_made)
+            for cut in (
+                ("v_target.balance_id and user_id = p_user_id\n", "v_target.balance_id\n"),
+                ("and balance_id = v_target.balance_id and user_id = p_user_id\n", "and user_id = p_user_id\n"),
+                (
+                    "and balance_id = v_target.balance_id and user_id = p_user_id and state = 'open';",
+                    "and user_id = p_user_id and state = 'open';",
+                ),
+                (
+                    "v_target.balance_id and user_id = p_user_id and state = 'open';",
+                    "v_target.balance_id and state = 'open';",
+                ),
+                ("and user_id = p_user_id and state = 'open';", "and user_id = p_user_id;"),
+                ("and lapses_at > v_now", ""),
+            )
+        ),
+    ),
+    *of(
+        "decide_request",
+        (unless("not found"), limits.test_a_request_is_decided_once_and_before_it_lapses),
+        ("v_row.state <> 'open' or", limits.test_a_request_is_decided_once_and_before_it_lapses),
+        ("or v_row.lapses_at <= v_now", limits.test_a_request_is_decided_once_and_before_it_lapses),
+        (
+            ("v_row.lapses_at <= v_now", "v_row.lapses_at < v_now"),
+            limits.test_a_request_is_decided_once_and_before_it_lapses,
+        ),
     ),
 ]

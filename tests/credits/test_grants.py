@@ -763,3 +763,56 @@ async def test_what_comes_of_a_command_of_its_own_is_granted_by_no_other(org: Or
             await add_grant(conn, **what, idempotency_key="once")
         with pytest.raises(InvalidGrant, match=source.value):
             await add_schedule(conn, **what, unit=Unit.MONTH, zone="UTC", by=OPERATOR, idempotency_key="again")
+
+
+def test_a_transfer_is_of_some_amount(scene: Scene) -> None:
+    pool, own = scene.pool(), scene.pool("personal", owner=scene.user())
+    scene.grant(pool, 100)
+    for amount in (0, -1):
+        with scene.refusal("BR400"):
+            scene.transfer(pool, own, amount)
+    with scene.refusal("BR400"):
+        scene.transfer(pool, pool, 1)
+    assert scene.entries("transfer") == []
+
+
+def test_a_schedule_that_makes_no_sense_is_none(scene: Scene) -> None:
+    pool, day = scene.pool(), timedelta(days=1)
+    for amount in (0, -1):
+        with scene.refusal("BR400"):
+            scene.schedule(pool, amount)
+    for wrong in (
+        {"rolls": (5, 3)},
+        {"rolls": (-1, 3)},
+        {"lasts": timedelta(0)},
+        {"lasts": -day},
+        {"lasts": day, "is_lasting": True},
+        {"rolls": (1, 2), "is_lasting": True},
+        {"anchor": scene.now - 51 * 365.25 * day},
+        {"anchor": scene.now + 51 * 365.25 * day},
+        {"zone": "Europe/Nowhere"},
+        {"every": 0},
+        {"every": 1001},
+        {"unit": "hour"},
+    ):
+        with scene.refusal("BR400"):
+            scene.schedule(pool, 10, **wrong)  # type: ignore[arg-type]
+    assert scene.grants(pool) == []
+
+
+def test_schedules_of_other_pools_come_at_their_own_time(scene: Scene) -> None:
+    one, two = scene.pool(), scene.pool(models="gpt%")
+    scene.schedule(one, 10, "day", anchor=scene.now + timedelta(hours=1))
+    scene.schedule(two, 20, "day", anchor=scene.now + timedelta(minutes=30))
+    scene.later(hours=2)
+    scene.wake()
+    assert (scene.balance(one).limit, scene.balance(two).limit) == (10, 20)
+    assert scene.findings() == []
+
+
+def test_bounds_of_a_roll_over_are_two_amounts(scene: Scene) -> None:
+    pool, end = scene.pool(), scene.now + timedelta(days=1)
+    for wrong in ((1, None), (None, 1), (0, 10**15 + 1)):
+        with scene.refusal("BR400"):
+            scene.grant(pool, 10, expires=end, rolls=wrong, rolls_until=end + timedelta(days=1))  # type: ignore[arg-type]
+    scene.grant(pool, 10, expires=end, rolls=(0, 10**15), rolls_until=end + timedelta(days=1))

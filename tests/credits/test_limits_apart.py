@@ -15,7 +15,9 @@ ACCEPTED, REFUSED = Outcome.ACCEPTED, Outcome.REFUSED
 def counter(scene: Scene, limit: UUID, subject: UUID) -> UUID:
     """The balance on which a default counts somebody."""
     found = "select balance_id from credits.counters where limit_id = %s and subject_id = %s"
-    return scene.admin(found, limit, subject)[0][0]  # type: ignore[no-any-return]
+    rows = scene.admin(found, limit, subject)
+    assert len(rows) == 1
+    return rows[0][0]  # type: ignore[no-any-return]
 
 
 def own_balance(scene: Scene, limit: UUID) -> UUID:
@@ -39,7 +41,7 @@ def test_what_differs_in_any_way_is_another_limit(scene: Scene) -> None:
         {"scope": "team", "of": team, "period": "month"},
         {"scope": "organization", "period": "month"},
         *({"scope": "user", "each": True, "period": "month", "within": place}
-          for place in ((None, None), ("team", team), ("department", department))),
+          for place in ((None, None), ("team", team), ("team", scene.team()), ("department", department))),
         {"scope": "key", "each": True, "period": "month"},
     ]  # fmt: skip
     made = [scene.limit(50, **each) for each in asked]
@@ -156,6 +158,7 @@ def test_only_what_is_a_limit_now_is_raised(scene: Scene) -> None:
     user, other = scene.user(), scene.user()
     ended, default = scene.limit(50), scene.limit(100, scope="user", each=True)
     scene.end_limit(ended)
+    scene.limit(70, period="day")
     none = scene.limit(None, scope="user", of=user)
     for limit, of in ((ended, None), (none, None), (default, user), (default, None), (uuid7(), None)):
         with scene.refusal("BR404"):
@@ -201,8 +204,10 @@ def test_who_has_a_limit_of_their_own_of_the_same_kind_is_raised_there(scene: Sc
     raised = "select amount from credits.raises where organization_id = %s and limit_id = %s"
     assert (scene.admin(raised, scene.organization, own), scene.balance(balances[0]).limit) == ([(3,)], 88)
     scene.end_limit(own)
-    scene.raise_(balances[0], 2)
+    scene.raise_(balances[0], 1)
+    scene.raise_(default, 1, of=one)
     scene.deduct(1, one)
+    assert scene.admin(raised, scene.organization, own) == [(3,)]
     assert [scene.balance(each).limit for each in balances] == [110, 90]
     scene.raise_(balances[1], 4)
     assert [scene.balance(each).limit for each in balances] == [110, 94]
@@ -265,6 +270,8 @@ def test_a_request_is_decided_once_and_before_it_lapses(scene: Scene) -> None:
     first, second = (scene.request(limit, user, 5, until=scene.now + timedelta(days=30)) for user in (one, two))
     scene.later(days=14, microseconds=-1)
     assert scene.decide(first, approve=True)
+    with scene.refusal("BR463"):
+        scene.decide(first, approve=True)
     scene.later(microseconds=1)
     for request in (first, second):
         with scene.refusal("BR463"):

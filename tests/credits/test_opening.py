@@ -109,6 +109,25 @@ async def test_a_person_of_an_individual_account_is_granted_into_it(database: db
     assert (pool.kind, pool.available_micros) == (PoolKind.INDIVIDUAL, 5_000_000)
 
 
+async def test_a_row_is_known_by_all_that_it_says(database: db.Database, org: Any) -> None:
+    rows = []
+    for nr, (column, values) in enumerate(
+        {"paid_usd": "12", "free": ("yes", "no"), "source": ("plan", "purchase"), "priority": "12", "reason": "ab",
+         "effective_at": ("2090-01-01", "2090-01-02"), "expires_at": ("2090-01-01", "2090-01-02"),
+         "user": [f"{each}@{org.slug}.example" for each in "ab"]}.items(), start=1,
+    ):  # fmt: skip
+        if column == "user":
+            for email in values:
+                await org.member(email=email)
+        rows.append([f"credits,{column}\n{nr},{value}\n" for value in values])
+    for first, second in rows:
+        assert await load(database, first, org.slug) == []
+        assert await load(database, second, org.slug) == [], "another one"
+        assert await load(database, first, org.slug) == [], "the first one again"
+    async with org.tenant() as conn:
+        assert len(await list_grants(conn, organization_id=org.organization_id)) == 2 * len(rows)
+
+
 async def test_an_import_that_ended_in_the_middle_is_gone_on_with(database: db.Database, org: Any) -> None:
     text = "credits\n1\n2\n3\n"
     checked = await check(database, text, org.slug)

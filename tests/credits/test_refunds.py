@@ -159,6 +159,7 @@ def test_a_refund_to_who_was_without_credits_can_be_spent_at_once(scene: Scene) 
     scene.grant(shared, 100)
     scene.grant(own, 10)
     request = scene.deduct(10, user).request_id
+    scene.changed()
     scene.deduct(1, user)  # by a chain without their own pool
     scene.refund(request)
     scene.deduct(10, user)

@@ -41,12 +41,14 @@ def test_each_pool_is_divided_by_its_own_shares(scene: Scene) -> None:
     scene.share(pool, one, 70)
     scene.deduct(20, one)
     scene.share(gpt, one, 40, kind="capped")
+    scene.share(gpt, two, 30)
     scene.share(pool, two, 300, kind="capped")
+    scene.deduct(0, two)
     assert scene.switch("personal")["moved_micros"] == 960 + 100
     assert (own_of(scene, one).limit, own_of(scene, two).limit) == (50 + 455, 455)
-    assert (own_of(scene, one, "gpt%").limit, own_of(scene, two, "gpt%").limit) == (50, 50)
-    assert scene.admin("select from credits.allocations where organization_id = %s and ended_at is null",
-                       scene.organization) == []  # fmt: skip
+    assert (own_of(scene, one, "gpt%").limit, own_of(scene, two, "gpt%").limit) == (35, 65)
+    left = "select count(*) from credits.allocations where organization_id = %s and ended_at is null"
+    assert scene.admin(left, scene.organization) == [(0,)]
     assert scene.findings() == []
 
 
@@ -106,12 +108,11 @@ def test_what_a_hold_on_two_pools_frees_goes_to_its_user_in_each(scene: Scene) -
     assert scene.switch("personal") == {"moved_micros": 85, "residual_micros": 1, "held_micros": 35, "pools": 2}
     noted = "select kept_micros from credits.sweeps where organization_id = %s order by kept_micros"
     assert scene.admin(noted, scene.organization) == [(0,), (5,), (10,), (20,)]
-    scene.settle(request, 12, model="gpt-4")
+    scene.settle(request, 24, model="gpt-4")
     scene.wake()
-    assert own_of(scene, one, "gpt%").limit == 8
-    assert own_of(scene, one).limit == 42 + 10
+    assert own_of(scene, one).limit == 42 + 6
     assert scene.admin(noted, scene.organization) == [(0,), (5,)], "what still runs is waited for"
-    assert (scene.balance(gpt), scene.balance(pool)) == (Balance(12, 12, 0, 0), Balance(5, 0, 5, 0))
+    assert (scene.balance(gpt), scene.balance(pool)) == (Balance(20, 20, 0, 0), Balance(9, 4, 5, 0))
     scene.settle(kept, 5)
     scene.wake()
     assert scene.admin(noted, scene.organization) == []
@@ -123,11 +124,11 @@ def test_a_call_that_the_customers_own_key_pays_keeps_nothing_waiting(scene: Sce
     scene.grant(pool, 100)
     scene.hold(0, user, flags=Flag.OWN_KEY)
     assert scene.switch("personal")["held_micros"] == 0
-    assert scene.admin("select from credits.sweeps where organization_id = %s", scene.organization) == []
+    assert scene.admin("select count(*) from credits.sweeps where organization_id = %s", scene.organization) == [(0,)]
     assert scene.findings() == []
 
 
-def test_who_used_more_than_the_new_pool_has_owes_the_rest_and_no_other_pays_it(scene: Scene) -> None:
+def test_what_was_used_beyond_what_the_new_pool_has_the_closed_one_owes(scene: Scene) -> None:
     users = sorted(scene.user() for _ in range(2))
     pool = scene.pool()
     scene.grant(pool, 100)
@@ -151,6 +152,7 @@ def test_a_hold_on_one_pool_keeps_nothing_of_anothers_expired_grants(scene: Scen
     first = scene.hold(10, user)
     scene.hold(20, user)
     scene.release(first)
+    scene.deduct(0, scene.user())  # by a chain whose first pool is the shared one
     split = scene.hold(14, user)  # 10 of their own, 4 of the shared
     scene.later(minutes=6)
     scene.wake()
@@ -162,16 +164,18 @@ def test_a_hold_on_one_pool_keeps_nothing_of_anothers_expired_grants(scene: Scen
 
 
 def test_bounds_of_a_roll_over_go_along_with_what_is_gathered(scene: Scene) -> None:
-    users, end = [scene.user() for _ in range(2)], scene.now + timedelta(days=1)
-    pools = [scene.pool("personal", owner=user) for user in users]
-    for pool, rolls in zip(pools, ((20, 40), None), strict=True):
-        scene.grant(pool, 80, expires=end, rolls=rolls, rolls_until=end + timedelta(days=1) if rolls else None)
+    users, end = [scene.user() for _ in range(3)], scene.now + timedelta(days=1)
+    for user, rolls in zip(users, ((20, 40), None, (30, 50)), strict=True):
+        until = end + timedelta(days=1) if rolls else None
+        scene.grant(scene.pool("personal", owner=user), 80, expires=end, rolls=rolls, rolls_until=until)
     scene.deduct(60, users[0])
-    assert scene.switch("shared")["moved_micros"] == 100
+    scene.deduct(10, users[1])
+    assert scene.switch("shared")["moved_micros"] == 170
     shared = scene.pool()
     bounds = "select amount_micros, min_rollover_micros, max_rollover_micros from credits.grants where pool_id = %s"
-    assert sorted(scene.admin(bounds, shared), key=str) == [(20, 0, 10), (80, None, None)]
+    found = sorted(scene.admin(bounds, shared), key=str)
+    assert found == [(20, 0, 10), (70, None, None), (80, 30, 50)], "what was begun has its part of the most alone"
     scene.now = end
     scene.wake()
-    assert scene.balance(shared).limit == 10
+    assert scene.balance(shared).limit == 10 + 50
     assert scene.findings() == []
