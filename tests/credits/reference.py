@@ -7,7 +7,7 @@ aware datetimes; ids are UUIDs; None is "never", "for ever" or "nobody".
 
 import re
 from calendar import monthrange
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from hashlib import md5
@@ -520,6 +520,18 @@ class Stored:
     kept_until: datetime
 
 
+def _copied(value: Any) -> Any:
+    """With its own lists and dictionaries, unless it never changes."""
+    if not hasattr(value, "__dict__"):
+        return value
+    new = object.__new__(type(value))
+    new.__dict__.update(value.__dict__)
+    for name, each in value.__dict__.items():
+        if isinstance(each, list | dict):
+            new.__dict__[name] = each.copy()
+    return new
+
+
 class Names:
     """Ids that the database draws by itself. Here any will do; whoever plays beside a database asks it."""
 
@@ -569,6 +581,22 @@ class Organization:
     campaigns: dict[UUID, Campaign] = field(default_factory=dict)
     codes: dict[UUID, Code] = field(default_factory=dict)
     names: Names = field(default_factory=Names)
+    periods: dict[UUID, list[Balance]] = field(default_factory=dict)
+    of_pool: dict[UUID, list[Grant]] = field(default_factory=dict)
+    """Balances by what they are of, and grants by pool, to find them without looking at all."""
+
+    def copied(self) -> "Organization":
+        """Another one like it that commands may change without changing this one; with any ids for what they draw."""
+        new = replace(self, names=Names(), periods={}, of_pool={})
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name not in ("periods", "of_pool") and isinstance(value, dict):
+                setattr(new, each.name, {key: _copied(one) for key, one in value.items()})
+        for (balance_id, _), row in new.balances.items():
+            new.periods.setdefault(balance_id, []).append(row)
+        for grant in new.grants.values():
+            new.of_pool.setdefault(grant.pool_id, []).append(grant)
+        return new
 
     # ------------------------------------------------------------------ balances
 
@@ -591,7 +619,7 @@ class Organization:
     def current(self, balance_id: UUID, now: datetime) -> Balance | None:
         """The balance's row for the period around now."""
         return next(
-            (b for (i, _), b in self.balances.items() if i == balance_id and b.start <= now < b.end),
+            (b for b in self.periods.get(balance_id, ()) if b.start <= now < b.end),
             None,
         )
 
@@ -600,18 +628,23 @@ class Organization:
         row = self.current(balance_id, now)
         if row is None:
             start, end = period_of(period, self.zone, now, self.anchor)
-            start = max([start, *(b.end for (i, _), b in self.balances.items() if i == balance_id)])
+            start = max([start, *(b.end for b in self.periods.get(balance_id, ()))])
             row = Balance(kind, amount, stops, start, end)
-            self.balances[balance_id, start] = row
+            self._put_balance(balance_id, row)
         return row
+
+    def _put_balance(self, balance_id: UUID, row: Balance) -> None:
+        self.balances[balance_id, row.start] = row
+        self.periods.setdefault(balance_id, []).append(row)
 
     # ------------------------------------------------------------------ grants and time
 
     def _add_grant(self, grant: Grant) -> None:
         self.grants[grant.grant_id] = grant
+        self.of_pool.setdefault(grant.pool_id, []).append(grant)
 
     def _grants_of(self, pool: Pool, *states: str) -> list[Grant]:
-        found = (g for g in self.grants.values() if g.pool_id == pool.pool_id and g.state in states)
+        found = (g for g in self.of_pool.get(pool.pool_id, ()) if g.state in states)
         return sorted(found, key=lambda g: g.burn_order)
 
     def pour(self, pool: Pool, at: datetime) -> None:
@@ -798,9 +831,9 @@ class Organization:
                 return pool
         pool_id, open_part = self.names.pool(kind, owner, pattern)
         pool = self.pools[pool_id] = Pool(pool_id, kind, owner, pattern, now, open_part)
-        self.balances[pool_id, EARLIEST] = Balance("pool", 0)
+        self._put_balance(pool_id, Balance("pool", 0))
         if open_part is not None:
-            self.balances[open_part, EARLIEST] = Balance("open", 0)
+            self._put_balance(open_part, Balance("open", 0))
         self.version += 1
         return pool
 
@@ -989,7 +1022,7 @@ class Organization:
             share = Allocation(allocation_id, pool_id, user, kind, period, amount, when_empty, carry=carry)
             self.allocations[allocation_id] = share
             if kind == "reserved":
-                self.balances[allocation_id, EARLIEST] = Balance("allocation", amount)
+                self._put_balance(allocation_id, Balance("allocation", amount))
                 share.renews_at = period_of(period, self.zone, now, self.anchor)[1]
                 share.began = now
         else:
