@@ -2,6 +2,13 @@
 
 A step names what happens by small integers, read against what there is at that moment; so any list of steps is a
 history, also after steps were taken out of it.
+
+Every command of credits that changes a balance within one organization is a step. What is not, and where it is tried:
+moving in, which leaves one organization for another (test_moving.py; depart, arrive); a period's reset, which only
+scenarios know (reset_pool; tests/simulate); strict caps and extensions that name what shall be held in all
+(test_limits.py, test_rules.py); the money behind credits (test_grants_at_random.py). The wrappers by name
+(80_names.sql) call what is a step here. Refunds of a request that was charged by two ways to pay are left out: no
+program makes one. What only tells (credits.told_…, available_of, has_sufficient_credits) moves nothing.
 """
 
 import json

@@ -185,10 +185,10 @@ def _theater(books: db.Database) -> Iterator[Theater]:
         yield simulator, admin
 
 
-def _play(theater: Theater, steps: list[Step], *, look_every: int = 8) -> str | None:
-    """What differs, if anything."""
+def _play(theater: Theater, steps: list[Step], *, look_every: int | None = None) -> str | None:
+    """What differs, if anything. Grants, charges and the like are looked at every so many steps, and in the end."""
     try:
-        Stage(*theater).play(steps, look_every=look_every)
+        Stage(*theater).play(steps, look_every=look_every or max(8, len(steps) // 10))
     except (Disagreement, psycopg.Error) as error:
         return f"{type(error).__name__}: {error}"
     return None
