@@ -2073,14 +2073,32 @@ class Organization:
             freed_calls=0,
             freed_tokens=0,
         )
+        assert move.request is not None
         if delta > 0:
             self._draw(move, estimate.chain, moved, now)
         if delta < 0:
-            assert move.request is not None
             self._undraw(self.charges[move.request], estimate.chain, moved)
-            for pool_id in {leg.pool_id for leg, back in zip(estimate.chain.legs, moved, strict=True) if back}:
-                self._fold_pool(self.pools[pool_id], now, is_over=False)
-            self.version += 1
+        charged = _by_pool(estimate.chain, estimate.legs)
+        for pool_id, difference in sorted(_by_pool(estimate.chain, moved).items()):
+            pool = self.pools[pool_id]
+            if pool.is_closed:
+                self._settle_with_successor(pool, move.request, charged.get(pool_id, 0), now)
+            if difference < 0 or pool.is_closed:
+                self._fold_pool(pool, now, is_over=False)
+                self.version += 1
+
+    def _settle_with_successor(self, pool: Pool, request: UUID, charged: int, now: datetime) -> None:
+        """What a closed pool was charged otherwise than in the end is settled with where its user spends now."""
+        to: Pool | None
+        if pool.kind == "shared":
+            to = self._pool_of_user(self.charges[request].chain.user, pool.filter, now)
+        else:
+            shared = (
+                p for p in self.pools.values() if (p.kind, p.filter) == ("shared", pool.filter) and not p.is_closed
+            )
+            to = next(shared, None)
+        if to is not None:
+            pool.leaving.setdefault(request, (charged, to.pool_id))
 
     # ------------------------------------------------------------------ where charges stand
 

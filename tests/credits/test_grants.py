@@ -649,6 +649,43 @@ def test_a_refund_of_a_charge_before_the_switch_goes_to_who_asked(scene: Scene) 
     assert scene.findings() == []
 
 
+def test_a_correction_of_a_charge_before_the_switch_is_settled_with_who_asked(scene: Scene) -> None:
+    users, pool = [scene.user() for _ in range(3)], scene.pool()
+    scene.grant(pool, 150)
+    requests = [scene.hold(30, user, flags=Flag.SENT) for user in users[:2]]
+    scene.later(hours=1)
+    scene.expire()
+    scene.switch("personal")
+    own = [scene.pool("personal", owner=user) for user in users]
+    assert [scene.balance(each).limit for each in own] == [30, 30, 30]
+    scene.settle(requests[0], 45, users[0])
+    scene.settle(requests[1], 10, users[1])
+    scene.wake()
+    assert [scene.balance(each).limit for each in own] == [15, 50, 30]
+    assert scene.balance(pool) == Balance(55, 55, 0, 0)
+    assert scene.findings() == []
+    scene.switch("shared")
+    assert scene.balance(pool) == Balance(150, 55, 0, 0)
+
+
+def test_a_correction_of_a_personal_charge_is_settled_with_the_shared_pool_after_the_switch(scene: Scene) -> None:
+    users = [scene.user() for _ in range(2)]
+    own = [scene.pool("personal", owner=user) for user in users]
+    for each in own:
+        scene.grant(each, 50)
+    requests = [scene.hold(30, user, flags=Flag.SENT) for user in users]
+    scene.later(hours=1)
+    scene.expire()
+    scene.switch("shared")
+    shared = scene.pool()
+    scene.settle(requests[0], 45, users[0])
+    scene.settle(requests[1], 10, users[1])
+    scene.wake()
+    assert [scene.balance(each) for each in own] == [Balance(45, 45, 0, 0), Balance(10, 10, 0, 0)]
+    assert scene.balance(shared) == Balance(45, 0, 0, 0)
+    assert scene.findings() == []
+
+
 def test_an_organization_that_owes_does_not_switch(scene: Scene) -> None:
     user, pool = scene.user(), scene.pool()
     scene.grant(pool, 10)

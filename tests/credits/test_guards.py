@@ -946,9 +946,24 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     (
         "book_correction",
-        "perform credits.fold_in_batch(p_estimate.organization_id, v_pool, p_now);",
+        "perform credits.fold_in_batch(p_estimate.organization_id, v_row.pool_id, p_now);",
         "",
         rules.test_credit_given_back_to_an_expired_grant_cannot_be_spent_again,
+    ),
+    *(
+        ("watch_charge", guard, instead, rule)
+        for guard, instead, rule in (
+            (
+                "if v_to is not null then",
+                "if false then",
+                grants.test_a_correction_of_a_charge_before_the_switch_is_settled_with_who_asked,
+            ),
+            (
+                "if v_pool.kind = 'shared' then",
+                "if true then",
+                grants.test_a_correction_of_a_personal_charge_is_settled_with_the_shared_pool_after_the_switch,
+            ),
+        )
     ),
     (
         "book_correction",

@@ -27,6 +27,34 @@ begin
 end $$;
 comment on function credits.watch_holds is 'Notes for each open hold on a closing pool where goes what it does not use; returns what they hold';
 
+-- watch_charge: a charge on a pool is corrected; where the pool has closed since, the difference is settled with the pool from which its user spends
+-- now, as that of a hold that was open when it closed. p_charged: what the pool was charged before. Returns whether it is closed.
+create or replace function credits.watch_charge(
+    p_organization_id uuid, p_pool_id uuid, p_request_id uuid, p_user_id uuid, p_charged bigint, p_now timestamptz
+) returns boolean
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_pool pools;
+    v_to uuid;
+begin
+    select * into v_pool from pools where organization_id = p_organization_id and pool_id = p_pool_id and closed_at is not null;
+    if not found then
+        return false;
+    end if;
+    if v_pool.kind = 'shared' then
+        v_to := credits.personal_pool(p_organization_id, p_user_id, v_pool.model_filter, p_now);
+    else
+        select pool_id into v_to from pools
+        where organization_id = p_organization_id and kind = 'shared' and model_filter is not distinct from v_pool.model_filter and closed_at is null;
+    end if;
+    if v_to is not null then
+        insert into sweeps (organization_id, pool_id, request_id, kept_micros, to_pool_id)
+        values (p_organization_id, p_pool_id, p_request_id, p_charged, v_to) on conflict on constraint sweeps_pkey do nothing;
+    end if;
+    return true;
+end $$;
+comment on function credits.watch_charge is 'Notes with which pool the correction of a charge on a closed pool is settled; returns whether it is closed';
+
 -- origin_of: the grant that a transferred one was before any transfer.
 create or replace function credits.origin_of(p_organization_id uuid, p_grant_id uuid) returns uuid
 language sql stable set search_path = credits, pg_temp as $$

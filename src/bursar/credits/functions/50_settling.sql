@@ -193,7 +193,8 @@ end $$;
 comment on function credits.settle_again is 'Settles a request that was booked before: corrects an estimate, or tells what was charged';
 
 -- book_correction: book the difference (either sign) between what expiry charged by estimate and the true cost, on the same balances.
--- What was too much goes back to the legs that paid it, last first; what was too little is spread as any charge without hold.
+-- What was too much goes back to the legs that paid it, last first; what was too little is spread as any charge without hold. A pool that has
+-- closed since settles it with where the user spends now.
 create or replace function credits.book_correction(
     p_estimate credits.estimates, p_amount bigint, p_tokens bigint, p_row ledger.attribution, p_now timestamptz
 ) returns void
@@ -205,7 +206,8 @@ declare
     v_left bigint := greatest(0, -v_delta);
     v_moved bigint[] := p_estimate.leg_micros;
     v_cost bigint := p_row.provider_cost_nano_usd + p_row.customer_cost_nano_usd - p_estimate.cost_nano_usd;
-    v_pool uuid;
+    v_row record;
+    v_is_closed boolean;
 begin
     select * into strict v_first from ledger.attribution
     where organization_id = p_estimate.organization_id and request_id = p_estimate.request_id and booked_at = p_estimate.booked_at;
@@ -239,14 +241,18 @@ begin
     p_row.write_number := audit.write_number();
     insert into ledger.attribution select p_row.*;
 
-    if v_delta < 0 then
-        -- What comes back to a grant that has expired since is not spendable again; and an empty pool may have something again.
-        for v_pool in select distinct pool_id from unnest(v_chain.leg_pool_ids, v_moved) m(pool_id, moved) where moved < 0 order by 1 loop
-            perform credits.pour(p_estimate.organization_id, v_pool, p_now);
-            perform credits.fold_in_batch(p_estimate.organization_id, v_pool, p_now);
-        end loop;
-        perform credits.limits_changed(p_estimate.organization_id);
-    end if;
+    for v_row in
+        select m.pool_id, sum(m.moved)::bigint as moved, sum(m.charged)::bigint as charged
+        from unnest(v_chain.leg_pool_ids, v_moved, p_estimate.leg_micros) m(pool_id, moved, charged) group by 1 having sum(m.moved) <> 0 order by 1
+    loop
+        v_is_closed := credits.watch_charge(p_estimate.organization_id, v_row.pool_id, p_estimate.request_id, v_first.user_id, v_row.charged, p_now);
+        if v_row.moved < 0 or v_is_closed then
+            -- What comes back to a grant that has expired since is not spendable again; and an empty pool may have something again.
+            perform credits.pour(p_estimate.organization_id, v_row.pool_id, p_now);
+            perform credits.fold_in_batch(p_estimate.organization_id, v_row.pool_id, p_now);
+            perform credits.limits_changed(p_estimate.organization_id);
+        end if;
+    end loop;
 end $$;
 comment on function credits.book_correction is 'Books the difference between an estimate that expiry charged and the true cost that came later';
 
