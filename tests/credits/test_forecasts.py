@@ -135,3 +135,13 @@ async def test_a_raised_cap_has_the_raise_too(books: db.Database) -> None:
         assert [each.available for each in await _budgets(books, scene)] == [150]
         scene.deduct(30, user)
         assert [each.available for each in await _budgets(books, scene)] == [120]
+
+
+@pytest.mark.parametrize("period", ["none", "day", "week", "month", "cycle"])
+async def test_a_cap_of_any_period_is_told(books: db.Database, period: str) -> None:
+    with psycopg.connect(books.dsn("admin"), autocommit=True) as conn:
+        scene = Scene(conn)
+        scene.now = scene.admin("select clock_timestamp()")[0][0]
+        scene.limit(100, period=period)
+        [told] = await _budgets(books, scene)
+    assert (told.available, told.resets_on is None) == (100, period == "none")

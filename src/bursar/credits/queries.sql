@@ -552,7 +552,9 @@ from (
     from credits.allocations a where a.organization_id = %(organization_id)s and a.ended_at is null) o
 cross join credits.calendar_of(%(organization_id)s) z
 cross join lateral credits.period_around(o.period, z.zone, z.anchor, clock_timestamp()) this
-left join lateral credits.period_around(o.period, z.zone, z.anchor, o.renews_at) due on isfinite(o.renews_at)
+-- Asked of every row before the condition is: what is not renewed has no date that periods could be reckoned from.
+left join lateral credits.period_around(o.period, z.zone, z.anchor, case when isfinite(o.renews_at) then o.renews_at else clock_timestamp() end) due
+    on isfinite(o.renews_at)
 left join credits.balances b on b.organization_id = %(organization_id)s and b.balance_id = o.balance_id
     and b.period_start <= clock_timestamp() and b.period_end > clock_timestamp()
 cross join lateral (select b.limit_amount - b.used_amount - b.held_amount as room) r
