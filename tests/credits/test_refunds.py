@@ -167,3 +167,61 @@ def test_a_refund_to_who_was_without_credits_can_be_spent_at_once(scene: Scene) 
     scene.now = datetime(2026, 6, 11, tzinfo=UTC)
     assert scene.deduct(99, user).outcome is ACCEPTED
     assert scene.deduct(1, user).outcome is REFUSED
+
+
+def test_a_request_is_refunded_step_by_step_from_its_end(scene: Scene) -> None:
+    shared, user = scene.pool(), scene.user()
+    own = scene.pool("personal", owner=user)
+    scene.grant(shared, 100)
+    scene.grant(own, 10)
+    request = scene.deduct(15, user).request_id
+    for amount, left in ((3, (10, 12)), (3, (9, 10)), (9, (0, 10))):
+        scene.later(seconds=1)
+        assert scene.refund(request, amount) == amount
+        back = scene.balance(own).limit - 10, scene.balance(shared).limit - 100
+        assert (10 - back[0], 15 - back[1]) == left
+    with scene.refusal("BR432"):
+        scene.refund(request)
+    assert scene.findings() == []
+
+
+def test_each_grant_gets_back_what_the_request_took_of_it_with_its_money(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    scene.grant(pool, 10, priority=1, paid=1_001)
+    scene.grant(pool, 50, priority=2, paid=707)
+    request = scene.deduct(30, user).request_id
+    scene.deduct(20, user)
+    scene.later(seconds=1)
+    scene.refund(request, 25)
+    assert [(left, state) for _, _, left, state in scene.grants(pool)] == [(5, "active"), (30, "active")]
+    assert scene.findings() == []
+    scene.refund(request)
+    assert [left for _, _, left, _ in scene.grants(pool)] == [10, 30]
+    assert scene.findings() == []
+
+
+def test_no_grant_gets_back_more_money_than_it_gave(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    scene.grant(pool, 10, priority=1, paid=1_001)
+    scene.grant(pool, 10, priority=2, paid=2_003)
+    first = scene.hold(10, user, flags=Flag.SENT)
+    scene.later(hours=1)
+    scene.expire()
+    second = scene.deduct(10, user).request_id
+    scene.settle(first, 5, user)
+    for request in (second, first):
+        scene.later(seconds=1)
+        scene.refund(request)
+        assert scene.findings() == []
+
+
+def test_a_refund_leaves_the_estimates_of_other_requests_to_be_corrected(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    scene.grant(pool, 100)
+    requests = [scene.hold(10, user, flags=Flag.SENT) for _ in range(2)]
+    scene.later(hours=1)
+    scene.expire()
+    scene.refund(requests[0])
+    assert scene.settle(requests[1], 4, user).outcome is ACCEPTED
+    assert scene.balance(pool) == Balance(110, 14, 0, 0)
+    assert scene.findings() == []
