@@ -11,6 +11,7 @@ from tests.credits import test_grants as grants
 from tests.credits import test_limits_apart as limits
 from tests.credits import test_moving as moving
 from tests.credits import test_refunds as refunds
+from tests.credits import test_shares as shares
 from tests.credits import test_switching as switching
 from tests.credits import test_tenancy as tenancy
 from tests.credits import test_top_ups as top_ups
@@ -740,6 +741,134 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
         (
             ("v_row.lapses_at <= v_now", "v_row.lapses_at < v_now"),
             limits.test_a_request_is_decided_once_and_before_it_lapses,
+        ),
+    ),
+    # shares
+    *of(
+        "allocate",
+        (unless("v_stored is not null"), shares.test_a_share_is_set_once_under_one_key),
+        ("perform credits.require_amount(p_carry_micros, 0);", shares.test_only_shared_pools_have_shares),
+        ("and p.closed_at is null", switching.test_a_closed_pool_or_none_takes_nothing),
+        (unless("not found"), switching.test_a_closed_pool_or_none_takes_nothing),
+        *(
+            (cut, shares.test_a_share_of_another_kind_or_period_takes_the_place_of_the_one_there_was)
+            for cut in (
+                ("user_id = p_user_id and ended_at is null", "user_id = p_user_id"),
+                "v_old.kind = p_kind and ",
+                " and v_old.period = p_period",
+                "perform credits.close_allocation(p_organization_id, v_old.allocation_id, v_now);",
+                ("v_old := null;", ""),
+            )
+        ),
+        ("and v_grows > 0", shares.test_a_share_of_a_pool_that_has_too_little_can_be_made_smaller),
+        (("v_grows > v_open_room", "v_grows >= v_open_room"), shares.test_everything_may_be_reserved_and_nothing_more),
+        ("perform credits.limits_changed(p_organization_id);", shares.test_a_new_share_holds_for_who_has_spent_before),
+    ),
+    *of(
+        "end_allocation",
+        ("perform credits.limits_changed(p_organization_id);", shares.test_a_new_share_holds_for_who_has_spent_before),
+    ),
+    *of(
+        "close_allocation",
+        ("and ended_at is null", shares.test_a_share_of_another_kind_or_period_takes_the_place_of_the_one_there_was),
+        ("and allocation_id = p_allocation_id", apart.test_shares_leave_others_alone),
+    ),
+    *of(
+        "reallocate",
+        *(
+            (cut, shares.test_only_what_a_reserved_share_has_left_is_given_to_another_reserved_one)
+            for cut in (
+                "and a.kind = 'reserved'",
+                "and a.ended_at is null",
+                ("if not found then", "if false then"),
+                ("and pool_id = v_pool\n", "\n"),
+                ("        and kind = 'reserved' and ended_at", "        and ended_at"),
+                (" and ended_at is null)) then", ")) then"),
+                "p_to_allocation_id = p_allocation_id or ",
+                "perform credits.require_amount(v_amount, 0);",
+                ("if v_amount > v_left then", "if false then"),
+                ("if v_stored is not null then", "if false then"),
+            )
+        ),
+        (
+            (
+                "greatest(0, b.limit_amount - b.used_amount - b.held_amount)",
+                "(b.limit_amount - b.used_amount - b.held_amount)",
+            ),
+            shares.test_a_share_that_is_overdrawn_gives_nothing_away,
+        ),
+        ("perform credits.limits_changed(p_organization_id);", shares.test_what_is_given_can_be_spent_at_once),
+    ),
+    *of(
+        "adjust_share",
+        (
+            "and period_start <= p_now and period_end > p_now",
+            shares.test_what_is_given_away_changes_the_period_of_today,
+        ),
+        ("and period_end > p_now", shares.test_what_is_given_away_changes_the_period_of_today),
+    ),
+    *of("note_share", ("and a.allocation_id = p_allocation_id", apart.test_shares_leave_others_alone)),
+    *of(
+        "renew_shares",
+        (
+            ("greatest(this.starts_at, a.renews_at)", "this.starts_at"),
+            shares.test_in_a_new_zone_a_period_begins_where_the_one_before_it_ended,
+        ),
+        (
+            ("greatest(this.starts_at, a.renews_at)", "a.renews_at"),
+            shares.test_each_share_is_renewed_when_its_own_period_is_over,
+        ),
+        (
+            (
+                "greatest(0, b.limit_amount - b.used_amount - b.held_amount)",
+                "(b.limit_amount - b.used_amount - b.held_amount)",
+            ),
+            shares.test_what_was_overdrawn_is_no_part_of_the_next_period,
+        ),
+        ("and a.renews_at <= p_now", shares.test_each_share_is_renewed_when_its_own_period_is_over),
+        (
+            ("opening, least(spare, carry_micros)", "opening, carry_micros"),
+            shares.test_what_is_left_is_carried_and_no_more,
+        ),
+        (
+            ("d.allocation_id\n    ), resized", "d.allocation_id or true\n    ), resized"),
+            shares.test_each_share_is_renewed_when_its_own_period_is_over,
+        ),
+    ),
+    *of(
+        "await_limits",
+        (
+            (
+                "least(e.at, (select min(p.next_event_at) from pools p where p.organization_id = p_organization_id))",
+                "e.at",
+            ),
+            shares.test_grants_end_at_their_instant_while_a_raise_is_awaited,
+        ),
+    ),
+    # refunds, step by step
+    *of(
+        "refund_charge",
+        (
+            ("least(v_skip, v_end - v_draws.starts[i])", "v_skip"),
+            refunds.test_a_request_is_refunded_step_by_step_from_its_end,
+        ),
+        (
+            (
+                "from estimates where organization_id = p_organization_id and request_id = p_request_id",
+                "from estimates where organization_id = p_organization_id",
+            ),
+            refunds.test_a_refund_leaves_the_estimates_of_other_requests_to_be_corrected,
+        ),
+    ),
+    *of(
+        "return_draw",
+        (
+            ("greatest(b.start_micros, p_start)", "p_start"),
+            refunds.test_each_grant_gets_back_what_the_request_took_of_it_with_its_money,
+        ),
+        (
+            ("least(b.end_micros, p_end)", "b.end_micros"),
+            refunds.test_each_grant_gets_back_what_the_request_took_of_it_with_its_money,
         ),
     ),
 ]

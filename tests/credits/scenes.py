@@ -375,6 +375,7 @@ class Scene:
             "where organization_id = %s and balance_id = %s and period_start <= %s and period_end > %s",
             self.organization, balance, self.now, self.now,
         )  # fmt: skip
+        assert rows, f"balance {balance} has no row now"
         return Balance(*rows[0])
 
     def used(self, balance: UUID) -> tuple[int, int]:

@@ -112,7 +112,7 @@ def test_only_what_a_reserved_share_has_left_is_given_to_another_reserved_one(sc
     scene.deduct(0, users[3])
     scene.end_share(ended)
     for share, to in (
-        (capped, two), (ended, two), (uuid7(), two),
+        (capped, two), (ended, two), (uuid7(), two), (capped, None), (ended, None), (uuid7(), None),
         (one, capped), (one, ended), (one, elsewhere), (one, one), (one, uuid7()),
     ):  # fmt: skip
         with scene.refusal("BR404"):

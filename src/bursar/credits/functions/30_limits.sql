@@ -24,8 +24,8 @@ begin
     perform credits.require_amount(p_carry_micros, 0);
     select b.limit_amount - b.used_amount - b.held_amount into v_open_room
     from pools p join balances b on b.organization_id = p.organization_id and b.balance_id = p.open_part_id
-    where p.organization_id = p_organization_id and p.pool_id = p_pool_id and p.kind = 'shared' and p.closed_at is null;
-    if not found then
+    where p.organization_id = p_organization_id and p.pool_id = p_pool_id and p.closed_at is null;
+    if not found then  -- only shared pools have an open part
         raise exception 'no such shared pool' using errcode = 'BR404';
     end if;
     select * into v_old from allocations
