@@ -714,4 +714,4 @@ async def test_names_that_people_give_cannot_break_a_header(org: Org, base_url: 
             assert limit.isascii()
             assert limit.isprintable()
             assert len(limit) <= 200
-            assert answer.json()["error"]["why"]["binding_limit"]["name"] == name
+            assert answer.json()["error"]["why"]["binding_limit"]["name"] == f"{name}: demo-% only"
