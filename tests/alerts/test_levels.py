@@ -443,6 +443,24 @@ async def test_rules_are_audited_and_a_preview_counts_what_would_have_been_told(
     assert newest.action == "alert_rule.set"
 
 
+async def test_a_preview_takes_a_renewed_share_by_what_its_period_began_with(house: House) -> None:
+    await house.fund(1000)
+    share = await house.share(10, period=Period.DAY)
+    await house.spend(2)
+    async with await _admin(house) as admin:  # as if 90 had been used on the days before
+        await admin.execute(
+            "update credits.balances set limit_amount = limit_amount + 90000000, used_amount = used_amount + 90000000"
+            " where balance_id = %s", [share],
+        )  # fmt: skip
+        opened = "update credits.allocation_periods set opening_micros = 90000000 where allocation_id = %s"
+        await admin.execute(opened, [share])
+    async with house.org.tenant() as conn:
+        found = await preview(
+            conn, watches=Watches.ALLOCATION, thresholds=[20, 50], since=now() - timedelta(days=60), **house.place
+        )
+    assert [(each.threshold, each.times) for each in found] == [(20, 1), (50, 0)]
+
+
 async def _admin(house: House) -> psycopg.AsyncConnection[Any]:
     return await psycopg.AsyncConnection.connect(house.org.database.dsn("admin"))
 

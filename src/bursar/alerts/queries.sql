@@ -234,14 +234,18 @@ order by posted_at desc, event_id
 limit %(most)s;
 
 -- name: preview
--- How often each level would have been told: periods that began since, by how full they were in the end; balances without periods as they are now.
+-- How often each level would have been told: periods that began since, by how full they were in the end; balances without periods, and shares
+-- that are renewed, as they are now.
 select x.watches, x.threshold, count(*) as times, count(distinct x.balance_id) as balances
 from (
     select b.kind as watches, b.balance_id, t as threshold
     from credits.balances b
     cross join lateral unnest(%(thresholds)s::bigint[]) t
+    left join credits.allocations a on b.kind = 'allocation' and a.organization_id = b.organization_id and a.allocation_id = b.balance_id
+    left join credits.allocation_periods ap on ap.organization_id = a.organization_id and ap.allocation_id = a.allocation_id
+        and ap.period_end = a.renews_at
     cross join lateral (
-        select case when b.kind <> 'pool' then b.limit_amount else greatest(b.limit_amount - b.used_amount, (
+        select case when b.kind <> 'pool' then b.limit_amount - coalesce(ap.opening_micros, 0) else greatest(b.limit_amount - b.used_amount, (
             select coalesce(sum(g.amount_micros), 0)::bigint
             from credits.grant_states s
             join credits.grants g on g.organization_id = s.organization_id and g.grant_id = s.grant_id

@@ -351,10 +351,6 @@ select credits.revoke_codes(%(organization_id)s, %(campaign_id)s, %(code_id)s, %
 -- name: find_code
 select organization_id, code_id from route.find_code(%(code_hash)s)
 
--- name: code
-select code_id, campaign_id, hint, redemptions, created_at, revoked_at
-from credits.codes where organization_id = %(organization_id)s and code_id = %(code_id)s
-
 -- name: codes
 select code_id, campaign_id, hint, redemptions, created_at, revoked_at from credits.codes
 where organization_id = %(organization_id)s and campaign_id = %(campaign_id)s and (%(after)s::uuid is null or code_id > %(after)s)

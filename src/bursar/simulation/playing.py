@@ -87,7 +87,6 @@ class _Names:
     keys: dict[str, Actor] = field(default_factory=dict)
     teams: dict[str, UUID] = field(default_factory=dict)
     departments: dict[str, UUID] = field(default_factory=dict)
-    key_users: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, scenario: Scenario) -> "_Names":
