@@ -10,6 +10,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.pq import TransactionStatus
 from tests.credits import test_alone as alone
 from tests.credits import test_grants as grants
 from tests.credits import test_hopeless as hopeless
@@ -1409,12 +1410,19 @@ ALONE: list[tuple[str, str, str, Rule]] = [
 ]
 
 
-@pytest.fixture
-def undone(books: db.Database) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
-    """An admin's transaction that is rolled back."""
+@pytest.fixture(scope="module")
+def stage(books: db.Database) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
+    """An admin's connection, which remembers what it has compiled of all that is not taken out."""
     with psycopg.connect(books.dsn("admin")) as conn:
         yield conn
-        conn.rollback()
+
+
+@pytest.fixture
+def undone(stage: psycopg.Connection[tuple[Any, ...]]) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
+    """A transaction of it that is rolled back."""
+    assert stage.info.transaction_status is TransactionStatus.IDLE
+    yield stage
+    stage.rollback()
 
 
 def _take_out(conn: psycopg.Connection[tuple[Any, ...]], function: str, guard: str, instead: str) -> None:
