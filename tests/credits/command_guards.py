@@ -10,6 +10,7 @@ from tests.credits import test_codes as codes
 from tests.credits import test_grants as grants
 from tests.credits import test_limits_apart as limits
 from tests.credits import test_moving as moving
+from tests.credits import test_posting as posting
 from tests.credits import test_refunds as refunds
 from tests.credits import test_shares as shares
 from tests.credits import test_switching as switching
@@ -869,6 +870,88 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
         (
             ("least(b.end_micros, p_end)", "b.end_micros"),
             refunds.test_each_grant_gets_back_what_the_request_took_of_it_with_its_money,
+        ),
+    ),
+    # events
+    *of(
+        "post_event",
+        ("and e.object_id = p_object_id", posting.test_the_events_of_each_object_are_numbered_by_themselves),
+        (
+            ("where p.organization_id = p_organization_id and p.state", "where p.state"),
+            posting.test_what_a_money_function_posts_is_told_in_its_own_organization_alone,
+        ),
+        ("and p.state = 'active'", posting.test_an_event_goes_to_endpoints_that_are_in_use_and_asked_for_its_kind),
+        (
+            "and outbox.wants(p.kinds, p_kind)",
+            posting.test_an_event_goes_to_endpoints_that_are_in_use_and_asked_for_its_kind,
+        ),
+        (("session_user <> 'bursar_simulator'", "true"), posting.test_what_is_only_played_through_is_mailed_to_nobody),
+    ),
+    *of(
+        "wants",
+        *(
+            (cut, posting.test_an_event_goes_to_endpoints_that_are_in_use_and_asked_for_its_kind)
+            for cut in (
+                " and split_part(p_kind, '.', 1) <> 'webhook'",
+                "p_kind = any (p_kinds) or ",
+                "split_part(p_kind, '.', 1) || '.*' = any (p_kinds)\n        or ",
+            )
+        ),
+    ),
+    *of(
+        "readers_of",
+        (
+            ("m.organization_id = p_organization_id and", ""),
+            posting.test_what_a_money_function_posts_is_told_in_its_own_organization_alone,
+        ),
+        *(
+            (cut, posting.test_each_kind_is_mailed_to_those_whom_it_concerns)
+            for cut in (
+                "and m.status = 'active'",
+                "and t.lead_user_id = m.user_id",
+                " and outbox.public_id('usr', a.user_id) = p_payload ->> 'user_id'",
+                "and a.team_id = t.team_id",
+                ("array['org_admin', 'finance']", "array['org_admin']"),
+                ("= p_payload ->> 'user_id'\n        else", "is not null\n        else"),
+            )
+        ),
+    ),
+    *of(
+        "mail_event",
+        (
+            ("select distinct r.user_id", "select r.user_id"),
+            posting.test_what_happens_while_an_email_collects_joins_the_one_of_the_same_reader,
+        ),
+        (
+            ("m.organization_id = p_organization_id and m.state", "m.state"),
+            posting.test_what_a_money_function_posts_is_told_in_its_own_organization_alone,
+        ),
+        ("and m.state = 'pending'", posting.test_an_email_that_is_on_its_way_takes_nothing_more),
+        ("and m.attempts = 0", posting.test_an_email_that_is_on_its_way_takes_nothing_more),
+        ("and m.next_attempt_at > clock_timestamp()", posting.test_an_email_that_is_on_its_way_takes_nothing_more),
+    ),
+    *of(
+        "purge",
+        *(
+            (cut, posting.test_an_event_stays_as_long_as_somebody_is_still_to_be_told)
+            for cut in (
+                unless(
+                    "p_organization_id is distinct from nullif(current_setting('app.organization_id', true), '')::uuid"
+                ),
+                ("elsif p_days < 1 then", "elsif false then"),
+                "and o.ended_at < v_before",
+                "and m.ended_at < v_before",
+                ("and d.event_id = o.event_id)", "and false)"),
+                ("and m.event_id = o.event_id)", "and false)"),
+            )
+        ),
+        *(
+            (cut, posting.test_of_what_was_told_long_ago_the_last_of_each_object_stays)
+            for cut in (
+                "and n.sequence > o.sequence",
+                ("and o.posted_at < v_before", ""),
+                (" and n.object_id = o.object_id", ""),
+            )
         ),
     ),
 ]

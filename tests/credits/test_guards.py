@@ -28,11 +28,13 @@ from bursar.clock import uuid7
 from bursar.db import migrate
 from bursar.settings import Settings
 
-FUNCTIONS = next(each.text for each in migrate.load_schema().files if each.path == "credits/functions")
+FUNCTIONS = "".join(
+    each.text for each in migrate.load_schema().files if each.path in ("credits/functions", "outbox/functions.sql")
+)
 BLOCKS = {
     match[1]: match[0]
     for match in re.finditer(
-        r"^create or replace function (?:credits|route)\.(\w+)\(.*?\$\$;\n", FUNCTIONS, re.MULTILINE | re.DOTALL
+        r"^create or replace function (?:credits|route|outbox)\.(\w+)\(.*?\$\$;\n", FUNCTIONS, re.MULTILINE | re.DOTALL
     )
 }
 Rule = Callable[[Scene], None]
@@ -1428,7 +1430,7 @@ def undone(stage: psycopg.Connection[tuple[Any, ...]]) -> Iterator[psycopg.Conne
 def _take_out(conn: psycopg.Connection[tuple[Any, ...]], function: str, guard: str, instead: str) -> None:
     block = BLOCKS[function]
     assert block.count(guard) == 1, f"{function} has {block.count(guard)} x {guard!r}"
-    conn.execute(f"set local role {'bursar_owner' if ' route.' in block.partition('(')[0] else 'bursar_money'}")
+    conn.execute(f"set local role {'bursar_money' if ' credits.' in block.partition('(')[0] else 'bursar_owner'}")
     conn.execute(block.replace(guard, instead))
     conn.execute("reset role")
 
