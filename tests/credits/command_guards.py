@@ -954,4 +954,51 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
             )
         ),
     ),
+    # what time brings, to each pool its own
+    *of(
+        "sweep_pool",
+        (
+            ("and v_pool.kind = 'shared'", ""),
+            switching.test_what_starts_in_a_closed_personal_pool_goes_to_the_shared_one_for_the_same_models,
+        ),
+        (
+            ("elsif v_room > 0 then", "elsif false then"),
+            switching.test_what_starts_in_a_closed_personal_pool_goes_to_the_shared_one_for_the_same_models,
+        ),
+        (
+            "and model_filter is not distinct from v_pool.model_filter",
+            switching.test_what_starts_in_a_closed_personal_pool_goes_to_the_shared_one_for_the_same_models,
+        ),
+        (
+            (
+                "h.organization_id = w.organization_id and h.request_id = w.request_id)",
+                "false)",
+            ),
+            switching.test_what_comes_while_calls_still_run_is_divided_at_once,
+        ),
+    ),
+    *of(
+        "gather",
+        (
+            "and s.pool_id = any (p_pool_ids)",
+            switching.test_what_starts_in_a_closed_personal_pool_goes_to_the_shared_one_for_the_same_models,
+        ),
+    ),
+    *of(
+        "expire_grants",
+        ("and s.state in ('active', 'lingering', 'spent')", grants.test_what_has_ended_ends_once_whatever_ends_later),
+        (
+            ("least(v_row.left_micros, greatest(0, v_held - v_before))", "greatest(0, v_held - v_before)"),
+            grants.test_a_hold_keeps_of_an_expired_grant_no_more_than_it_has,
+        ),
+        (
+            ("greatest(0, v_held - v_before)", "v_held - v_before"),
+            grants.test_a_hold_that_another_grant_pays_keeps_nothing_of_an_expired_one,
+        ),
+        (("if v_one > 0 then", "if false then"), grants.test_what_makes_up_a_least_roll_over_is_spent_at_once),
+    ),
+    *of(
+        "activate_grants",
+        ("and s.pool_id = p_pool_id", grants.test_grants_of_several_pools_that_start_together_each_start_in_their_own),
+    ),
 ]

@@ -853,3 +853,67 @@ def test_bounds_of_a_roll_over_are_two_amounts(scene: Scene) -> None:
         with scene.refusal("BR400"):
             scene.grant(pool, 10, expires=end, rolls=wrong, rolls_until=end + timedelta(days=1))  # type: ignore[arg-type]
     scene.grant(pool, 10, expires=end, rolls=(0, 10**15), rolls_until=end + timedelta(days=1))
+
+
+def test_what_has_ended_ends_once_whatever_ends_later(scene: Scene) -> None:
+    pool, day = scene.pool(), timedelta(days=1)
+    voided, _, _ = (
+        scene.grant(pool, 30, expires=scene.now + nr * day, rolls=(5, 10), rolls_until=scene.now + 9 * day)
+        for nr in (1, 1, 2)
+    )
+    scene.void(voided)
+    for _ in range(3):
+        scene.later(days=1)
+        scene.wake()
+    assert [amount for _, amount, _ in scene.entries("roll_over")] == [10, 10]
+    assert scene.balance(pool).limit == 20
+    assert scene.findings() == []
+
+
+def test_a_hold_keeps_of_an_expired_grant_no_more_than_it_has(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    scene.grant(pool, 10, expires=scene.now + timedelta(minutes=5))
+    scene.grant(pool, 100)
+    scene.hold(15, user)
+    scene.later(minutes=5)
+    scene.wake()
+    assert scene.grants(pool) == [("purchase", 10, 10, "lingering"), ("purchase", 100, 100, "active")]
+    assert scene.balance(pool) == Balance(110, 0, 15, 0)
+    assert scene.findings() == []
+
+
+def test_a_hold_that_another_grant_pays_keeps_nothing_of_an_expired_one(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    scene.grant(pool, 50, priority=1)
+    scene.grant(pool, 10, expires=scene.now + timedelta(minutes=5))
+    scene.hold(5, user)
+    scene.later(minutes=5)
+    scene.wake()
+    assert scene.grants(pool) == [("purchase", 50, 50, "active"), ("purchase", 10, 0, "ended")]
+    assert scene.balance(pool) == Balance(50, 0, 5, 0)
+    assert scene.findings() == []
+
+
+def test_what_makes_up_a_least_roll_over_is_spent_at_once(scene: Scene) -> None:
+    shared, user, end = scene.pool(), scene.user(), scene.now + timedelta(days=1)
+    own = scene.pool("personal", owner=user)
+    scene.grant(shared, 100)
+    scene.grant(own, 10, expires=end, rolls=(20, 40), rolls_until=end + timedelta(days=1))
+    scene.deduct(10, user)
+    scene.changed()
+    scene.deduct(1, user)  # by a chain without their own pool
+    scene.now = end
+    scene.deduct(20, user)
+    assert (scene.used(own), scene.used(shared)) == ((30, 0), (1, 0))
+    assert scene.findings() == []
+
+
+def test_grants_of_several_pools_that_start_together_each_start_in_their_own(scene: Scene) -> None:
+    start = scene.now + timedelta(hours=1)
+    pools = [scene.pool(models=models) for models in (None, "a%", "b%")]
+    for nr, pool in enumerate(pools, start=1):
+        scene.grant(pool, nr * 10, starts=start)
+    scene.now = start
+    scene.wake()
+    assert [scene.balance(pool).limit for pool in pools] == [10, 20, 30]
+    assert scene.findings() == []

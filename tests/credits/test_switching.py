@@ -179,3 +179,49 @@ def test_bounds_of_a_roll_over_go_along_with_what_is_gathered(scene: Scene) -> N
     scene.wake()
     assert scene.balance(shared).limit == 10 + 50
     assert scene.findings() == []
+
+
+def test_what_starts_in_a_closed_personal_pool_goes_to_the_shared_one_for_the_same_models(scene: Scene) -> None:
+    user, tomorrow = scene.user(), scene.now + timedelta(days=1)
+    for models, now, later in ((None, 10, 40), ("gpt%", 20, 80)):
+        own = scene.pool("personal", owner=user, models=models)
+        scene.grant(own, now)
+        scene.grant(own, later, starts=tomorrow)
+    assert scene.switch("shared")["moved_micros"] == 30
+    shared, gpt = scene.pool(), scene.pool(models="gpt%")
+    assert (scene.balance(shared).limit, scene.balance(gpt).limit) == (10, 20)
+    scene.now = tomorrow
+    scene.wake()
+    assert (scene.balance(shared).limit, scene.balance(gpt).limit) == (50, 100)
+    assert scene.findings() == []
+
+
+def test_what_comes_while_calls_still_run_is_divided_at_once(scene: Scene) -> None:
+    one, two, pool = scene.user(), scene.user(), scene.pool()
+    scene.grant(pool, 40)
+    scene.grant(pool, 60, starts=scene.now + timedelta(hours=1))
+    requests = [scene.hold(20, user, lease_seconds=90_000) for user in (one, two)]
+    scene.switch("personal")
+    scene.later(hours=1)
+    scene.wake()
+    assert (own_of(scene, one).limit, own_of(scene, two).limit) == (30, 30)
+    scene.settle(requests[0], 12)
+    scene.wake()
+    assert (own_of(scene, one).limit, own_of(scene, two).limit) == (38, 30)
+    assert scene.findings() == []
+
+
+def test_what_a_hold_frees_is_known_from_its_own_request_alone(scene: Scene) -> None:
+    one, two, pool = scene.user(), scene.user(), scene.pool()
+    scene.grant(pool, 100)
+    scene.deduct(10, one)
+    scene.release(scene.hold(5, one))
+    requests = [scene.hold(20, user) for user in (one, two)]
+    scene.switch("personal")
+    scene.settle(requests[0], 30)
+    scene.wake()
+    assert (own_of(scene, one).limit, own_of(scene, two).limit) == (15, 25)
+    scene.release(requests[1])
+    scene.wake()
+    assert (own_of(scene, one).limit, own_of(scene, two).limit) == (15, 45)
+    assert scene.findings() == []

@@ -106,6 +106,17 @@ def test_each_role_may_call_exactly_what_it_is_meant_to(books: db.Database) -> N
     assert _granted(books, "public") == set()
 
 
+def test_every_command_takes_the_gate_before_anything_else(books: db.Database) -> None:
+    ungated = {"available_of", "limits_changed", "move_one", "open_organization"}  # or by themselves, as move_one
+    with psycopg.connect(books.dsn("admin")) as conn:
+        rows = conn.execute(
+            "select p.proname, substring(p.prosrc from 'credits\\.(\\w+)\\s*\\(') from pg_proc p"
+            " where p.pronamespace = 'credits'::regnamespace and p.proname = any (%s)",
+            [list(COMMANDS - ungated)],
+        ).fetchall()
+    assert {name for name, first in rows if first != "lock_gate" and first not in COMMANDS} == set()
+
+
 @pytest.mark.parametrize("role", ["bursar_app", "bursar_platform"])
 def test_nobody_but_the_lanes_decides_for_many_organizations(scene: Scene, role: str) -> None:
     for call in (
