@@ -1340,6 +1340,13 @@ ALONE: list[tuple[str, str, str, Rule]] = [
         rules.test_ending_a_share_gives_its_rest_and_later_its_hold_back_to_the_open_part,
     ),
     ("move_one", "b.excess_amount > 0 or", "", rules.test_a_share_over_its_limit_claims_what_it_used),
+    *(
+        ("move_one", "and c.chain_id = h.chain_id and c.is_plain", "and c.chain_id = h.chain_id", rule)
+        for rule in (  # a plain chain has one leg: no hold on it is split, and nothing else could pay more
+            rules.test_a_settle_above_its_hold_takes_room_elsewhere_before_it_makes_excess,
+            rules.test_a_request_may_draw_from_several_pools,
+        )
+    ),
     (
         "move_one",
         "or b.used_amount - p_amount + b.held_amount + s.held > b.limit_amount",
