@@ -1,5 +1,6 @@
 """Seals: a chain for each organization over all of its rows, which shows what a hand in the database did."""
 
+import asyncio
 import hashlib
 from typing import Any
 
@@ -57,6 +58,26 @@ async def test_a_transaction_that_runs_keeps_back_only_what_it_writes_late(crook
     for scene in (before, after):
         assert await findings(crooked, scene) == []
         assert len(scene.admin("select 1 from audit.seals where organization_id = %s", scene.organization)) >= 1
+
+
+async def test_of_two_rounds_at_once_the_second_waits_and_goes_on_behind_the_first(
+    crooked: db.Database, admin: Admin
+) -> None:
+    scene = used_scene(admin)
+
+    async def second_round() -> seals.Sealed:
+        async with crooked.platform() as conn:
+            return await seals.seal(conn)
+
+    async with crooked.platform() as first:
+        done = await seals.seal(first)
+        again = asyncio.create_task(second_round())
+        waits = "select exists (select from pg_locks where not granted and %s = any (pg_blocking_pids(pid)))"
+        while not again.done() and admin.execute(waits, [first.info.backend_pid]).fetchone() == (False,):
+            await asyncio.sleep(0.01)
+    assert done.rows >= 12 + 3
+    assert (await again).rows == 0
+    assert await findings(crooked, scene) == []
 
 
 @pytest.mark.parametrize(
