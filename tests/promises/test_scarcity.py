@@ -57,9 +57,12 @@ async def payer(org: Org, provider: tuple[Provider, str]) -> Payer:
 # -- shortages
 
 
+PATIENT = "-c statement_timeout=0 -c lock_timeout=0"  # we are not short of anything
+
+
 async def admin_does(database: db.Database, *statements: str) -> None:
     """Statements about the database itself; `{}` is its name."""
-    async with await psycopg.AsyncConnection.connect(database.dsn("admin"), autocommit=True) as conn:
+    async with await psycopg.AsyncConnection.connect(database.dsn("admin"), autocommit=True, options=PATIENT) as conn:
         for statement in statements:
             await conn.execute(sql.SQL(statement).format(sql.Identifier(conn.info.dbname)))  # type: ignore[arg-type]
 
@@ -95,8 +98,7 @@ async def too_many_connections(payer: Payer) -> AsyncIterator[None]:
 async def timeouts(payer: Payer, setting: str) -> AsyncIterator[None]:
     """Somebody holds the organization's gate and its memberships, and nobody may wait for long."""
     await admin_does(payer.org.database, f"alter database {{}} set {setting} = '20ms'", CUT)
-    async with await psycopg.AsyncConnection.connect(payer.org.database.dsn("admin")) as conn:
-        await conn.execute(f"set {setting} = 0")  # not for us  # type: ignore[arg-type]
+    async with await psycopg.AsyncConnection.connect(payer.org.database.dsn("admin"), options=PATIENT) as conn:
         await conn.execute(
             "select 1 from credits.gates where organization_id = %s for update", [payer.org.organization_id]
         )
