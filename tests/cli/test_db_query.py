@@ -39,6 +39,7 @@ def test_with_an_organization_only_it_is_seen(query: Any, org: Any, make_org: An
         ("delete from identity.organizations", "read-only transaction"),
         ("commit; delete from identity.organizations", "multiple commands"),
         ("select nothing from nowhere", "does not exist"),
+        ("select 1 as a, 2 as a", "Two columns have one name"),
     ],
 )
 def test_what_is_no_single_reading_query_fails_and_says_why(query: Any, statement: str, why: str) -> None:

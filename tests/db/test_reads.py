@@ -113,6 +113,7 @@ OTHERS: Final[dict[str, Any]] = {
     **dict.fromkeys(("watches", "findings"), Jsonb([])),
     **dict.fromkeys(("measure", "addresses", "auth", "readers", "litellm_provider"), "x"),
     **dict.fromkeys(("level", "told_limit", "horizon", "asks_for_usage", "organizations", "every"), 1),
+    **dict.fromkeys(("credits_days", "most_per_domain", "most_per_organization", "most_per_day", "most_in_all"), 1),
     "started_at": datetime.now(UTC),
     "is_approved": True,
     "is_lasting": True,

@@ -75,15 +75,13 @@ def create(
         most_per_day=per_day,
         most_in_all=in_all,
     )
-    if dry_run:
-        at_most = min(count * per_code, in_all or count * per_code) * terms.amount_micros
-        print_fields({"codes": count, "credits_at_most": format_credits(Micros(at_most))}, as_json=as_json)
-        return
 
     async def work(database: db.Database) -> list[str]:
         organization_id = await _owner(database, org)
         async with database.tenant(organization_id) as conn:
-            campaign_id = await _named(conn, organization_id, terms)
+            campaign_id = await _named(conn, database, organization_id, terms)
+            if dry_run:
+                return []
             if campaign_id is None:
                 campaign_id = await codes.open_campaign(
                     conn,
@@ -99,25 +97,27 @@ def create(
         return list(made.values())
 
     texts = with_database(work)
-    if as_json:
+    if dry_run:
+        at_most = min(count * per_code, in_all or count * per_code) * terms.amount_micros
+        print_fields({"codes": count, "credits_at_most": format_credits(Micros(at_most))}, as_json=as_json)
+    elif as_json:
         print_json({"campaign": campaign, "codes": texts})
     else:
         typer.echo("\n".join(texts))
 
 
-async def _named(conn: db.Connection, organization_id: UUID, terms: Terms) -> UUID | None:
-    """The open campaign of this name, whose codes must give the same; None: there is none."""
-    found = [
-        each
-        for each in await codes.list_campaigns(conn, organization_id=organization_id)
-        if each.name == terms.name and each.revoked_at is None
-    ]
-    if not found:
+async def _named(conn: db.Connection, database: db.Database, organization_id: UUID, terms: Terms) -> UUID | None:
+    """The open campaign of this name, whose codes must give what is asked for; None: there is none."""
+    found = await codes.find_open_campaign(
+        conn, settings=database.settings, organization_id=organization_id, terms=terms
+    )
+    if found is None:
         return None
-    same = (found[0].amount_micros, found[0].most_per_code, found[0].most_per_person)
-    if same != (terms.amount_micros, terms.most_per_code, terms.most_per_person):
-        raise typer.BadParameter("the campaign of this name gives other amounts or has other limits; name another")
-    return found[0].campaign_id
+    if found.other_terms:
+        raise typer.BadParameter(
+            f"the campaign of this name has other terms ({', '.join(found.other_terms)}); name another"
+        )
+    return found.campaign_id
 
 
 @app.command("list")

@@ -467,10 +467,12 @@ def _reallocated(
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> dict[str, Any]:
         source = await _share_of(conn, database, organization, giver)
         target = await _share_of(conn, database, organization, taker) if taker else None
-        moved = source.available_micros if micros is None else micros
-        if moved > source.available_micros:
-            raise limits.ShareHasLess(f"{format_credits(source.available_micros)} credits are neither used nor held")
-        if not dry_run:
+        if dry_run:
+            moved = to_come = source.available_micros if micros is None else micros
+            if moved > source.available_micros:
+                left = format_credits(source.available_micros)
+                raise limits.ShareHasLess(f"{left} credits are neither used nor held")
+        else:
             moved = await limits.reallocate(
                 conn,
                 organization_id=organization.organization_id,
@@ -480,12 +482,15 @@ def _reallocated(
                 idempotency_key=idempotency_key or uuid7().hex,
                 by=OPERATOR,
             )
+            to_come = Micros(0)  # what is read now is after it, also where it had been moved before
+            source = await _share_of(conn, database, organization, giver)
+            target = await _share_of(conn, database, organization, taker) if taker else None
         answer = {
             "moved": format_credits(moved),
-            "from_has_left": format_credits(Micros(source.available_micros - moved)),
+            "from_has_left": format_credits(Micros(source.available_micros - to_come)),
         }
         if target is not None:
-            answer["to_has_left"] = format_credits(Micros(target.available_micros + moved))
+            answer["to_has_left"] = format_credits(Micros(target.available_micros + to_come))
         return answer | {"dry_run": dry_run}
 
     return within(org, work)

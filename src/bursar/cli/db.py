@@ -150,6 +150,8 @@ async def _rows(conn: db.Connection, statement: str) -> tuple[list[str], list[di
         # Asked for in binary, it must be one statement: none can end the transaction and begin another.
         cursor = await conn.execute(statement, binary=True)
         names = [column.name for column in cursor.description or ()]
+        if len(set(names)) < len(names):
+            raise QueryFailed("Two columns have one name", next_step="Name each column apart: select a.name as a, …")
         return names, [dict(zip(names, row, strict=True)) for row in (await cursor.fetchall() if names else [])]
     except psycopg.Error as error:
         await conn.rollback()

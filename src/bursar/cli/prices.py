@@ -133,7 +133,7 @@ def import_(
     Examples: `bursar prices import prices.csv --dry-run`,
     `bursar prices import prices.json --list contract-2027 --from 2027-01-01`
     """
-    read = files.read(_text(file), list_name=list_name, version=version)
+    read = files.read(text_of(file), list_name=list_name, version=version)
     instant = _instant(effective_from)
 
     async def run(database: db.Database) -> Preview:
@@ -484,7 +484,12 @@ def _instant(text: str | None) -> datetime | None:
         raise typer.BadParameter(str(error)) from None
 
 
-def _text(file: Path) -> str:
+def text_of(file: Path) -> str:
+    """What a file holds, or with - the standard input.
+
+    Raises:
+        typer.BadParameter
+    """
     try:
         return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

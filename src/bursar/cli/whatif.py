@@ -13,6 +13,7 @@ import typer
 from bursar import db
 from bursar.cli.credits import credits_of
 from bursar.cli.output import Column, JsonOption, print_json, print_rows, with_database
+from bursar.cli.prices import text_of
 from bursar.cli.progress import Bars, bars
 from bursar.cli.scope import OrgOption, as_id, department_of, key_of, member_of, org_of, team_of
 from bursar.clock import now
@@ -91,7 +92,7 @@ def _progress(shown: Bars, name: str) -> Any:
 
 
 def _prices(file: Path) -> PriceList:
-    return accepted(files.read(file.read_text(encoding="utf-8")))
+    return accepted(files.read(text_of(file)))
 
 
 def _ppm(text: str) -> int:

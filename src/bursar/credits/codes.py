@@ -120,6 +120,14 @@ class Campaign:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenCampaign:
+    """A campaign that is not revoked. other_terms: what it gives otherwise than asked for: "amount", "in_all" …"""
+
+    campaign_id: UUID
+    other_terms: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Code:
     """A code. hint: its last four characters."""
 
@@ -215,6 +223,17 @@ async def open_campaign(
         new={"name": terms.name, "amount_micros": terms.amount_micros},
     )
     return campaign_id
+
+
+async def find_open_campaign(
+    conn: db.Connection, *, settings: Settings, organization_id: UUID, terms: Terms
+) -> OpenCampaign | None:
+    """The newest open campaign named as `terms` say. What is None there, and the priority, may be anything in it."""
+    row = {name: getattr(terms, name) for name in Terms.__dataclass_fields__ if name not in ("domains", "priority")}
+    hashes = [_domain_hash(settings, each) for each in terms.domains] or None
+    return await db.fetch_optional(
+        conn, OpenCampaign, QUERIES.open_campaign_of_name, organization_id=organization_id, domain_hashes=hashes, **row
+    )
 
 
 async def add_codes(

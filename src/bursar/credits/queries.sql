@@ -381,6 +381,27 @@ cross join lateral (
 where c.organization_id = %(organization_id)s
 order by c.created_at desc, c.campaign_id
 
+-- name: open_campaign_of_name
+select c.campaign_id, array_remove(array[
+        case when c.amount_micros <> %(amount_micros)s then 'amount' end,
+        case when c.valid_from <> %(valid_from)s then 'valid_from' end,
+        case when c.valid_until <> %(valid_until)s then 'valid_until' end,
+        case when c.credits_expire_at <> %(credits_expire_at)s then 'credits_until' end,
+        case when c.credits_days is distinct from coalesce(%(credits_days)s, c.credits_days) then 'credits_days' end,
+        case when not coalesce(c.domain_hashes @> d.said and c.domain_hashes <@ d.said, d.said is null) then 'domain' end,
+        case when c.most_per_code <> %(most_per_code)s then 'per_code' end,
+        case when c.most_per_person <> %(most_per_person)s then 'per_person' end,
+        case when c.most_per_domain is distinct from coalesce(%(most_per_domain)s, c.most_per_domain) then 'per_domain' end,
+        case when c.most_per_organization is distinct from coalesce(%(most_per_organization)s, c.most_per_organization) then 'per_organization' end,
+        case when c.most_per_day is distinct from coalesce(%(most_per_day)s, c.most_per_day) then 'per_day' end,
+        case when c.most_in_all is distinct from coalesce(%(most_in_all)s, c.most_in_all) then 'in_all' end
+    ], null) as other_terms
+from credits.code_campaigns c
+cross join (select %(domain_hashes)s::bytea[] as said) d
+where c.organization_id = %(organization_id)s and c.name = %(name)s and c.revoked_at is null
+order by c.created_at desc, c.campaign_id
+limit 1
+
 -- name: try_code
 select route.try_code(%(subjects)s::bytea[], %(most)s, %(window)s)
 

@@ -1,0 +1,76 @@
+"""`bursar credits`, `codes` and what reads files, run as an operator runs them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bursar import cli, db
+from bursar.cli.exits import Exit
+from bursar.settings import Settings
+
+
+@pytest.fixture
+def run(database: db.Database, settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
+    """Runs a command against the tests' database; gives exit code and what it printed as JSON, or as text."""
+    monkeypatch.setenv("DATABASE_URL", str(settings.database_url))
+    monkeypatch.setenv("BURSAR_MASTER_KEY", str(settings.given_master_key))
+    monkeypatch.setenv("BURSAR_DATA_DIR", str(settings.data_dir))
+
+    def call(*arguments: str) -> tuple[int, Any]:
+        code = cli.run(list(arguments))
+        printed = capsys.readouterr()
+        return code, json.loads(printed.out) if "--json" in arguments and printed.out else printed.out + printed.err
+
+    return call
+
+
+def test_what_is_given_away_under_one_key_moves_once_and_tells_what_is_left_now(run: Any, org: Any) -> None:
+    at = ("--org", org.slug)
+    mira, noor = f"mira@{org.slug}.example", f"noor@{org.slug}.example"
+    assert run("credits", "add", "500", *at)[0] == Exit.DONE
+    for email in (mira, noor):
+        assert run("users", "create", email, *at)[0] == Exit.DONE
+        assert run("credits", "allocate", "100", "--user", email, *at)[0] == Exit.DONE
+    give = ("credits", "reallocate", "70", "--from", mira, "--to", noor, *at, "--json")
+    told = {"moved": "70", "from_has_left": "30", "to_has_left": "170"}
+    assert run(*give, "--dry-run") == (Exit.DONE, told | {"dry_run": True})
+    for _ in range(2):
+        assert run(*give, "--idempotency-key", "once") == (Exit.DONE, told | {"dry_run": False})
+    for more in ((), ("--dry-run",)):
+        code, _ = run(*give, *more)
+        assert code != Exit.DONE, "thirty are left"
+    code, told = run("credits", "take-back", "all", "--from", mira, *at, "--json")
+    assert (code, told) == (Exit.DONE, {"moved": "30", "from_has_left": "0", "dry_run": False})
+
+
+def test_more_codes_of_a_campaign_have_its_terms_or_are_refused(run: Any, org: Any) -> None:
+    create = ("codes", "create", "50", "--campaign", "Spring", "--org", org.slug)
+    terms = ("--credits-days", "90", "--in-all", "10", "--domain", "a.example", "--domain", "b.example")
+    assert run(*create, *terms)[0] == Exit.DONE
+    for same in ((), terms, ("--in-all", "10"), ("--domain", "b.example", "--domain", "a.example")):
+        code, made = run(*create, *same, "--json")
+        assert (code, len(made["codes"])) == (Exit.DONE, 1)
+    others = {
+        "credits_days": "9", "in_all": "11", "domain": "a.example", "per_code": "2", "per_person": "2",
+        "per_domain": "3", "per_organization": "3", "per_day": "3", "valid_from": "2020-01-01",
+        "valid_until": "2999-01-01", "credits_until": "2999-01-01",
+    }  # fmt: skip
+    for term, value in others.items():
+        for more in ((), ("--dry-run",)):
+            code, said = run(*create, f"--{term.replace('_', '-')}", value, *more)
+            assert (code, f"({term})" in said) == (Exit.WRONG_USAGE, True), (term, said)
+    code, said = run("codes", "create", "51", "--campaign", "Spring", "--org", org.slug)
+    assert (code, "(amount)" in said) == (Exit.WRONG_USAGE, True)
+    assert run("codes", "revoke", "Spring", "--org", org.slug, "--yes")[0] == Exit.DONE
+    code, planned = run(*create, "--per-day", "3", "--count", "2", "--dry-run", "--json")
+    assert (code, planned) == (Exit.DONE, {"codes": 2, "credits_at_most": "100"})
+    assert run(*create, "--per-day", "3")[0] == Exit.DONE, "of a new campaign of this name"
+
+
+def test_a_scenario_that_is_no_text_is_refused(run: Any, tmp_path: Path) -> None:
+    file = tmp_path / "scenario.json"
+    file.write_bytes(b"\xff\xfe{}")
+    assert run("simulate", str(file))[0] == Exit.WRONG_USAGE
+    assert run("simulate", str(tmp_path / "none"))[0] == Exit.WRONG_USAGE
