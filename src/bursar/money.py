@@ -91,7 +91,7 @@ def parse_usd(text: str) -> NanoUsd:
 def _parse(text: str, *, places: int) -> int:
     match = _DECIMAL.fullmatch(text)
     if match is None:
-        raise NotAnAmount(f"not a decimal amount: {text[:40]!r}")
+        raise NotAnAmount(f"not a decimal amount such as 12.5: {text[:40]!r}")
     part = (match["part"] or "").rstrip("0")
     if len(part) > places:
         raise NotAnAmount(f"more than {places} decimal places: {text[:40]!r}")

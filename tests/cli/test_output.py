@@ -10,8 +10,9 @@ import psycopg
 import pytest
 
 from bursar import cli, db
-from bursar.cli.exits import Exit, exit_code_of
+from bursar.cli.exits import Exit, exit_code_of, explain
 from bursar.cli.output import Column, middle, print_fields, print_rows, this_program
+from bursar.credits.raises import AlreadyAsked
 from bursar.db.embedded import ServerFailed
 from bursar.errors import BursarError
 from bursar.problems import NotFound, Problem
@@ -88,6 +89,25 @@ class Paid(Problem):
 )
 def test_each_kind_of_end_has_its_code(error: Exception, code: Exit) -> None:
     assert exit_code_of(error) == code
+
+
+@pytest.mark.parametrize(
+    ("detail", "said"),
+    [
+        ("", "This was asked for already."),
+        ("this was asked for already", "This was asked for already."),
+        ("this was asked for already, and is not decided yet", "This was asked for already, and is not decided yet"),
+        ("by Dana", "This was asked for already: by Dana"),
+    ],
+)
+def test_a_refusal_says_nothing_twice(detail: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    explain(AlreadyAsked(detail))
+    assert capsys.readouterr().err.splitlines() == [said, "  code: already_asked"]
+
+
+def test_a_date_that_is_none_is_answered_with_one_that_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["credits", "add", "5", "--org", "acme", "--expires", "yesterday"]) == Exit.WRONG_USAGE
+    assert "It is no date or time such as 2026-12-31" in capsys.readouterr().err
 
 
 def test_wrong_usage_is_2_and_says_how_to_get_help(capsys: pytest.CaptureFixture[str]) -> None:

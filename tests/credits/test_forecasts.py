@@ -144,4 +144,7 @@ async def test_a_cap_of_any_period_is_told(books: db.Database, period: str) -> N
         scene.now = scene.admin("select clock_timestamp()")[0][0]
         scene.limit(100, period=period)
         [told] = await _budgets(books, scene)
-    assert (told.available, told.resets_on is None) == (100, period == "none")
+    per = "" if period == "none" else f" per {period}"
+    assert (told.name, told.available, told.resets_on is None) == (
+        f"organization cap on credits{per}", 100, period == "none",
+    )  # fmt: skip

@@ -21,7 +21,7 @@ from bursar.alerts.looking import FULL_KINDS, LEVEL_KINDS
 from bursar.alerts.telling import Subject, grant_payload, level_payload, refusal_payload
 from bursar.audit.events import OPERATOR
 from bursar.clock import uuid7
-from bursar.credits import top_ups
+from bursar.credits import raises, top_ups
 from bursar.credits.pools import pool_for
 from bursar.money import Micros, NanoUsd
 from bursar.outbox.endpoints import TEST_KIND, disable_endpoint, post_test
@@ -100,6 +100,19 @@ async def approved(org: Org) -> None:
     await decide(org, await request(org, await default(org), org.admin, org.admin), org.admin)
 
 
+async def approved_in_part(org: Org) -> None:
+    asked = await request(org, await default(org), org.admin, org.admin)
+    async with org.tenant() as conn:
+        await raises.decide_request(
+            conn,
+            organization_id=org.organization_id,
+            limit_request_id=asked,
+            is_approved=True,
+            amount=CREDIT,
+            by=OPERATOR,
+        )
+
+
 async def denied(org: Org) -> None:
     await decide(org, await request(org, await default(org), org.admin, org.admin), org.admin, approve=False)
 
@@ -141,6 +154,7 @@ HAPPENINGS: Final[tuple[tuple[str, Happens, str, str], ...]] = (
     ),
     ("request.created", asked, "usr_{admin} asks for 5 credits more", "Reason: Release"),
     ("request.decided", approved, "What usr_{admin} asked for was approved: 5 credits more", "Reason: Release"),
+    ("request.decided", approved_in_part, "What usr_{admin} asked for was approved: 1 credit more", "Asked for: 5 c"),
     ("request.decided", denied, "What usr_{admin} asked for was denied: 5 credits more", "Reason: Release"),
     ("code.redeemed", redeemed, "A code of Spring was redeemed: 5 credits", "By usr_{admin}, the code that ends with "),
     ("webhook.disabled", disabled, "The webhook to https://receiver.example/ was disabled", "Reason: it answered 410"),

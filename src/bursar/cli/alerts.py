@@ -62,7 +62,7 @@ RULE_COLUMNS = [
     Column("is_default", "Set", show=lambda is_default: "default" if is_default else "here"),
 ]
 ALERT_COLUMNS = [
-    Column("happened_at", "When", show=lambda at: f"{at:%Y-%m-%d %H:%M}"),
+    Column("happened_at", "When (UTC)", show=lambda at: f"{at:%Y-%m-%d %H:%M}"),
     Column("kind", "Event"),
     Column("title", "What"),
 ]

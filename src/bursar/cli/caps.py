@@ -12,15 +12,12 @@ from bursar.audit.events import OPERATOR, Actor
 from bursar.cli import past
 from bursar.cli.credits import KeyOption, credits_of, filter_from
 from bursar.cli.output import Column, JsonOption, QuietOption, print_fields, print_rows
-from bursar.cli.scope import OrgOption, department_of, key_of, member_of, names_of, team_of, within
+from bursar.cli.scope import OrgOption, all_names_of, department_of, key_of, member_of, names_of, team_of, within
 from bursar.clock import in_utc, uuid7
 from bursar.credits import as_of, filters, limits, raises
 from bursar.credits import why as asking
 from bursar.credits.limits import Limit, LimitAction, Metric, Period, Scope
-from bursar.identity.api_keys import list_api_keys
-from bursar.identity.departments import list_departments
 from bursar.identity.organizations import Organization
-from bursar.identity.teams import list_teams
 from bursar.money import Micros, format_credits
 
 app = typer.Typer(
@@ -124,6 +121,7 @@ def set_cap(
         return {
             "limit_id": f"lim_{limit_id.hex}",
             "scope": f"every {scope.value}" if every else scope.value,
+            "counts": metric.value,
             "amount": text,
             "per": per.value,
             "strict": strict,
@@ -144,7 +142,7 @@ def list_caps(org: OrgOption, at: past.AtOption = None, as_json: JsonOption = Fa
 
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> list[dict[str, Any]]:
         found = await limits.list_limits(conn, organization_id=organization.organization_id)
-        names = await _names(conn, organization)
+        names = await all_names_of(conn, organization)
         return [
             {
                 "limit_id": f"lim_{each.limit_id.hex}",
@@ -177,7 +175,7 @@ def _list_past_caps(org: str, at: datetime, *, as_json: bool) -> None:
 
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> list[dict[str, Any]]:
         found = await as_of.limits_at(conn, organization_id=organization.organization_id, at=at)
-        names = await _names(conn, organization)
+        names = await all_names_of(conn, organization)
         return [
             {
                 "limit_id": f"lim_{each.limit_id.hex}",
@@ -293,7 +291,7 @@ def list_raises(org: OrgOption, as_json: JsonOption = False) -> None:
     """
 
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> list[dict[str, Any]]:
-        names = await _names(conn, organization)
+        names = await all_names_of(conn, organization)
         return [
             {
                 "raise_id": f"rai_{each.raise_id.hex}",
@@ -404,6 +402,7 @@ def list_requests(org: OrgOption, as_json: JsonOption = False) -> None:
                 "request_id": f"lrq_{each.limit_request_id.hex}",
                 "user": names.get(each.user_id),
                 "cap": f"lim_{each.limit_id.hex}",
+                "on": _cap(each),
                 "amount": _shown(each.metric, each.amount),
                 "until": each.until_at,
                 "reason": each.reason,
@@ -418,7 +417,8 @@ def list_requests(org: OrgOption, as_json: JsonOption = False) -> None:
             for each in await raises.list_requests(conn, organization_id=organization.organization_id)
         ]
 
-    columns = [Column("request_id", "Request"), Column("user", "User"), Column("amount", "Amount", right=True)]
+    columns = [Column("request_id", "Request"), Column("user", "User"), Column("on", "On")]
+    columns += [Column("amount", "Amount", right=True)]
     columns += [Column("until", "Until"), Column("reason", "Reason"), Column("state", "State")]
     columns += [Column("granted", "Granted", right=True)]
     print_rows(within(org, work), columns, as_json=as_json, empty="Nobody has asked.")
@@ -523,15 +523,10 @@ async def _scope(
     return Scope.ORGANIZATION, None
 
 
-async def _names(conn: db.Connection, organization: Organization) -> dict[UUID, str]:
-    """What users, keys, teams and departments are called."""
-    names = await names_of(conn, organization)
-    names |= {
-        each.api_key_id: each.name for each in await list_api_keys(conn, organization_id=organization.organization_id)
-    }
-    names |= {each.team_id: each.name for each in await list_teams(conn, organization_id=organization.organization_id)}
-    departments = await list_departments(conn, organization_id=organization.organization_id)
-    return names | {each.department_id: each.name for each in departments}
+def _cap(asked: raises.LimitRequest) -> str:
+    """“user cap on calls per day”."""
+    per = "" if asked.period == "none" else f" per {asked.period}"
+    return f"{asked.scope} cap on {asked.metric}{per}{filters.on_what(asked.model_filter)}"
 
 
 def _whose(limit: Limit | as_of.LimitAt, names: dict[UUID, str]) -> str:

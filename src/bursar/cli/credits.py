@@ -10,7 +10,7 @@ from bursar import db
 from bursar.audit.events import OPERATOR
 from bursar.cli import past
 from bursar.cli.output import Column, DryRunOption, JsonOption, print_fields, print_rows
-from bursar.cli.scope import OrgOption, member_of, names_of, within
+from bursar.cli.scope import OrgOption, all_names_of, member_of, names_of, within
 from bursar.clock import in_utc, uuid7
 from bursar.credits import filters, forecasts, grants, limits, pools
 from bursar.credits.limits import Allocation, AllocationKind, Period, WhenEmpty
@@ -133,7 +133,7 @@ def show_forecast(org: OrgOption, as_json: JsonOption = False) -> None:
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> list[dict[str, Any]]:
         own = {"organization_id": organization.organization_id}
         found = [*await forecasts.forecast_pools(conn, **own), *await forecasts.forecast_budgets(conn, **own)]
-        names = await names_of(conn, organization)
+        names = await all_names_of(conn, organization)
         return [_expected(each, names) for each in found]
 
     columns = [Column("what", "What"), Column("of", "Of"), Column("available", "Available", right=True)]
@@ -149,7 +149,7 @@ def _expected(each: forecasts.Expected, names: dict[UUID, str]) -> dict[str, Any
     told = each.forecast
     per_day = told.per_day // 10_000 * 10_000 if each.metric == "credits" else told.per_day
     return {
-        "what": each.name if each.kind == "pool" else f"{each.name} per {each.period}".removesuffix(" per none"),
+        "what": each.name,
         "of": names.get(each.scope_id, str(each.scope_id)) if each.scope_id else "",
         "metric": each.metric,
         "available": amount(each.available),

@@ -1,8 +1,9 @@
 """How a command ends: the exit code, and what happened, why, and what to do next."""
 
+import re
 from collections.abc import Iterator
 from enum import IntEnum
-from typing import Any
+from typing import Any, Final
 
 import psycopg
 import structlog
@@ -14,6 +15,8 @@ from bursar.errors import BursarError
 from bursar.problems import Problem
 
 log = structlog.get_logger(__name__)
+_NO_TIME: Final = re.compile(r"Input should be a valid datetime.*")
+_A_TIME: Final = "It is no date or time such as 2026-12-31 or 2026-12-31T18:00:00."
 
 
 class Exit(IntEnum):
@@ -73,7 +76,7 @@ def _declared(error: BaseException) -> BaseException:
 def _lines(error: BaseException) -> Iterator[str]:
     match error:
         case Problem():
-            yield f"{error.title}{': ' + error.detail if error.detail else '.'}"
+            yield _sentence(error.title, error.detail)
             yield from (f"  {each.pointer}: {each.detail}" for each in error.errors)
             yield from (f"  {name}: {value}" for name, value in (error.why or {}).items())
             yield f"  code: {error.code}"
@@ -94,6 +97,13 @@ def _lines(error: BaseException) -> Iterator[str]:
             yield f"Something went wrong here: {type(error).__name__}: {error}"
 
 
+def _sentence(title: str, detail: str) -> str:
+    """What was refused and why, without saying the same twice."""
+    if not detail or detail.lower() == title.lower():
+        return f"{title}."
+    return detail[0].upper() + detail[1:] if detail.lower().startswith(title.lower()) else f"{title}: {detail}"
+
+
 def _is_usage(error: BaseException) -> bool:
     """Typer's own errors about arguments; their module is private, what they offer is not."""
     return callable(getattr(error, "format_message", None))
@@ -106,4 +116,4 @@ def _usage_lines(error: Any) -> Iterator[str]:
     if context is not None:
         yield str(context.get_usage())
         yield f"Try '{context.command_path} --help' for help."
-    yield f"Error: {error.format_message()}"
+    yield f"Error: {_NO_TIME.sub(_A_TIME, error.format_message())}"

@@ -109,7 +109,7 @@ async def team_of(conn: db.Connection, organization_id: UUID, reference: str) ->
         return await get_team(conn, organization_id=organization_id, team_id=team_id)
     found = named(await list_teams(conn, organization_id=organization_id), reference)
     if found is None:
-        raise TeamNotFound(f"“{reference}”")
+        raise TeamNotFound(f"“{reference}”. Those there are: bursar teams list")
     return found
 
 
@@ -124,7 +124,7 @@ async def department_of(conn: db.Connection, organization_id: UUID, reference: s
         return await get_department(conn, organization_id=organization_id, department_id=department_id)
     found = named(await list_departments(conn, organization_id=organization_id), reference)
     if found is None:
-        raise DepartmentNotFound(f"“{reference}”")
+        raise DepartmentNotFound(f"“{reference}”. Those there are: bursar departments list")
     return found
 
 
@@ -146,6 +146,16 @@ async def every_page(page: Callable[[UUID | None], Awaitable[list[Item]]], id_of
         items += found
         if len(found) < PAGE:
             return items
+
+
+async def all_names_of(conn: db.Connection, organization: Organization) -> dict[UUID, str]:
+    """What users, keys, teams and departments are called."""
+    names = await names_of(conn, organization)
+    organization_id = organization.organization_id
+    names |= {each.api_key_id: each.name for each in await list_api_keys(conn, organization_id=organization_id)}
+    names |= {each.team_id: each.name for each in await list_teams(conn, organization_id=organization_id)}
+    departments = await list_departments(conn, organization_id=organization_id)
+    return names | {each.department_id: each.name for each in departments}
 
 
 async def names_of(conn: db.Connection, organization: Organization) -> dict[UUID, str]:

@@ -15,6 +15,7 @@ from uuid import UUID
 from zoneinfo import ZoneInfo
 
 from bursar import db
+from bursar.credits.filters import features_of, on_what
 from bursar.money import Micros
 
 QUERIES: Final = db.load_queries("bursar.credits")
@@ -319,7 +320,12 @@ def _expected(budget: _Budget, used: Sequence[_Used], calendar: _Calendar) -> Ex
             rest_of_today=calendar.rest_of_today,
             resets_on=resets_on,
         )
-    name = f"{budget.scope} {'cap' if budget.kind == 'limit' else 'share'}"
+    per = "" if budget.period == "none" else f" per {budget.period}"
+    what = f"cap on {budget.metric}" if budget.kind == "limit" else "share"
+    scope = budget.scope
+    if budget.model_filter and scope == "organization":
+        scope = "feature" if features_of(budget.model_filter) else "model"
+    name = f"{scope} {what}{per}{on_what(budget.model_filter)}"
     return Expected(
         budget.kind, budget.id, name, budget.metric, budget.scope, budget.scope_id, budget.period, budget.available,
         resets_on, told,

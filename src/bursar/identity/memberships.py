@@ -144,7 +144,9 @@ async def find_membership_by_email(conn: db.Connection, *, organization_id: UUID
     found = await db.fetch_optional(
         conn, Membership, QUERIES.membership_by_email, organization_id=organization_id, email=email
     )
-    return _found(found)
+    if found is None:
+        raise MemberNotFound(f"“{email}”. Those there are: bursar users list")
+    return found
 
 
 async def list_memberships(

@@ -74,8 +74,14 @@ async def purge_outbox(database: db.Database) -> int:
             return 0
         async with database.platform() as conn:
             organization_ids = await db.fetch_values(conn, QUERIES.organizations_to_purge, days=days)
+        fault: Exception | None = None
         for organization_id in organization_ids:
-            gone += await purge(database, organization_id, days=days)
+            try:
+                gone += await purge(database, organization_id, days=days)
+            except Exception as error:  # what is wrong in one organization keeps no other's
+                fault = error
+        if fault is not None:
+            raise fault
     return gone
 
 

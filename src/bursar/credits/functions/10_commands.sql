@@ -102,7 +102,8 @@ create or replace function credits.require_amount(p_amount bigint, p_least bigin
 language plpgsql immutable set search_path = credits, pg_temp as $$
 begin
     if p_amount is null or p_amount not between p_least and credits.most_micros() then
-        raise exception 'an amount from % to % is needed', p_least, credits.most_micros() using errcode = 'BR400';
+        raise exception 'an amount % a billion credits is needed', case p_least when 0 then 'from 0 to' else 'above 0 and up to' end
+            using errcode = 'BR400';
     end if;
 end $$;
 comment on function credits.require_amount is 'Refuses (BR400) an amount that is missing, too small or too large';

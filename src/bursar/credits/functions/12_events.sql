@@ -22,6 +22,13 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function credits.spoken_amount is 'An {amount, unit} in words, such as 12.5 credits';
 
+-- spoken: micros in a sentence.
+create or replace function credits.spoken(p_micros bigint) returns text
+language sql immutable set search_path = credits, pg_temp as $$
+    select credits.spoken_amount(credits.as_amount(p_micros));
+$$;
+comment on function credits.spoken is 'Micros in words, such as 12.5 credits';
+
 -- spoken_time: an instant in a sentence, by the organization's clocks.
 create or replace function credits.spoken_time(p_organization_id uuid, p_at timestamptz) returns text
 language sql stable set search_path = pg_catalog, pg_temp as $$
@@ -41,8 +48,9 @@ comment on function credits.spoken_pool is 'What people call a pool, and whose i
 -- spoken_limit: what people call a limit.
 create or replace function credits.spoken_limit(p_organization_id uuid, p_limit_id uuid) returns text
 language sql stable set search_path = credits, pg_temp as $$
-    select case when l.scope = 'organization' and l.model_filter is not null then 'Model' else initcap(l.scope) end || ' cap on ' || l.metric
-        || case when l.period = 'none' then '' else ' per ' || l.period end || coalesce(' on ' || l.model_filter, '')
+    select case when l.scope <> 'organization' or l.model_filter is null then initcap(l.scope)
+                when starts_with(l.model_filter, '#') then 'Feature' else 'Model' end || ' cap on ' || l.metric
+        || case when l.period = 'none' then '' else ' per ' || l.period end || case when starts_with(l.model_filter, '#') then ' on the feature ' || substr(l.model_filter, 2) else coalesce(' on ' || l.model_filter, '') end
         || coalesce(' of “' || coalesce(k.name, t.name, d.name) || '”', '')
     from limits l
     left join identity.api_keys k on l.scope = 'key' and k.organization_id = l.organization_id and k.api_key_id = l.scope_id

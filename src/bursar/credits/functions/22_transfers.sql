@@ -158,7 +158,7 @@ begin
     perform credits.fold_pool(p_organization_id, p_from_pool_id, v_now);
     v_room := credits.room_of_pool(p_organization_id, p_from_pool_id);
     if p_amount_micros > v_room then
-        raise exception 'the pool can spare % micros, % are asked for', v_room, p_amount_micros using errcode = 'BR431';
+        raise exception 'the pool can spare %, % are asked for', credits.spoken(v_room), credits.spoken(p_amount_micros) using errcode = 'BR431';
     end if;
     v_new := credits.divide(p_organization_id, p_from_pool_id, array[p_to_pool_id], array[coalesce(p_amount_micros, v_room)], p_reason,
         p_created_by, p_idempotency_key, v_now);

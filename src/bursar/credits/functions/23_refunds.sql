@@ -201,7 +201,8 @@ begin
     end if;
     v_left := coalesce(p_amount_micros, v_charged - v_skip);
     if v_left > v_charged - v_skip or v_left = 0 then
-        raise exception 'of % micros that were charged % were refunded, % more are asked for', v_charged, v_skip, v_left using errcode = 'BR432';
+        raise exception 'of % that were charged % were refunded, % more are asked for', credits.spoken(v_charged), credits.spoken(v_skip),
+            credits.spoken(v_left) using errcode = 'BR432';
     end if;
     p_amount_micros := v_left;
     delete from estimates where organization_id = p_organization_id and request_id = p_request_id;

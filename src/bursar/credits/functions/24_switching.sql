@@ -172,7 +172,7 @@ begin
         order by p.created_at, p.pool_id
     loop
         if v_row.excess_amount > 0 then
-            raise exception 'pool % owes % micros', v_row.pool_id, v_row.excess_amount using errcode = 'BR433';
+            raise exception '% owes %', credits.spoken_pool(p_organization_id, v_row.pool_id), credits.spoken(v_row.excess_amount) using errcode = 'BR433';
         end if;
         v_pools := v_pools + 1;
         perform credits.fold_pool(p_organization_id, v_row.pool_id, v_now);

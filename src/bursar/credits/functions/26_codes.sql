@@ -162,7 +162,7 @@ begin
     elsif not p_domain_hash = any (v_campaign.domain_hashes) then
         raise exception 'it is for other e-mail domains' using errcode = 'BR442';
     elsif v_code.redemptions >= v_campaign.most_per_code then
-        raise exception 'it was redeemed as often as it can be' using errcode = 'BR443';
+        raise exception 'this code was redeemed as often as it can be' using errcode = 'BR443';
     end if;
     if (select count(*) from code_redemptions r
         where r.organization_id = p_organization_id and r.campaign_id = v_campaign.campaign_id and r.user_id = p_user_id) >= v_campaign.most_per_person then
@@ -186,7 +186,7 @@ begin
         v_campaign.amount_micros, least(v_campaign.credits_expire_at, v_now + make_interval(days => v_campaign.credits_days)), v_campaign.priority, v_now)
     returning * into v_redemption;
     perform outbox.post_event(p_organization_id, 'code.redeemed', 'code', p_code_id, credits.told(p_organization_id,
-        format('A code of %s was redeemed: %s', v_campaign.name, credits.spoken_amount(credits.as_amount(v_redemption.amount_micros))),
+        format('A code of %s was redeemed: %s', v_campaign.name, credits.spoken(v_redemption.amount_micros)),
         array[format('By %s, the code that ends with %s.', outbox.public_id('usr', p_user_id), v_code.hint)],
         'bursar codes list --org ORG',
         jsonb_build_object('campaign', v_campaign.name, 'hint', v_code.hint, 'user_id', outbox.public_id('usr', p_user_id),

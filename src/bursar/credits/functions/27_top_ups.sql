@@ -27,7 +27,7 @@ begin
     if v_debt is null then
         raise exception 'no such open pool' using errcode = 'BR404';
     elsif v_amount < 1 or v_amount > v_debt then
-        raise exception 'the pool owes % micros', v_debt using errcode = 'BR450';
+        raise exception 'the pool owes %', credits.spoken(v_debt) using errcode = 'BR450';
     end if;
     perform credits.add_grant(p_organization_id, gen_random_uuid(), p_pool_id, 'forgiveness', v_amount, 0::smallint, true, 0, null, null,
         p_reason, p_created_by, 'forgiveness ' || sha256(convert_to(p_idempotency_key, 'UTF8'))::text, p_at);
@@ -109,7 +109,7 @@ begin
         perform outbox.post_event(p_organization_id, 'topup.runaway', 'pool', p_pool_id, credits.told(p_organization_id,
             format('%s: automatic purchases were stopped, too many within an hour', credits.spoken_pool(p_organization_id, p_pool_id)),
             array[format('Begun within an hour: %s, each of %s; the most allowed: %s.', v_hour,
-                         credits.spoken_amount(credits.as_amount(v_policy.amount_micros)), v_policy.most_per_hour),
+                         credits.spoken(v_policy.amount_micros), v_policy.most_per_hour),
                   'Nothing is bought until somebody has looked at it and set the policy again.'],
             'bursar top-ups list --org ORG, then bursar top-ups set --org ORG',
             jsonb_build_object('reason', 'too many within an hour', 'purchases', v_hour, 'amount', credits.as_amount(v_policy.amount_micros))), v_now);
@@ -119,9 +119,9 @@ begin
         update top_up_policies set next_try_at = v_month_end where organization_id = p_organization_id and pool_id = p_pool_id;
         perform outbox.post_event(p_organization_id, 'topup.failed', 'pool', p_pool_id, credits.told(p_organization_id,
             format('%s: automatic purchases have reached the ceiling of the month', credits.spoken_pool(p_organization_id, p_pool_id)),
-            array[format('%s were bought this month; %s more would pass the ceiling of %s.', credits.spoken_amount(credits.as_amount(v_bought)),
-                         credits.spoken_amount(credits.as_amount(v_policy.amount_micros)),
-                         credits.spoken_amount(credits.as_amount(v_policy.ceiling_micros))),
+            array[format('%s were bought this month; %s more would pass the ceiling of %s.', credits.spoken(v_bought),
+                         credits.spoken(v_policy.amount_micros),
+                         credits.spoken(v_policy.ceiling_micros)),
                   format('Nothing is bought before %s.', credits.spoken_time(p_organization_id, v_month_end))],
             'bursar top-ups set --org ORG with a higher --ceiling, or bursar credits add AMOUNT --org ORG',
             jsonb_build_object('reason', 'the monthly ceiling is reached', 'bought', credits.as_amount(v_bought),
@@ -132,11 +132,11 @@ begin
     values (p_organization_id, p_top_up_id, p_pool_id, v_policy.amount_micros, v_now) returning * into v_top_up;
     perform outbox.post_event(p_organization_id, 'topup.requested', 'pool', p_pool_id, credits.told(p_organization_id,
         format('%s: %s are to be bought', credits.spoken_pool(p_organization_id, p_pool_id),
-               credits.spoken_amount(credits.as_amount(v_policy.amount_micros))),
-        array[format('Less than %s were available.', credits.spoken_amount(credits.as_amount(v_policy.threshold_micros))),
+               credits.spoken(v_policy.amount_micros)),
+        array[format('Less than %s were available.', credits.spoken(v_policy.threshold_micros)),
               format('With this one %s are bought this month; the ceiling is %s.',
-                     credits.spoken_amount(credits.as_amount(v_bought + v_policy.amount_micros)),
-                     credits.spoken_amount(credits.as_amount(v_policy.ceiling_micros)))],
+                     credits.spoken(v_bought + v_policy.amount_micros),
+                     credits.spoken(v_policy.ceiling_micros))],
         format('bursar top-ups list --org ORG; where a person pays: bursar top-ups confirm %s --org ORG', outbox.public_id('top', p_top_up_id)),
         jsonb_build_object('top_up_id', outbox.public_id('top', p_top_up_id), 'amount', credits.as_amount(v_policy.amount_micros))), v_now);
     return v_top_up;

@@ -41,7 +41,7 @@ begin
     end if;
     v_grows := p_amount_micros - coalesce(v_old.amount_micros, 0);
     if p_kind = 'reserved' and v_grows > 0 and v_grows > v_open_room and not p_oversubscribe then
-        raise exception 'the pool has % micros that no allocation reserves, % more are asked for', greatest(0, v_open_room), v_grows
+        raise exception 'the pool has % that no share reserves, % more are asked for', credits.spoken(greatest(0, v_open_room)), credits.spoken(v_grows)
             using errcode = 'BR430';
     end if;
     if v_old.allocation_id is null then

@@ -179,6 +179,7 @@ language sql stable set search_path = credits, pg_temp as $$
         format(case q.state when 'open' then '%s asks for %s more' else 'What %s asked for was ' || q.state || ': %s more' end, i.who,
                credits.spoken_amount(i.amount)),
         array[format('%s, until %s.', i.name, credits.spoken_time(p_organization_id, i.until_at)),
+              'Asked for: ' || case when r.amount <> q.amount then credits.spoken_amount(credits.as_amount_of(l.metric, q.amount)) end,
               'Reason: ' || nullif(q.reason, ''), 'Note: ' || nullif(q.note, ''),
               case when q.state = 'open' then format('Without a decision it lapses on %s.', credits.spoken_time(p_organization_id, q.lapses_at)) end],
         case when q.state = 'open' then format('bursar caps approve %1$s --org ORG, or bursar caps deny %1$s --org ORG', i.id)

@@ -144,7 +144,7 @@ begin
     v_amount := coalesce(p_amount_micros, v_left);
     perform credits.require_amount(v_amount, 0);
     if v_amount > v_left then
-        raise exception 'the share has % micros that are neither used nor held, % are asked for', v_left, v_amount using errcode = 'BR460';
+        raise exception 'the share has % that are neither used nor held, % are asked for', credits.spoken(v_left), credits.spoken(v_amount) using errcode = 'BR460';
     end if;
     perform credits.adjust_share(p_organization_id, p_allocation_id, -v_amount, v_now);
     if p_to_allocation_id is not null then

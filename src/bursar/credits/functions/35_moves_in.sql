@@ -31,7 +31,7 @@ begin
         order by p.created_at, p.pool_id
     loop
         if v_pool.excess_amount > 0 then
-            raise exception 'pool % owes % micros', v_pool.pool_id, v_pool.excess_amount using errcode = 'BR433';
+            raise exception '% owes %', credits.spoken_pool(p_organization_id, v_pool.pool_id), credits.spoken(v_pool.excess_amount) using errcode = 'BR433';
         end if;
         perform credits.pour(p_organization_id, v_pool.pool_id, v_now);
         v_kept := v_pool.held_amount;  -- holds burn first: their grants stay
