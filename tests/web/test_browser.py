@@ -57,7 +57,9 @@ async def test_open_menus_have_no_fault_either(chromium: Browser, site: str, bus
         size = {"width": width, "height": 900}
         async with opened(chromium, site, busy.cookie, color_scheme=theme, viewport=size) as page:
             await page.goto(f"{site}{busy.path}")
-            for menu in await page.locator("details.menu").all():
+            menus = await page.locator("details.menu").all()
+            assert menus
+            for menu in menus:
                 await menu.locator("summary").click()
                 assert await menu.evaluate("menu => menu.open")
                 assert await page.evaluate(FAULTS) == [], (width, theme)
