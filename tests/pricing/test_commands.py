@@ -94,7 +94,7 @@ def test_a_file_is_previewed_imported_and_changed(run: Run, csv_file: Callable[.
 def test_a_rejected_row_stops_the_import_and_is_named(run: Run, csv_file: Callable[..., tuple[str, str]]) -> None:
     path, name = csv_file("large,input_tokens,2.50,1M tokens", "small,input_tokens,free,1M tokens")
     said = run("import", path, "--list", name, code=Exit.WRONG_USAGE)
-    assert "line 3: not a decimal amount: 'free'" in said
+    assert "line 3: not a decimal amount such as 12.5: 'free'" in said
     run("show", name, "large", code=Exit.WRONG_USAGE)
 
 

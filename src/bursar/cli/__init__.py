@@ -5,7 +5,8 @@ Commands call domain functions, never SQL. Every list takes --json. Exit codes a
 """
 
 import sys
-from typing import Annotated
+from functools import cache
+from typing import Annotated, Any
 
 import typer
 
@@ -109,10 +110,16 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(run(arguments))
 
 
+@cache
+def _command() -> Any:
+    """All commands. To build them takes longer than most of them take, so it is done once."""
+    return typer.main.get_command(app)
+
+
 def run(arguments: list[str] | None = None) -> int:
     """Run a command; its exit code."""
     try:
-        result = app(arguments, standalone_mode=False)
+        result = _command()(arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("Interrupted.", err=True)
         return Exit.INTERRUPTED
