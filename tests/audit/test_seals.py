@@ -80,6 +80,17 @@ async def test_of_two_rounds_at_once_the_second_waits_and_goes_on_behind_the_fir
     assert await findings(crooked, scene) == []
 
 
+async def test_what_is_sealed_is_never_taken_for_new_again(crooked: db.Database, admin: Admin) -> None:
+    used_scene(admin, 1)
+    done = await seal_everything(crooked)
+    async with crooked.platform() as conn:
+        await conn.execute("select audit.end_round(1)")
+        assert (await seals.seal(conn)).rows == 0
+        row = await (await conn.execute("select horizon from audit.sealing")).fetchone()
+    assert row is not None
+    assert row[0] >= done.until_number
+
+
 @pytest.mark.parametrize(
     ("table", "change"),
     [

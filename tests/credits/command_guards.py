@@ -606,6 +606,13 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
     # limits
     *of(
         "set_limit",
+        (
+            (
+                "where organization_id = p_organization_id and scope = p_scope and scope_id",
+                "where scope = p_scope and scope_id",
+            ),
+            limits.test_what_differs_in_any_way_is_another_limit,
+        ),
         *(
             (f"and {each}", limits.test_what_differs_in_any_way_is_another_limit)
             for each in (
@@ -1000,5 +1007,32 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
     *of(
         "activate_grants",
         ("and s.pool_id = p_pool_id", grants.test_grants_of_several_pools_that_start_together_each_start_in_their_own),
+    ),
+    # what is another organization's
+    *(
+        (function, guard, instead, tenancy.test_ids_of_another_organization_are_unknown_in_ones_own)
+        for function, guard, instead in (
+            (
+                "add_grant",
+                "organization_id = p_organization_id and pool_id = p_pool_id and (closed",
+                "pool_id = p_pool_id and (closed",
+            ),
+            (
+                "void_grant",
+                "where organization_id = p_organization_id and grant_id = p_grant_id;\n    if not",
+                "where grant_id = p_grant_id;\n    if not",
+            ),
+            ("cancel_schedule", "where organization_id = p_organization_id and schedule_id", "where schedule_id"),
+            ("close_allocation", "where organization_id = p_organization_id and allocation_id", "where allocation_id"),
+            ("reallocate", "where a.organization_id = p_organization_id and a.allocation_id", "where a.allocation_id"),
+            ("end_limit", "where organization_id = p_organization_id and limit_id", "where limit_id"),
+            ("end_raise", "where organization_id = p_organization_id and raise_id", "where raise_id"),
+            ("decide_request", "limit_requests where organization_id = p_organization_id and", "limit_requests where"),
+            ("add_codes", "where organization_id = p_organization_id and campaign_id", "where campaign_id"),
+            ("set_top_up", "where organization_id = p_organization_id and pool_id", "where pool_id"),
+            ("decide_top_up", "from top_ups where organization_id = p_organization_id and", "from top_ups where"),
+            ("depart", "from departures where organization_id = p_organization_id and", "from departures where"),
+            ("note_arrival", "where organization_id = p_organization_id and", "where"),
+        )
     ),
 ]

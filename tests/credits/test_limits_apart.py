@@ -34,6 +34,7 @@ def kinds(user: UUID, **more: Any) -> list[dict[str, Any]]:
 
 
 def test_what_differs_in_any_way_is_another_limit(scene: Scene) -> None:
+    Scene(scene.conn).limit(40, period="month")
     user, team, department = scene.user(), scene.team(), scene.department()
     asked: list[dict[str, Any]] = [
         *kinds(user),

@@ -150,6 +150,7 @@ class Victim(Scene):
         self.granted = self.grant(self.shared, 1000)
         self.allocated = self.share(self.shared, self.someone, 100)
         self.limited = self.limit(500, scope="user", of=self.someone)
+        self.limit(400)
         # Not due yet: whoever folds what is due asks for the tenant too, and would hide who does not.
         self.scheduled = self.schedule(self.shared, 10, anchor=datetime(2076, 1, 1, tzinfo=UTC))
         self.held = self.hold(20, self.someone)
@@ -238,6 +239,8 @@ def _argument(name: str, kind: str, victim: Victim | Nobody, organization: UUID)
         "p_scope": "organization",
         "p_scope_id": None,
         "p_metric": "credits",
+        "p_model_filter": None,
+        "p_within_scope": None,
         "p_period": "none",
         "p_action": 5 if kind == "smallint" else "stops",
         "p_when_empty": "stops",
@@ -281,6 +284,8 @@ def _answer(
 ) -> str:
     """What a call as the application answers: a value or a refusal's code. keep: what it changed."""
     values = [_argument(argument, kind, victim, organization) for argument, kind in arguments]
+    if name == "set_limit":  # the id of a new one: only what else it says names the limit that there is
+        values[1] = uuid7()
     places = ", ".join(f"%s::{kind}" for _, kind in arguments)
     answer = ""
     try:
