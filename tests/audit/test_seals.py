@@ -53,6 +53,7 @@ async def test_a_transaction_that_runs_keeps_back_only_what_it_writes_late(crook
         async with crooked.platform() as conn:
             done = await seals.seal(conn)
         assert done.until_number < number
+        assert not (await seals.seal_all(crooked, seconds=0)).is_all
         slow.commit()
     await seal_everything(crooked)
     for scene in (before, after):
@@ -208,6 +209,12 @@ async def test_sealing_many_rows_ends_seals_between_transactions(
         scene.organization,
     )
     assert [row[0] for row in counts] == [4, 4, 4, 3]
+    assert await findings(crooked, scene) == []
+    with admin.transaction():  # of one write number, which is in one seal whatever comes of its size
+        for _ in range(9):
+            add_event(admin, scene.organization)
+    add_event(admin, scene.organization)
+    await seal_everything(crooked)
     assert await findings(crooked, scene) == []
 
 

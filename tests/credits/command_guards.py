@@ -711,6 +711,7 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
             limits.test_who_has_a_limit_of_their_own_of_the_same_kind_is_raised_there,
         ),
     ),
+    *of("set_cycle", (unless("not isfinite(p_anchor)"), limits.test_a_cycle_begins_at_some_instant)),
     *of("give_raise", ("or not isfinite(p_ends_at)", limits.test_a_raise_has_an_end)),
     *of("end_raise", ("and raise_id = p_raise_id", apart.test_limits_raises_and_requests_leave_others_alone)),
     *of(
@@ -1007,6 +1008,13 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
     *of(
         "activate_grants",
         ("and s.pool_id = p_pool_id", grants.test_grants_of_several_pools_that_start_together_each_start_in_their_own),
+    ),
+    *of(
+        "end_grant",
+        (
+            ("p_grant.rollover_expires_at <= p_at", "p_grant.rollover_expires_at < p_at"),
+            grants.test_what_is_freed_at_the_very_end_of_the_roll_over_expires_too,
+        ),
     ),
     # what is another organization's
     *(

@@ -338,6 +338,16 @@ def test_what_is_freed_after_the_time_of_the_roll_over_expires(scene: Scene) -> 
     assert scene.findings() == []
 
 
+def test_what_is_freed_at_the_very_end_of_the_roll_over_expires_too(scene: Scene) -> None:
+    user, pool = scene.user(), scene.pool()
+    scene.grant(pool, 100, expires=NOON + timedelta(days=1), rolls=(0, 50), rolls_until=NOON + timedelta(days=2))
+    request = scene.hold(100, user, lease_seconds=10**6)
+    scene.later(days=2)
+    scene.release(request)
+    scene.wake()
+    assert scene.grants(pool) == [("purchase", 100, 0, "ended")]
+
+
 def test_a_voided_grant_makes_up_nothing(scene: Scene) -> None:
     user, pool = scene.user(), scene.pool()
     grant = scene.grant(pool, 100, expires=NOON + timedelta(days=1), rolls=(20, 50))

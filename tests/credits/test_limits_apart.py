@@ -226,6 +226,12 @@ def test_a_raise_has_an_end(scene: Scene) -> None:
         scene.request(limit, user, 5, until=scene.now)
 
 
+def test_a_cycle_begins_at_some_instant(scene: Scene) -> None:
+    for anchor in ("infinity", "-infinity"):
+        with scene.refusal("BR400"):
+            scene.call("select credits.set_cycle(%s, %s, %s)", scene.organization, anchor, scene.now)
+
+
 # ---------------------------------------------------------------------------------------------- requests
 
 
