@@ -1458,10 +1458,9 @@ class Organization:
             raise Refused("BR432")
         self.estimates.pop(request, None)
         back = self._last_of(charge, amount)
-        grown = []
-        for pool_id, start, end in back:
+        for pool_id, _, _ in back:
             self.pour(self.pools[pool_id], now)
-            grown.append(self._return(self.pools[pool_id], start, end, now))
+        grown = [self._return(self.pools[pool_id], start, end, now) for pool_id, start, end in back]
         charge.refunded += amount
         self._give_room_back(charge, back, grown, now)
         for (pool_id, _, _), grows in zip(back, grown, strict=True):
