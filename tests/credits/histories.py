@@ -46,7 +46,7 @@ PERIODS = ("none", "day", "week", "month")
 ALL_PERIODS = (*PERIODS, "cycle")
 WEIGHTS = {
     "batch": 60, "grant": 9, "allocate": 5, "limit": 4, "end_limit": 2, "end_allocation": 2, "void": 3, "pool": 3,
-    "expire": 7, "person": 2, "touch": 2, "default": 4, "own": 2, "raise": 3, "end_raise": 1, "renewed": 3,
+    "expire": 7, "person": 2, "touch": 2, "default": 4, "own": 2, "raise": 3, "end_raise": 2, "renewed": 3,
     "reallocate": 2, "cycle": 1, "transfer": 4, "refund": 6, "schedule": 3, "cancel": 1, "forgive": 2, "switch": 2,
     "again": 5, "top_up": 2, "buy": 4, "bought": 4, "ask": 3, "decide": 3, "campaign": 1, "code": 2, "redeem": 3,
 }  # fmt: skip
@@ -336,9 +336,11 @@ class Stage:
             lambda o: o.open_pool(name, user, like, self.now),
         )
 
-    def _pick_pool(self, cast: Cast, which: int) -> UUID:
-        pools = list(self._model(cast).pools)
-        return pools[which % len(pools)] if pools else uuid7()
+    def _pick_pool(self, cast: Cast, which: int, *, shared: bool = False) -> UUID:
+        """Mostly an open one; shared: mostly a shared one."""
+        pools = self._model(cast).pools.values()
+        mostly = [p.pool_id for p in pools if not p.is_closed and (not shared or p.kind == "shared")]
+        return _one(mostly, [p.pool_id for p in pools], which)
 
     def _grant(self, org: int, pool: int, amount: int, begins: int, ends: int, order: int, key: int) -> None:
         cast = self.cast[org % 2]
@@ -509,8 +511,7 @@ class Stage:
             self._buy(org, which, succeeded, which)
             return
         open_ones = [p for p in purchases if purchases[p].state == "pending"]
-        found = open_ones if open_ones and which % 5 else list(purchases)
-        purchase_id = found[which % len(found)] if which % 29 else uuid7()
+        purchase_id = _one(open_ones, list(purchases), which)
         is_paid = succeeded % 3 > 0
         self._command(
             cast,
@@ -547,9 +548,11 @@ class Stage:
         if not wishes:
             self._ask(org, which, how, which, 1 + how % 4, how)
             return
-        open_ones = [w for w in wishes if wishes[w].state == "open"]
-        found = open_ones if open_ones and which % 5 else list(wishes)
-        wish_id, raise_id = found[which % len(found)] if which % 29 else uuid7(), uuid7()
+        open_ones = [w for w in wishes if wishes[w].state == "open" and wishes[w].lapses > self.now]
+        if not open_ones and which % 3:
+            self._ask(org, which, how, which, 1 + how % 4, how)
+            return
+        wish_id, raise_id = _one(open_ones, list(wishes), which), uuid7()
         other = (7, self.now + timedelta(hours=2)) if how % 2 else (None, None)
         self._command(
             cast,
@@ -638,7 +641,7 @@ class Stage:
         cast = self.cast[org % 2]
         ways = ("personal", "shared")
         is_shared = any(p.kind == "shared" and not p.is_closed for p in self._model(cast).pools.values())
-        way = ways[1 - is_shared] if to % 5 else ways[to % 2]  # mostly the one that it has not
+        way = ways[to % 2] if to % 5 == 4 else ways[1 - is_shared]  # mostly the one that it has not
         key_text = f"switch {key % 60}"
         self._keyed(
             cast,
@@ -665,9 +668,13 @@ class Stage:
 
     def _allocate(self, org: int, pool: int, user: int, kind: int, amount: int, empty: int, key: int) -> None:
         cast = self.cast[org % 2]
+        pools = self._model(cast).pools.values()
+        if amount % 2 and not any(p.kind == "shared" and not p.is_closed for p in pools):
+            self._switch(org, 0, key, 0)  # there is none to have a share of
+            return
         share = "reserved" if kind % 3 else "capped"
         picked = (
-            self._pick_pool(cast, pool),
+            self._pick_pool(cast, pool, shared=True),
             cast.users[user % 3],
             share,
             "none" if share == "reserved" else PERIODS[kind % 4],
@@ -692,8 +699,8 @@ class Stage:
 
     def _end_allocation(self, org: int, which: int, *_: int) -> None:
         cast = self.cast[org % 2]
-        shares = list(self._model(cast).allocations)
-        allocation_id = shares[which % len(shares)] if shares else uuid7()
+        shares = self._model(cast).allocations
+        allocation_id = _one([a for a in shares if not shares[a].is_ended], list(shares), which)
         self._command(
             cast,
             "select credits.end_allocation(%s, %s, %s) is null",
@@ -805,7 +812,7 @@ class Stage:
             subject,
             (5, 20, 60, 200, 0)[amount % 5],
             starts,
-            (starts or self.now) + timedelta(seconds=(60, 3600, 86400, 3 * 86400, 0)[ends % 5]),
+            (starts or self.now) + timedelta(seconds=(60, 86400, 5 * 86400, 20 * 86400, 0)[ends % 5]),
         )
         key_text = f"raise {key % 40}" if key % 5 == 0 else f"raise {uuid7()}"
 
@@ -819,8 +826,8 @@ class Stage:
 
     def _end_raise(self, org: int, which: int, *_: int) -> None:
         cast = self.cast[org % 2]
-        raises = list(self._model(cast).raises)
-        raise_id = raises[which % len(raises)] if raises else uuid7()
+        raises = self._model(cast).raises
+        raise_id = _one([r for r in raises if raises[r].ends > self.now], list(raises), which)
         self._command(
             cast,
             "select credits.end_raise(%s, %s, %s) is null",
@@ -834,7 +841,7 @@ class Stage:
         """A reserved share that is renewed."""
         cast = self.cast[org % 2]
         picked = (
-            self._pick_pool(cast, pool),
+            self._pick_pool(cast, pool, shared=True),
             cast.users[user % 3],
             "reserved",
             ("day", "day", "week", "month", "cycle")[period % 5],
@@ -846,9 +853,10 @@ class Stage:
 
     def _reallocate(self, org: int, which: int, to: int, amount: int) -> None:
         cast = self.cast[org % 2]
-        shares = list(self._model(cast).allocations)
-        share = shares[which % len(shares)] if shares else uuid7()
-        target = shares[to % len(shares)] if shares and to % 3 else None
+        shares = self._model(cast).allocations
+        reserved = [a for a in shares if not shares[a].is_ended and shares[a].kind == "reserved"]
+        share = _one(reserved, list(shares), which)
+        target = _one(reserved, list(shares), to) if shares and to % 3 else None
         wanted = (None, 3, 10, 40)[amount % 4]
         key_text = f"reallocate {uuid7()}"
 
@@ -872,8 +880,8 @@ class Stage:
 
     def _end_limit(self, org: int, which: int, *_: int) -> None:
         cast = self.cast[org % 2]
-        limits = list(self._model(cast).limits)
-        limit_id = limits[which % len(limits)] if limits else uuid7()
+        limits = self._model(cast).limits
+        limit_id = _one([x for x in limits if not limits[x].is_ended], list(limits), which)
         self._command(
             cast,
             "select credits.end_limit(%s, %s, %s) is null",
@@ -1080,6 +1088,12 @@ class Stage:
         with self.admin.transaction(force_rollback=True):
             self.admin.execute(POUR, [self.now, cast.organization])
             return {row[0]: row[1:] for row in self.admin.execute(GRANTS, [cast.organization]).fetchall()}
+
+
+def _one(mostly: list[UUID], others: list[UUID], which: int) -> UUID:
+    """Mostly one of the first, sometimes any, and rarely one that there is not."""
+    found = mostly if mostly and which % 5 else others
+    return found[which % len(found)] if found and which % 59 else uuid7()
 
 
 def real(move: ref.Move) -> RealMove:

@@ -1469,6 +1469,7 @@ class Organization:
         for (pool_id, _, _), grows in zip(back, grown, strict=True):
             pool = self.pools[pool_id]
             if grows and pool.kind == "shared" and pool.is_closed:
+                self._fold_pool(pool, now, is_over=False)  # holds need less of expired grants where this burns before
                 owner = self._pool_of_user(charge.chain.user, pool.filter, now)
                 self._pass_on(pool, owner, grows, now)
             self._fold_pool(pool, now)

@@ -696,6 +696,22 @@ def test_a_correction_of_a_personal_charge_is_settled_with_the_shared_pool_after
     assert scene.findings() == []
 
 
+def test_a_refund_into_a_closed_pool_that_an_expired_grant_lingers_in_is_for_the_running_request(scene: Scene) -> None:
+    user = scene.user()
+    pool = scene.pool()
+    scene.grant(pool, 20, priority=50)
+    charged = scene.deduct(20, user).request_id
+    scene.grant(pool, 100, expires=scene.now + timedelta(hours=1))
+    request = scene.hold(8, user, lease_seconds=10**6)
+    scene.switch("personal")
+    scene.later(hours=2)
+    assert scene.refund(charged, 3) == 3
+    assert _pools(scene) == {("personal", user): 0}
+    assert scene.balance(pool) == Balance(limit=28, used=20, held=8, excess=0), "3 of the 8 that lingered expired"
+    scene.settle(request, 8)
+    assert scene.findings() == []
+
+
 def test_an_organization_that_owes_does_not_switch(scene: Scene) -> None:
     user, pool = scene.user(), scene.pool()
     scene.grant(pool, 10)

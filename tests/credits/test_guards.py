@@ -569,6 +569,12 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
         grants.test_who_used_more_than_was_held_before_the_switch_pays_it_from_the_new_pool,
     ),
     (
+        "refund_charge",
+        "perform credits.apply_events(p_organization_id, v_pools[i], v_now);",
+        "",
+        grants.test_a_refund_into_a_closed_pool_that_an_expired_grant_lingers_in_is_for_the_running_request,
+    ),
+    (
         "gather",
         "credits.origin_of(p_organization_id, p.grant_id) as origin",
         "p.grant_id as origin",

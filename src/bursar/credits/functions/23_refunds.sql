@@ -238,6 +238,8 @@ begin
     for i in 1..cardinality(v_pools) loop
         if v_grown[i] > 0 and exists (
                 select from pools where organization_id = p_organization_id and pool_id = v_pools[i] and kind = 'shared' and closed_at is not null) then
+            -- Of expired grants, open holds need less now where what came back burns before them.
+            perform credits.apply_events(p_organization_id, v_pools[i], v_now);
             perform credits.pass_on(p_organization_id, v_pools[i], credits.personal_pool(p_organization_id, v_row.user_id,
                 (select model_filter from pools where organization_id = p_organization_id and pool_id = v_pools[i]), v_now), v_grown[i], v_now);
         end if;
