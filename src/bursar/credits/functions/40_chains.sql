@@ -184,6 +184,9 @@ begin
 
     v_chain.is_plain := v_leg = 1 and v_chain.leg_filters[1] is null and 0 = all (v_chain.entry_metrics)
         and array_remove(v_chain.entry_filters, null) = '{}';
+    v_chain.entry_conditions := array(
+        select case when e.metric = 0 and e.filter is null and (e.leg = 0 or (v_leg = 1 and v_chain.leg_filters[1] is null)) then 0 else e.nr end
+        from unnest(v_chain.entry_metrics, v_chain.entry_legs, v_chain.entry_filters) with ordinality e(metric, leg, filter, nr) order by e.nr);
     v_chain.built_at := p_now;
     update chains set replaced_at = p_now
     where organization_id = p_organization_id and user_id = p_user_id and api_key_id = p_api_key_id and replaced_at is null;
@@ -191,6 +194,13 @@ begin
     return v_chain.chain_id;
 end $$;
 comment on function credits.build_chain is 'Builds what one user and key must pass now: legs to pay from and balances to check';
+
+-- every_place: stands for the entry_conditions of a chain that is older than these: each of its so many entries is looked at closely.
+create or replace function credits.every_place(p_entries integer) returns smallint[]
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
+    select array(select generate_series(1, p_entries))::smallint[]
+$$;
+comment on function credits.every_place is 'The numbers from 1 to so many';
 
 -- first_leg: the first leg whose filter admits the request; 0 when none does.
 create or replace function credits.first_leg(p_filters text[], p_model text, p_feature text) returns smallint

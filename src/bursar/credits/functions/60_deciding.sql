@@ -72,6 +72,23 @@ returns boolean language sql immutable parallel safe as $$
 $$;
 comment on function credits.has_room is 'Whether a balance may take this much more';
 
+-- asks: whether an entry of a chain asks something of a request, and metric_of: what. Where its condition (entry_conditions) is 0 or null, it asks
+-- credits of every request that its customer's own key does not pay; else its metric, leg and filter are looked at. Most entries are of the first kind,
+-- and a batch has hundreds. They stand for their expressions, as has_room does.
+create or replace function credits.asks(
+    p_condition smallint, p_metrics smallint[], p_legs smallint[], p_filters text[], p_leg smallint, p_model text, p_feature text, p_flags integer
+) returns boolean language sql immutable parallel safe as $$
+    select case when p_condition > 0 then (p_legs[p_condition] = 0 or p_legs[p_condition] = p_leg)
+            and credits.admits(p_filters[p_condition], p_model, p_feature) and not (p_metrics[p_condition] = 0 and p_flags & 2 = 2)
+        else p_flags & 2 = 0 end
+$$;
+comment on function credits.asks is 'Whether an entry of a chain asks something of a request';
+
+create or replace function credits.metric_of(p_condition smallint, p_metrics smallint[]) returns smallint language sql immutable parallel safe as $$
+    select case when p_condition > 0 then p_metrics[p_condition] else 0::smallint end
+$$;
+comment on function credits.metric_of is 'What an entry of a chain asks: 0 credits, 1 calls, 2 tokens';
+
 -- take: the one guarded update of a batch's summed demands (authorizes, extends, deductions). What does not come back is tight.
 -- With p_chains, p_legs and p_outcomes, the demands go by those. Without them it finds the chains itself, in the same statement, and moves
 -- something only where all is plain (is_plain): nothing is known, repeated, held already or paid by the customer's own key, and every chain
@@ -105,6 +122,7 @@ begin
             l.leg, c.leg_pool_ids[l.leg] as pool_id, cardinality(c.leg_filters) = 1 as is_alone, c.entry_ids, c.entry_starts,
             case when not c.is_plain then c.entry_metrics end as entry_metrics, case when not c.is_plain then c.entry_legs end as entry_legs,
             case when not c.is_plain then c.entry_filters end as entry_filters,
+            case when not c.is_plain then coalesce(c.entry_conditions, credits.every_place(cardinality(c.entry_ids))) end as entry_conditions,
             case when p_chains is not null then w.action in (1, 2, 5) and w.outcome = -1 and not (w.action = 2 and w.amount = 0 and w.tokens = 0)
                  else coalesce(l.leg > 0 and credits.is_plain_way(w.flags, c.refusal, c.is_strict, c.valid_until, c.limits_version,
                         p_versions[array_position(p_gates, w.org)], p_now), false) and h.request_id is null end as is_asked,
@@ -115,13 +133,13 @@ begin
         from w
         left join lateral (
             select c.chain_id, c.limits_version, c.valid_until, c.team_id, c.department_id, c.department_name, c.refusal, c.leg_pool_ids, c.leg_filters,
-                c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters, c.is_plain, c.is_strict, c.tight_id, c.tight_start
+                c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters, c.entry_conditions, c.is_plain, c.is_strict, c.tight_id, c.tight_start
             from credits.chains c
             where p_chains is null and c.organization_id = w.org and c.user_id = coalesce(w.user_id, v_zero)
               and c.api_key_id = coalesce(w.api_key_id, v_zero) and c.replaced_at is null
             union all
             select c.chain_id, c.limits_version, c.valid_until, c.team_id, c.department_id, c.department_name, c.refusal, c.leg_pool_ids, c.leg_filters,
-                c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters, c.is_plain, c.is_strict, null, null
+                c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters, c.entry_conditions, c.is_plain, c.is_strict, null, null
             from credits.chains c
             where p_chains is not null and c.organization_id = w.org and c.chain_id = w.chain_id
         ) c on true
@@ -136,17 +154,21 @@ begin
     ), plain as (
         select p_chains is null and bool_and(is_asked) and count(distinct request_id) = v_n as is_plain from r
     ), demand as (
-        select e.place, e.org, e.action, e.id, e.start, coalesce(e.metric, 0) = 0 as is_credits,
-            case coalesce(e.metric, 0) when 0 then e.amount when 1 then case e.action when 2 then 0 else 1 end else e.tokens end as amount
+        select e.place, e.org, e.action, e.id, e.start, e.metric = 0 as is_credits, e.amount
         from (
-            select r.place, r.org, r.action, r.amount, r.tokens, r.flags, r.model, r.feature, r.leg, unnest(r.entry_ids) as id, unnest(r.entry_starts) as start,
-                unnest(r.entry_metrics) as metric, unnest(r.entry_legs) as entry_leg, unnest(r.entry_filters) as entry_filter
-            from r
-            where r.is_asked and not r.is_hopeless and (p_chains is not null or (select is_plain from plain))
+            select e.place, e.org, e.action, e.id, e.start, credits.metric_of(e.condition, e.metrics) as metric,
+                case credits.metric_of(e.condition, e.metrics) when 0 then e.amount when 1 then case e.action when 2 then 0 else 1 end
+                    else e.tokens end as amount
+            from (
+                select r.place, r.org, r.action, r.amount, r.tokens, r.flags, r.model, r.feature, r.leg, r.entry_metrics as metrics,
+                    r.entry_legs as legs, r.entry_filters as filters, unnest(r.entry_ids) as id, unnest(r.entry_starts) as start,
+                    unnest(r.entry_conditions) as condition
+                from r
+                where r.is_asked and not r.is_hopeless and (p_chains is not null or (select is_plain from plain))
+            ) e
+            where credits.asks(e.condition, e.metrics, e.legs, e.filters, e.leg, e.model, e.feature, e.flags)
         ) e
-        where (coalesce(e.entry_leg, 0) = 0 or e.entry_leg = e.leg) and credits.admits(e.entry_filter, e.model, e.feature)
-          and not (coalesce(e.metric, 0) = 0 and e.flags & 2 = 2)
-          and (e.action <> 2 or case coalesce(e.metric, 0) when 0 then e.amount when 1 then 0 else e.tokens end > 0)  -- an extension asks what it needs
+        where e.action <> 2 or e.amount > 0  -- an extension asks what it needs
     ), sums as materialized (
         select org, id, start, credits.total(amount) filter (where action <> 5) as held, credits.total(amount) filter (where action = 5) as used,
             array_agg(place) filter (where is_credits) as places
