@@ -92,7 +92,13 @@ def _server(folder: Path) -> Iterator[Server]:
 def _with_caps(plan: Plan, server: Server) -> list[report.Row]:
     organizations = caps.open_organizations(server.admin, server.simulator, users=USERS)
     work = caps.with_and_without(
-        server.lane, server.pid, organizations, callers=plan.callers, rounds=plan.rounds, seconds=plan.seconds
+        server.lane,
+        server.admin,
+        server.pid,
+        organizations,
+        callers=plan.callers,
+        rounds=plan.rounds,
+        seconds=plan.seconds,
     )
     return uvloop.run(work)
 

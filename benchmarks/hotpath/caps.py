@@ -4,6 +4,7 @@ With caps a request passes eight balances: pool, open part, and caps on organiza
 model. Users are spread over teams, teams over departments; everybody has a key of their own and calls the capped model.
 """
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -46,9 +47,16 @@ def open_organizations(admin_dsn: str, simulator_dsn: str, *, users: int) -> Org
         for scope in ("team", "department"):
             _cap(simulator, capped, scope, [place for kind, place in places if kind == scope])
         simulator.commit()
+    return Organizations(without, default, capped)
+
+
+async def _use(lane: str, admin_dsn: str, payers: Sequence[Payer]) -> None:
+    """One deduction of each, as in a database that is in use: plans are made by what the server knows of its tables."""
+    async with Batcher(lane, lanes=1) as batcher:
+        verdicts = await asyncio.gather(*(batcher.move(contenders.deduction(payer)) for payer in payers))
+    assert all(verdict.accepted for verdict in verdicts)
     with psycopg.connect(admin_dsn, autocommit=True) as admin:
         admin.execute("vacuum analyze")
-    return Organizations(without, default, capped)
 
 
 def _open(admin: psycopg.Connection, simulator: psycopg.Connection, users: int) -> list[Payer]:
@@ -96,7 +104,14 @@ def _cap(
 
 
 async def with_and_without(
-    lane: str, server: int | None, organizations: Organizations, *, callers: int, rounds: int, seconds: float
+    lane: str,
+    admin_dsn: str,
+    server: int | None,
+    organizations: Organizations,
+    *,
+    callers: int,
+    rounds: int,
+    seconds: float,
 ) -> list[Row]:
     """Deductions, and holds with their settles, with caps against without."""
     members = {
@@ -105,6 +120,7 @@ async def with_and_without(
         "with caps of every scope": organizations.capped,
     }
     rows: list[Row] = []
+    await _use(lane, admin_dsn, [payer for payers in members.values() for payer in payers])
     async with Batcher(lane, lanes=1) as batcher:
         for what, by in (("deduct", contenders.by_batcher), ("hold and settle", contenders.by_hold)):
             cases = [Case(name, by(batcher, payers), callers, server) for name, payers in members.items()]
