@@ -276,7 +276,6 @@ declare
     v_pools uuid[];
     v_positions bigint[];
     v_rooms bigint[];
-    v_settled_rooms bigint[];  -- what is left where a settle or release has moved, then
     v_teams uuid[];
     v_departments uuid[];
     v_department_names text[];
@@ -518,20 +517,20 @@ begin
             end if;
             with gone as (
                 delete from holds h
-                using unnest(p_organization_ids, p_request_ids, p_actions, p_amounts, p_tokens, v_outcomes, p_flags) with ordinality
-                    w(org, request_id, action, amount, tokens, outcome, flags, place)
+                using unnest(p_organization_ids, p_request_ids, p_actions, p_amounts, p_tokens, v_outcomes, p_flags)
+                    w(org, request_id, action, amount, tokens, outcome, flags)
                 where w.action in (3, 4) and w.outcome = -1 and h.organization_id = w.org and h.request_id = w.request_id
-                returning w.place::int, h.organization_id as org, h.chain_id, h.leg, h.model, h.feature, h.flags | w.flags as flags, h.amount_micros, h.tokens as held_tokens,
+                returning h.organization_id as org, h.chain_id, h.leg, h.model, h.feature, h.flags | w.flags as flags, h.amount_micros, h.tokens as held_tokens,
                     case w.action when 3 then w.amount else 0 end as charged, case w.action when 3 then w.tokens else 0 end as tokens,
                     case w.action when 3 then 1 else 0 end as calls
             ), asked as (
-                select e.place, e.org, e.id, e.start, e.is_alone and e.metric = 0 as tells_room,
+                select e.org, e.id, e.start,
                     case e.metric when 0 then e.charged when 1 then e.calls else e.tokens end as used,
                     case e.metric when 0 then e.amount_micros when 1 then 1 else e.held_tokens end as held
                 from (
                     select e.*, credits.metric_of(e.condition, e.metrics) as metric
                     from (
-                        select g.*, cardinality(c.leg_filters) = 1 as is_alone, c.entry_metrics as metrics, c.entry_legs as legs, c.entry_filters as filters,
+                        select g.*, c.entry_metrics as metrics, c.entry_legs as legs, c.entry_filters as filters,
                             unnest(c.entry_ids) as id, unnest(c.entry_starts) as start,
                             unnest(case when not c.is_plain then coalesce(c.entry_conditions, credits.every_place(cardinality(c.entry_ids))) end) as condition
                         from gone g join chains c on c.organization_id = g.org and c.chain_id = g.chain_id
@@ -539,29 +538,20 @@ begin
                     where credits.asks(e.condition, e.metrics, e.legs, e.filters, e.leg, e.model, e.feature, e.flags)
                 ) e
             ), deltas as materialized (
-                select org, id, start, credits.total(used) as used, credits.total(held) as held, array_agg(place) filter (where tells_room) as places
+                select org, id, start, credits.total(used) as used, credits.total(held) as held
                 from asked group by id, start, org
             ), moved as (
                 update balances b set used_amount = used_amount + d.used, held_amount = held_amount - d.held,
                     excess_amount = greatest(0, used_amount + d.used + held_amount - d.held - limit_amount)
                 from deltas d where b.organization_id = d.org and b.balance_id = d.id and b.period_start = d.start
-                returning b.organization_id as org, b.balance_id as id, d.places,
-                    case when b.stops then greatest(0, b.limit_amount - b.used_amount - b.held_amount) end as room,
-                    b.kind = 'allocation' and (b.excess_amount > 0 or b.used_amount - d.used + b.held_amount + d.held > b.limit_amount) as is_over
-            ), rooms as (
-                select p.place, min(p.room) as room
-                from (select unnest(m.places) as place, m.room from moved m union all select generate_series(1, v_n), null) p
-                group by p.place
+                returning b.organization_id as org, b.balance_id as id, b.kind = 'allocation'
+                    and (b.excess_amount > 0 or b.used_amount - d.used + b.held_amount + d.held > b.limit_amount) as is_over
             )
-            select (select array_agg(org) from moved where is_over), (select array_agg(id) from moved where is_over),
-                (select array_agg(room order by place) from rooms)
-            into v_over_orgs, v_over_ids, v_settled_rooms;
+            select array_agg(org), array_agg(id) into v_over_orgs, v_over_ids from moved where is_over;
             if v_over_ids is not null then
                 perform credits.reopen_parts(v_over_orgs, v_over_ids);
-                v_settled_rooms := null;
             end if;
             if v_lingering then
-                v_settled_rooms := null;
                 -- What a released hold kept of an expired grant must be gone before anybody else is authorized.
                 for v_row in
                     select organization_id, pool_id from pools where next_event_at <= v_now and organization_id = any (p_organization_ids) order by 1, 2
@@ -573,15 +563,12 @@ begin
 
         -- (6) one guarded update of all summed demands: what does not come back is tight
         v_positions := null;
-        v_rooms := v_settled_rooms;
+        v_rooms := null;
         v_hopeless := null;
         if v_demands then
             select t.rooms, t.tight_orgs, t.tight_ids, t.tight_starts into v_rooms, v_tight_orgs, v_tight_ids, v_tight_starts
             from credits.take(p_organization_ids, p_actions, p_request_ids, p_user_ids, p_api_key_ids, p_amounts, p_tokens, p_flags, p_models,
                 p_features, v_chains, v_legs, v_outcomes, v_gates, v_versions, v_now) t;
-            if v_settled_rooms is not null then
-                v_rooms := array(select coalesce(u.settled, u.taken) from (select unnest(v_settled_rooms) as settled, unnest(v_rooms) as taken) u);
-            end if;
             -- No leg may pay for the request: nothing was asked of any pool.
             for v_row in select place from unnest(p_actions, v_outcomes, v_legs, p_flags) with ordinality u(action, outcome, leg, flags, place)
                          where action in (1, 5) and outcome = -1 and leg = 0 and flags & 2 = 0 loop
@@ -605,7 +592,7 @@ begin
             v_details, v_bindings, coalesce(v_tight_orgs, '{}'), coalesce(v_tight_ids, '{}'), coalesce(v_tight_starts, '{}'),
             coalesce(v_hopeless, '{}'), v_now) t;
         v_positions := null;  -- measured before the refusals were taken back
-        v_rooms := v_settled_rooms;
+        v_rooms := null;
     end if;
 
     if 1 = any (v_outcomes) and exists (select from unnest(p_flags) f where f & 1024 = 1024) then
