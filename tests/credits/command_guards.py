@@ -712,6 +712,7 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
         ),
     ),
     *of("set_cycle", (unless("not isfinite(p_anchor)"), limits.test_a_cycle_begins_at_some_instant)),
+    *of("set_pool_limit", ("and a.pool_id = p_pool_id", apart.test_shares_leave_others_alone)),
     *of("give_raise", ("or not isfinite(p_ends_at)", limits.test_a_raise_has_an_end)),
     *of("end_raise", ("and raise_id = p_raise_id", apart.test_limits_raises_and_requests_leave_others_alone)),
     *of(
