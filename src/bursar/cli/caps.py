@@ -12,7 +12,17 @@ from bursar.audit.events import OPERATOR, Actor
 from bursar.cli import past
 from bursar.cli.credits import KeyOption, credits_of, filter_from
 from bursar.cli.output import Column, JsonOption, QuietOption, print_fields, print_rows
-from bursar.cli.scope import OrgOption, all_names_of, department_of, key_of, member_of, names_of, team_of, within
+from bursar.cli.scope import (
+    OrgOption,
+    all_names_of,
+    department_of,
+    given_id,
+    key_of,
+    member_of,
+    names_of,
+    team_of,
+    within,
+)
 from bursar.clock import in_utc, uuid7
 from bursar.credits import as_of, filters, limits, raises
 from bursar.credits import why as asking
@@ -227,7 +237,7 @@ def end_cap(org: OrgOption, cap: Annotated[str, typer.Argument(help="The cap's i
     """
 
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> None:
-        await limits.end_limit(conn, organization_id=organization.organization_id, limit_id=_uuid(cap, "lim"))
+        await limits.end_limit(conn, organization_id=organization.organization_id, limit_id=given_id(cap, "lim_"))
 
     within(org, work)
 
@@ -261,7 +271,7 @@ def raise_cap(
     """
 
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> dict[str, Any]:
-        limit_id = _uuid(cap, "lim")
+        limit_id = given_id(cap, "lim_")
         metric = await raises.metric_of(conn, organization_id=organization.organization_id, limit_id=limit_id)
         _, subject_id = await _scope(conn, database, organization, user, key, team, department)
         ends_at = in_utc(until)
@@ -321,7 +331,7 @@ def end_raise(org: OrgOption, raised: Annotated[str, typer.Argument(help="The ra
 
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> None:
         await raises.end_raise(
-            conn, organization_id=organization.organization_id, raise_id=_uuid(raised, "rai"), by=OPERATOR
+            conn, organization_id=organization.organization_id, raise_id=given_id(raised, "rai_"), by=OPERATOR
         )
 
     within(org, work)
@@ -360,7 +370,7 @@ def request(
             model=model,
             wanted_micros=limits.NOTHING,
         )
-        wanted = _uuid(cap, "lim") if cap else None
+        wanted = given_id(cap, "lim_") if cap else None
         able = [
             each
             for each in answer.limits
@@ -468,7 +478,7 @@ def _decided(
 ) -> dict[str, Any]:
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> dict[str, Any]:
         organization_id = organization.organization_id
-        request_id = _uuid(asked, "lrq")
+        request_id = given_id(asked, "lrq_")
         found = await raises.get_request(conn, organization_id=organization_id, limit_request_id=request_id)
         decider = (await member_of(conn, database, organization_id, by)).user_id if by else None
         raise_id = await raises.decide_request(
@@ -571,10 +581,3 @@ def _shown(metric: Metric, amount: int | None) -> str:
     if amount is None:
         return NONE
     return format_credits(Micros(amount)) if metric is Metric.CREDITS else str(amount)
-
-
-def _uuid(text: str, prefix: str) -> UUID:
-    try:
-        return UUID(text.removeprefix(f"{prefix}_"))
-    except ValueError:
-        raise typer.BadParameter(f"not an id: {text!r}") from None

@@ -10,7 +10,7 @@ from bursar import db
 from bursar.audit.events import OPERATOR
 from bursar.cli import past
 from bursar.cli.output import Column, DryRunOption, JsonOption, print_fields, print_rows
-from bursar.cli.scope import OrgOption, all_names_of, member_of, names_of, within
+from bursar.cli.scope import OrgOption, all_names_of, given_id, member_of, names_of, within
 from bursar.clock import in_utc, uuid7
 from bursar.credits import filters, forecasts, grants, limits, pools
 from bursar.credits.limits import Allocation, AllocationKind, Period, WhenEmpty
@@ -289,7 +289,7 @@ def void(
         taken = await grants.void_grant(
             conn,
             organization_id=organization.organization_id,
-            grant_id=_uuid(grant, "grt"),
+            grant_id=given_id(grant, "grt_"),
             reason=reason,
             created_by=None,
             idempotency_key=idempotency_key or uuid7().hex,
@@ -530,10 +530,3 @@ def cycle(
         return await limits.get_cycle(conn, organization_id=organization.organization_id)
 
     print_fields(within(org, work), as_json=as_json)
-
-
-def _uuid(text: str, prefix: str) -> UUID:
-    try:
-        return UUID(text.removeprefix(f"{prefix}_"))
-    except ValueError:
-        raise typer.BadParameter(f"not an id: {text!r}") from None

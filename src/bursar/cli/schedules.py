@@ -9,7 +9,7 @@ from bursar import db
 from bursar.audit.events import OPERATOR
 from bursar.cli.credits import KeyOption, credits_of, rollover_of
 from bursar.cli.output import Column, JsonOption, print_fields, print_rows
-from bursar.cli.scope import OrgOption, as_id, member_of, within
+from bursar.cli.scope import OrgOption, given_id, member_of, within
 from bursar.clock import in_utc, uuid7
 from bursar.credits import grants, pools, schedules
 from bursar.credits.schedules import Unit
@@ -124,9 +124,7 @@ def cancel(org: OrgOption, schedule: Annotated[str, typer.Argument(help="The sch
 
     Examples: `bursar schedules cancel sch_… --org acme`
     """
-    schedule_id = as_id(schedule, "sch_")
-    if schedule_id is None:
-        raise typer.BadParameter(f"not an id: {schedule!r}")
+    schedule_id = given_id(schedule, "sch_")
 
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> None:
         await schedules.cancel_schedule(

@@ -175,6 +175,18 @@ def as_id(reference: str, prefix: str) -> UUID | None:
         return None
 
 
+def given_id(text: str, prefix: str) -> UUID:
+    """An id as it is listed, or a plain one.
+
+    Raises:
+        typer.BadParameter
+    """
+    found = as_id(text, prefix)
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no id; it looks like {prefix}…")
+    return found
+
+
 def named(things: list[Thing], name: str) -> Thing | None:
     """The one with this name, whatever the case."""
     return next((each for each in things if each.name.lower() == name.strip().lower()), None)

@@ -9,7 +9,7 @@ from bursar import db
 from bursar.audit.events import OPERATOR
 from bursar.cli.credits import credits_of
 from bursar.cli.output import Column, JsonOption, print_fields, print_rows, with_database
-from bursar.cli.scope import OrgOption, as_id, member_of, org_of, within
+from bursar.cli.scope import OrgOption, given_id, member_of, org_of, within
 from bursar.credits import pools, top_ups
 from bursar.credits.top_ups import USUAL_MOST_PER_HOUR, Bought, TopUp
 from bursar.identity.organizations import Organization
@@ -180,10 +180,7 @@ def _row(each: TopUp) -> dict[str, Any]:
 
 
 def _id(text: str) -> UUID:
-    found = as_id(text, "top_")
-    if found is None:
-        raise typer.BadParameter("top_… is required")
-    return found
+    return given_id(text, "top_")
 
 
 async def _pool(conn: db.Connection, database: db.Database, organization: Organization, user: str | None) -> UUID:
