@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import hypothesis
 import psycopg
 import pytest
 from psycopg import sql
@@ -59,6 +60,12 @@ LONGEST = (
 )
 # Folders whose tests share a database that takes long to fill: one worker makes it, once.
 TOGETHER = ("tests/demo/", "tests/docs/")
+
+
+# A machine that is busy makes no example wrong.
+UNHURRIED = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile("unhurried", UNHURRIED)
+hypothesis.settings.load_profile("unhurried")
 
 
 def pytest_configure() -> None:
