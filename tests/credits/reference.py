@@ -1677,9 +1677,12 @@ class Organization:
         if self._spare(pool) and pool.kind == "shared":
             self._spread_over_members(pool, {}, now)
         elif self._spare(pool):
-            for each in list(self.pools.values()):
-                if (each.kind, each.filter, each.is_closed) == ("shared", pool.filter, False):
+            shared = [p for p in self.pools.values() if (p.kind, p.filter) == ("shared", pool.filter)]
+            for each in shared:
+                if not each.is_closed:
                     self._pass_on(pool, each, self._spare(pool), now)
+            if all(each.is_closed for each in shared):  # credits are not shared any more: it is the owner's again
+                self._pool_of(pool.kind, pool.owner, pool.filter, now)
 
     def _pass_on(self, giver: Pool, taker: Pool, amount: int, now: datetime) -> None:
         self._divide(giver, [(taker, min(amount, self._spare(giver)))], now)

@@ -696,6 +696,21 @@ def test_a_correction_of_a_personal_charge_is_settled_with_the_shared_pool_after
     assert scene.findings() == []
 
 
+def test_what_comes_back_to_a_closed_personal_pool_is_its_owners_when_credits_are_shared_no_more(scene: Scene) -> None:
+    user, other = scene.user(), scene.user()
+    own = scene.pool("personal", owner=user)
+    scene.grant(own, 50)
+    charged = scene.deduct(20, user).request_id
+    scene.switch("shared")
+    assert scene.deduct(30, other).outcome is ACCEPTED
+    scene.switch("personal")
+    assert scene.deduct(1, user).outcome is not ACCEPTED
+    assert scene.refund(charged) == 20
+    assert scene.findings() == []
+    assert scene.deduct(20, user).outcome is ACCEPTED
+    assert scene.balance(own) == Balance(40, 40, 0, 0)
+
+
 def test_a_refund_into_a_closed_pool_that_an_expired_grant_lingers_in_is_for_the_running_request(scene: Scene) -> None:
     user = scene.user()
     pool = scene.pool()

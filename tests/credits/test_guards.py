@@ -569,6 +569,12 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
         grants.test_who_used_more_than_was_held_before_the_switch_pays_it_from_the_new_pool,
     ),
     (
+        "sweep_pool",
+        "perform credits.reopen_pool(p_organization_id, v_pool.kind,",
+        "perform null; -- (",
+        grants.test_what_comes_back_to_a_closed_personal_pool_is_its_owners_when_credits_are_shared_no_more,
+    ),
+    (
         "refund_charge",
         "perform credits.apply_events(p_organization_id, v_pools[i], v_now);",
         "",

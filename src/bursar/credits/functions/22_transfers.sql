@@ -289,6 +289,8 @@ begin
         where organization_id = p_organization_id and kind = 'shared' and model_filter is not distinct from v_pool.model_filter and closed_at is null;
         if found then
             perform credits.pass_on(p_organization_id, p_pool_id, v_to, v_room, p_now);
+        else  -- credits are not shared any more: it is the owner's again
+            perform credits.reopen_pool(p_organization_id, v_pool.kind, v_pool.owner_user_id, v_pool.model_filter);
         end if;
     end if;
     return exists (select from sweeps where organization_id = p_organization_id and pool_id = p_pool_id);
