@@ -90,10 +90,12 @@ with draws as (
 select o.organization_id, 'pool ' || o.pool_id || ' booked at ' || o.booked_at as subject, 'not before ' || o.earlier as expected,
     o.position_micros::text as found
 from ordered o
-where o.position_micros < o.earlier and not exists (
-    select from ledger.attribution a where a.organization_id = o.organization_id and a.kind = 1
-    and (a.pool_id = o.pool_id or exists (select from ledger.attribution_takes t where t.organization_id = a.organization_id
-         and t.request_id = a.request_id and t.booked_at = a.booked_at and t.pool_id = o.pool_id)))
+where o.position_micros < o.earlier
+  and not exists (select from ledger.attribution a where a.organization_id = o.organization_id and a.kind = 1 and a.pool_id = o.pool_id)
+  and not exists (
+    select from ledger.attribution a
+    join ledger.attribution_takes t on t.organization_id = a.organization_id and t.request_id = a.request_id and t.booked_at = a.booked_at
+    where a.organization_id = o.organization_id and a.kind = 1 and t.pool_id = o.pool_id)
 
 -- name: takes_belong_to_a_request
 -- A take belongs to an attribution row of another first pool.
