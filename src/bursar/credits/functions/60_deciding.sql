@@ -25,17 +25,18 @@ declare
     v_rooms bigint[];
 begin
     with w as materialized (
-        select u.place, u.org, u.model, u.feature, c.leg_filters, c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters
+        select u.place, u.org, u.model, u.feature, c.leg_filters, c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters,
+            case when not c.is_plain then coalesce(c.entry_conditions, credits.every_place(cardinality(c.entry_ids))) end as entry_conditions
         from (select unnest(p_organization_ids) as org, unnest(p_chain_ids) as chain_id, unnest(p_models) as model,
                 unnest(p_features) as feature, generate_subscripts(p_organization_ids, 1) as place) u
         left join credits.chains c on c.organization_id = u.org and c.chain_id = u.chain_id
     ), rooms as (
         select e.place, e.leg, min(greatest(0, b.limit_amount - b.used_amount - b.held_amount)) as room
-        from (select w.place, w.org, w.model, w.feature, w.leg_filters, unnest(w.entry_ids) as id, unnest(w.entry_starts) as start,
-                unnest(w.entry_metrics) as metric, unnest(w.entry_legs) as leg, unnest(w.entry_filters) as entry_filter from w) e
+        from (select w.place, w.org, w.model, w.feature, w.leg_filters, w.entry_metrics as metrics, w.entry_filters as filters, unnest(w.entry_ids) as id,
+                unnest(w.entry_starts) as start, unnest(w.entry_legs) as leg, unnest(w.entry_conditions) as condition from w) e
         join credits.balances b on b.organization_id = e.org and b.balance_id = e.id and b.period_start = e.start
-        where e.metric = 0 and b.stops and (e.leg = 0 or credits.admits(e.leg_filters[e.leg], e.model, e.feature))
-          and credits.admits(e.entry_filter, e.model, e.feature)
+        where b.stops and case when e.condition > 0 then e.metrics[e.condition] = 0 and credits.admits(e.filters[e.condition], e.model, e.feature)
+            and (e.leg = 0 or credits.admits(e.leg_filters[e.leg], e.model, e.feature)) else true end
         group by e.place, e.leg
     )
     select array_agg(p.room) into v_rooms
