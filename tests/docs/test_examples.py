@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -108,11 +109,17 @@ def test_commands_that_are_not_run_can_be_read(page: Path, tmp_path: Path, monke
 
 def test_the_examples_in_the_help_of_commands_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for command in _commands(typer.main.get_command(cli.app)):
+    for command in _commands(_everything()):
         examples = re.findall(r"`((?:DATABASE_URL=\S+ )?bursar [^`]*)`", command.help or "")
         assert examples, f"{command.name} has no example"
         for example in examples:
             _read(shlex.split(example))
+
+
+@cache
+def _everything() -> Any:
+    """All commands; it takes a while to build them."""
+    return typer.main.get_command(cli.app)
 
 
 def _commands(command: Any) -> Iterator[Any]:
@@ -134,7 +141,7 @@ def _read(words: list[str]) -> None:
     for word in rest:
         if re.fullmatch(r"[\w-]+\.(key|csv|json)", word):
             Path(word).touch()  # the file that the example names
-    command: Any = typer.main.get_command(cli.app)
+    command = _everything()
     while rest and hasattr(command, "commands"):
         command = command.commands[rest.pop(0)]
     with contextlib.suppress(typer.Exit):

@@ -32,7 +32,7 @@ FIGURES: Final[Mapping[str, Figure]] = {
     "seconds": Figure(20, 600),  # R6
     "histories": Figure(200, 10_000),  # R8
     "steps of a history": Figure(40, 200),
-    "chronicles": Figure(40, 2_000),  # R8: what was so at past instants
+    "chronicles": Figure(20, 2_000),  # R8: what was so at past instants
     "steps of a chronicle": Figure(40, 100),
     "keys": Figure(1_000, 50_000),  # R9
     "gateway keys": Figure(20, 1_000),
