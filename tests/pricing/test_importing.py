@@ -76,7 +76,8 @@ async def test_the_shipped_lists_come_with_their_versions_and_what_they_cannot_s
 async def test_the_shipped_lists_again_change_nothing(shipped: db.Database) -> None:
     before = [await rows_of(shipped, name) for name in ("genai-prices", "bursar")]
     async with shipped.platform() as conn:
-        revision = await db.fetch_value(conn, "select revision from pricing.book")
+        # Others wait meanwhile: their changes would count here.
+        revision = await db.fetch_value(conn, "select revision from pricing.book for update")
         assert await import_shipped(conn) == []
         again = [await import_list(conn, load_shipped(name), by=OPERATOR) for name in ("genai-prices", "bursar")]
         assert await db.fetch_value(conn, "select revision from pricing.book") == revision
