@@ -711,6 +711,24 @@ def test_what_comes_back_to_a_closed_personal_pool_is_its_owners_when_credits_ar
     assert scene.balance(own) == Balance(40, 40, 0, 0)
 
 
+def test_what_pays_the_debt_of_a_closed_pool_ends_and_rolls_over_there_at_its_own_instant(scene: Scene) -> None:
+    user = scene.user()
+    own = scene.pool("personal", owner=user)
+    scene.grant(own, 20)
+    request = scene.hold(10, user)
+    scene.switch("shared")
+    shared = scene.pool()
+    scene.grant(shared, 12, priority=1, expires=scene.now + timedelta(hours=2), rolls=(5, 100))
+    scene.settle(request, 22)
+    scene.wake()
+    assert scene.balance(own) == Balance(22, 22, 0, 0), "12 came from the shared credits, as a whole grant"
+    assert scene.balance(shared) == Balance(10, 0, 0, 0)
+    scene.later(hours=3)
+    scene.wake()
+    assert scene.balance(shared) == Balance(15, 0, 0, 0), "the least of 5 rolled over and went back"
+    assert scene.findings() == []
+
+
 def test_a_refund_into_a_closed_pool_that_an_expired_grant_lingers_in_is_for_the_running_request(scene: Scene) -> None:
     user = scene.user()
     pool = scene.pool()

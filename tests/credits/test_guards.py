@@ -594,6 +594,12 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     (
         "fold_pool",
+        "if exists (select from pools where organization_id = p_organization_id and pool_id = p_pool_id and closed_at is not null) then",
+        "if false then",
+        grants.test_what_pays_the_debt_of_a_closed_pool_ends_and_rolls_over_there_at_its_own_instant,
+    ),
+    (
+        "fold_pool",
         "case when v_is_needed then '-infinity' else v_at end",
         "v_at",
         grants.test_what_an_open_hold_frees_after_the_switch_goes_to_who_held_it,

@@ -320,9 +320,12 @@ comment on function credits.apply_events is 'Applies a pool''s time events up to
 create or replace function credits.fold_pool(p_organization_id uuid, p_pool_id uuid, p_now timestamptz) returns void
 language plpgsql volatile set search_path = credits, pg_temp as $$
 declare
-    v_at constant timestamptz := credits.apply_events(p_organization_id, p_pool_id, p_now);
+    v_at timestamptz := credits.apply_events(p_organization_id, p_pool_id, p_now);
     v_is_needed constant boolean := credits.sweep_pool(p_organization_id, p_pool_id, p_now);
 begin
+    if exists (select from pools where organization_id = p_organization_id and pool_id = p_pool_id and closed_at is not null) then
+        v_at := credits.apply_events(p_organization_id, p_pool_id, p_now);  -- what pays its debt has ends of its own
+    end if;
     -- A closed pool is due as long as open holds need its credits.
     update pools set next_event_at = case when v_is_needed then '-infinity' else v_at end
     where organization_id = p_organization_id and pool_id = p_pool_id;
