@@ -594,8 +594,8 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     (
         "fold_pool",
-        "if exists (select from pools where organization_id = p_organization_id and pool_id = p_pool_id and closed_at is not null) then",
-        "if false then",
+        "and closed_at is not null) then",
+        "and false) then",
         grants.test_what_pays_the_debt_of_a_closed_pool_ends_and_rolls_over_there_at_its_own_instant,
     ),
     (
