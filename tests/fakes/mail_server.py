@@ -13,7 +13,7 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 
 
-@dataclass(slots=True)
+@dataclass  # without slots, which Python 3.11.2 and aiosmtpd's look at all members do not bear together
 class MailServer:
     """at_rcpt, at_data: answers in place of 250, the first one first; what is left then is taken."""
 
