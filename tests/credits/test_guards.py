@@ -604,6 +604,52 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
         "v_at",
         grants.test_what_an_open_hold_frees_after_the_switch_goes_to_who_held_it,
     ),
+    # what entries of a chain ask
+    (
+        "asks",
+        "(p_legs[p_condition] = 0 or p_legs[p_condition] = p_leg)\n            and ",
+        "",
+        rules.test_restricted_credit_is_spent_first_and_only_on_its_models,
+    ),
+    (
+        "asks",
+        "credits.admits(p_filters[p_condition], p_model, p_feature) and ",
+        "",
+        rules.test_a_limit_on_features_counts_those_alone,
+    ),
+    ("metric_of", "p_metrics[p_condition]", "0::smallint", rules.test_calls_and_tokens_are_limited_like_credits),
+    (
+        "build_chain",
+        "when e.metric = 0 and e.filter is null and",
+        "when e.filter is null and",
+        rules.test_an_extension_needs_no_room_on_what_it_does_not_use,
+    ),
+    (
+        "build_chain",
+        "when e.metric = 0 and e.filter is null and",
+        "when e.metric = 0 and",
+        rules.test_a_limit_on_features_counts_those_alone,
+    ),
+    (
+        "build_chain",
+        "(e.leg = 0 or (v_leg = 1 and v_chain.leg_filters[1] is null))",
+        "true",
+        rules.test_a_request_may_draw_from_several_pools,
+    ),
+    (
+        "every_place",
+        "generate_series(1, p_entries)",
+        "generate_series(1, 0)",
+        rules.test_a_chain_that_is_older_than_the_list_of_its_conditions_is_held_to_all_of_them,
+    ),
+    *(
+        ("rooms_of", guard, instead, rules.test_what_is_left_is_told_of_what_a_request_passes)
+        for guard, instead in (
+            ("e.metrics[e.condition] = 0 and ", ""),
+            ("credits.admits(e.filters[e.condition], e.model, e.feature)", "true"),
+            ("(e.leg = 0 or credits.admits(e.leg_filters[e.leg], e.model, e.feature))", "true"),
+        )
+    ),
     # chains
     (
         "period_around",

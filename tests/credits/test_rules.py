@@ -157,6 +157,30 @@ def test_an_extension_needs_no_room_on_what_it_does_not_use(scene: Scene) -> Non
     assert scene.extend(request, 0, tokens=1).outcome is REFUSED
 
 
+def test_a_chain_that_is_older_than_the_list_of_its_conditions_is_held_to_all_of_them(scene: Scene) -> None:
+    user = scene.user()
+    scene.grant(scene.pool(), 100)
+    scene.limit(2, metric="calls")
+    request = scene.hold(5, user)
+    scene.admin(
+        "update credits.chains set entry_conditions = null where organization_id = %s returning 1", scene.organization
+    )
+    assert scene.deduct(1, user).outcome is ACCEPTED
+    assert scene.deduct(1, user).detail == "cap_reached"
+    assert scene.settle(request, 5).available_micros == 94
+    assert scene.findings() == []
+
+
+def test_what_is_left_is_told_of_what_a_request_passes(scene: Scene) -> None:
+    user = scene.user()
+    scene.grant(scene.pool(), 100)
+    scene.grant(scene.pool(models="gpt%"), 40)
+    scene.limit(3, metric="calls")
+    scene.limit(7, models="gpt%")
+    request = scene.hold(5, user, model="claude")
+    assert scene.settle(request, 5, model="claude").available_micros == 95
+
+
 # ---------------------------------------------------------------------------------------------- several ways to pay
 
 

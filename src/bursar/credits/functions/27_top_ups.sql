@@ -174,7 +174,6 @@ language plpgsql volatile security definer set search_path = credits, pg_temp as
 declare
     v_now timestamptz := credits.lock_gate(p_organization_id, p_at);
     v_top_up top_ups;
-    v_declines integer;
     v_grant uuid;
 begin
     select * into v_top_up from top_ups where organization_id = p_organization_id and top_up_id = p_top_up_id;

@@ -202,6 +202,14 @@ language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function credits.every_place is 'The numbers from 1 to so many';
 
+-- conditions_of: the conditions of a chain's entries, one for each; null where all of them ask credits of every request. It stands for its
+-- expression, as admits does.
+create or replace function credits.conditions_of(p_is_plain boolean, p_conditions smallint[], p_entry_ids uuid[]) returns smallint[]
+language sql immutable parallel safe as $$
+    select case when not p_is_plain then coalesce(p_conditions, credits.every_place(cardinality(p_entry_ids))) end
+$$;
+comment on function credits.conditions_of is 'What is looked at of each entry of a chain; null: nothing but credits';
+
 -- first_leg: the first leg whose filter admits the request; 0 when none does.
 create or replace function credits.first_leg(p_filters text[], p_model text, p_feature text) returns smallint
 language sql immutable set search_path = pg_catalog, pg_temp as $$

@@ -26,7 +26,7 @@ declare
 begin
     with w as materialized (
         select u.place, u.org, u.model, u.feature, c.leg_filters, c.entry_ids, c.entry_starts, c.entry_metrics, c.entry_legs, c.entry_filters,
-            case when not c.is_plain then coalesce(c.entry_conditions, credits.every_place(cardinality(c.entry_ids))) end as entry_conditions
+            credits.conditions_of(c.is_plain, c.entry_conditions, c.entry_ids) as entry_conditions
         from (select unnest(p_organization_ids) as org, unnest(p_chain_ids) as chain_id, unnest(p_models) as model,
                 unnest(p_features) as feature, generate_subscripts(p_organization_ids, 1) as place) u
         left join credits.chains c on c.organization_id = u.org and c.chain_id = u.chain_id
@@ -123,7 +123,7 @@ begin
             l.leg, c.leg_pool_ids[l.leg] as pool_id, cardinality(c.leg_filters) = 1 as is_alone, c.entry_ids, c.entry_starts,
             case when not c.is_plain then c.entry_metrics end as entry_metrics, case when not c.is_plain then c.entry_legs end as entry_legs,
             case when not c.is_plain then c.entry_filters end as entry_filters,
-            case when not c.is_plain then coalesce(c.entry_conditions, credits.every_place(cardinality(c.entry_ids))) end as entry_conditions,
+            credits.conditions_of(c.is_plain, c.entry_conditions, c.entry_ids) as entry_conditions,
             case when p_chains is not null then w.action in (1, 2, 5) and w.outcome = -1 and not (w.action = 2 and w.amount = 0 and w.tokens = 0)
                  else coalesce(l.leg > 0 and credits.is_plain_way(w.flags, c.refusal, c.is_strict, c.valid_until, c.limits_version,
                         p_versions[array_position(p_gates, w.org)], p_now), false) and h.request_id is null end as is_asked,

@@ -532,7 +532,7 @@ begin
                     from (
                         select g.*, c.entry_metrics as metrics, c.entry_legs as legs, c.entry_filters as filters,
                             unnest(c.entry_ids) as id, unnest(c.entry_starts) as start,
-                            unnest(case when not c.is_plain then coalesce(c.entry_conditions, credits.every_place(cardinality(c.entry_ids))) end) as condition
+                            unnest(credits.conditions_of(c.is_plain, c.entry_conditions, c.entry_ids)) as condition
                         from gone g join chains c on c.organization_id = g.org and c.chain_id = g.chain_id
                     ) e
                     where credits.asks(e.condition, e.metrics, e.legs, e.filters, e.leg, e.model, e.feature, e.flags)
