@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import subprocess
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from aiohttp import web
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 from tests.conftest import MASTER_KEY, Org
-from tests.gateway.conftest import free_port, fund, wait_until_ready
+from tests.gateway.conftest import free_port, fund, serve_beside_tests, wait_until_ready
 
 from bursar import db
 from bursar.audit.events import OPERATOR
@@ -107,8 +106,7 @@ async def serving(admin_dsn: str, run_dir: Path, log: Path, log_format: str) -> 
         "BURSAR_LOG_FORMAT": log_format,
         "PYTHONASYNCIODEBUG": "1",
     }
-    command = [sys.executable, "-X", "dev", "-m", "bursar", "serve", "--port", str(port)]
-    server = _started(command, environment, log)
+    server = _started(serve_beside_tests(port, "-X", "dev"), environment, log)
     try:
         url = f"http://127.0.0.1:{port}"
         await asyncio.to_thread(wait_until_ready, url, server)
