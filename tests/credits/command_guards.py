@@ -574,6 +574,28 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
             "when h.leg_micros is not null then h.leg_micros[l.leg]",
             switching.test_what_a_hold_on_two_pools_frees_goes_to_its_user_in_each,
         ),
+        (
+            " + credits.charged_to(p_organization_id, v_row.request_id, p_pool_id)",
+            switching.test_a_request_that_is_held_anew_frees_what_it_held_when_it_was_charged_before,
+        ),
+    ),
+    *of(
+        "watch_charge",
+        (
+            ("credits.charged_to(p_organization_id, p_request_id, p_pool_id) - p_moved", "-p_moved"),
+            switching.test_a_correction_is_settled_with_who_was_charged_what_is_corrected,
+        ),
+        (
+            "- p_moved",
+            switching.test_a_correction_is_settled_with_who_was_charged_what_is_corrected,
+        ),
+    ),
+    *of(
+        "charged_to",
+        (
+            "and a.request_id = p_request_id and a.pool_id = p_pool_id",
+            switching.test_what_a_hold_on_two_pools_frees_goes_to_its_user_in_each,
+        ),
     ),
     *of(
         "sweep_pool",
@@ -585,8 +607,8 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
             switching.test_what_a_hold_on_two_pools_frees_goes_to_its_user_in_each,
         ),
         (
-            "and a.request_id = v_row.request_id and a.pool_id = p_pool_id",
-            switching.test_what_a_hold_on_two_pools_frees_goes_to_its_user_in_each,
+            ("and pool_id = v_row.to_pool_id and closed_at is not null", "and false"),
+            switching.test_what_a_hold_frees_goes_on_from_a_pool_that_has_closed_meanwhile,
         ),
     ),
     *of(

@@ -1656,23 +1656,22 @@ class Organization:
             held = [n for leg, n in zip(hold.chain.legs, hold.legs, strict=True) if leg.pool_id == pool.pool_id]
             if held and not hold.flags & OWN_KEY:
                 target = to or self._pool_of_user(hold.chain.user, pool.filter, now)
-                pool.leaving[request] = (sum(held), target.pool_id)
+                pool.leaving[request] = (sum(held) + self._charged_to(pool, request), target.pool_id)
                 kept += sum(held)
         return kept
 
     def _sweep(self, pool: Pool, now: datetime) -> None:
         """What turns up in a closed pool goes where it belongs."""
-        for request in sorted(pool.leaving):
-            if request in self.holds:
-                continue
-            kept, to_id = pool.leaving.pop(request)
-            draws = self.charges[request].draws if request in self.charges else []
-            used = sum(end - start for pool_id, start, end in draws if pool_id == pool.pool_id)
+        ended = {request: pool.leaving.pop(request) for request in sorted(pool.leaving) if request not in self.holds}
+        for request, (kept, to_id) in ended.items():
+            to, used = self.pools[to_id], self._charged_to(pool, request)
             if used < kept:
-                self._pass_on(pool, self.pools[to_id], kept - used, now)
+                self._pass_on(pool, to, kept - used, now)
+                if to.is_closed:
+                    self._fold_pool(to, now)
             elif used > kept:
                 owed = self.balance(pool.pool_id).excess
-                self._pass_on(self.pools[to_id], pool, min(used - kept, owed), now)
+                self._pass_on(to, pool, min(used - kept, owed), now)
                 self.pour(pool, now)
         if self._spare(pool) and pool.kind == "shared":
             self._spread_over_members(pool, {}, now)
@@ -1683,6 +1682,10 @@ class Organization:
                     self._pass_on(pool, each, self._spare(pool), now)
             if all(each.is_closed for each in shared):  # credits are not shared any more: it is the owner's again
                 self._pool_of(pool.kind, pool.owner, pool.filter, now)
+
+    def _charged_to(self, pool: Pool, request: UUID) -> int:
+        draws = self.charges[request].draws if request in self.charges else []
+        return sum(end - start for pool_id, start, end in draws if pool_id == pool.pool_id)
 
     def _pass_on(self, giver: Pool, taker: Pool, amount: int, now: datetime) -> None:
         self._divide(giver, [(taker, min(amount, self._spare(giver)))], now)
@@ -2081,27 +2084,26 @@ class Organization:
             self._draw(move, estimate.chain, moved, now)
         if delta < 0:
             self._undraw(self.charges[move.request], estimate.chain, moved)
-        charged = _by_pool(estimate.chain, estimate.legs)
         for pool_id, difference in sorted(_by_pool(estimate.chain, moved).items()):
             pool = self.pools[pool_id]
             if pool.is_closed:
-                self._settle_with_successor(pool, move.request, charged.get(pool_id, 0), now)
+                self._settle_with_successor(pool, move.request, estimate.chain.user, difference, now)
             if difference < 0 or pool.is_closed:
                 self._fold_pool(pool, now, is_over=False)
                 self.version += 1
 
-    def _settle_with_successor(self, pool: Pool, request: UUID, charged: int, now: datetime) -> None:
+    def _settle_with_successor(self, pool: Pool, request: UUID, user: UUID, moved: int, now: datetime) -> None:
         """What a closed pool was charged otherwise than in the end is settled with where its user spends now."""
         to: Pool | None
         if pool.kind == "shared":
-            to = self._pool_of_user(self.charges[request].chain.user, pool.filter, now)
+            to = self._pool_of_user(user, pool.filter, now)
         else:
             shared = (
                 p for p in self.pools.values() if (p.kind, p.filter) == ("shared", pool.filter) and not p.is_closed
             )
             to = next(shared, None)
         if to is not None:
-            pool.leaving.setdefault(request, (charged, to.pool_id))
+            pool.leaving.setdefault(request, (self._charged_to(pool, request) - moved, to.pool_id))
 
     # ------------------------------------------------------------------ where charges stand
 
@@ -2395,6 +2397,27 @@ def _is_valid(move: Move) -> bool:
 # ---------------------------------------------------------------------------------------------- many organizations
 
 
+def _of_nobody(moves: list[Move]) -> list[Verdict]:
+    """Verdicts of an organization that there is not: a key tells no more than that two moves of a batch are one."""
+    elders: dict[str, Move] = {}
+    verdicts = []
+    for move in moves:
+        verdict = Verdict(
+            NOT_ALLOWED, move.request, detail="organization_unknown" if _is_valid(move) else "request_invalid"
+        )
+        if move.idempotency_key is not None and move.action != RELEASE and _is_valid(move):
+            elder = elders.setdefault(move.idempotency_key, move)
+            if elder is not move:
+                is_same = elder.body == move.body
+                verdict = (
+                    replace(verdict, outcome=KNOWN_REFUSED, request=elder.request)
+                    if is_same
+                    else replace(verdict, outcome=KEY_REUSED)
+                )
+        verdicts.append(verdict)
+    return verdicts
+
+
 @dataclass
 class World:
     """Organizations that share nothing but a batch."""
@@ -2414,14 +2437,9 @@ class World:
         for organization_id in {m.organization for m in moves}:
             places = [n for n, m in enumerate(moves) if m.organization == organization_id]
             organization = self.organizations.get(organization_id)
-            for n in places:
-                if organization is None:
-                    valid = _is_valid(moves[n])
-                    detail = "organization_unknown" if valid else "request_invalid"
-                    verdicts[n] = Verdict(NOT_ALLOWED, moves[n].request, detail=detail)
-            if organization is not None:
-                found = organization.move([moves[n] for n in places], now)
-                verdicts |= dict(zip(places, found, strict=True))
+            asked = [moves[n] for n in places]
+            found = _of_nobody(asked) if organization is None else organization.move(asked, now)
+            verdicts |= dict(zip(places, found, strict=True))
         return [verdicts[n] for n in range(len(moves))]
 
     def expire_holds(self, now: datetime) -> int:

@@ -225,3 +225,52 @@ def test_what_a_hold_frees_is_known_from_its_own_request_alone(scene: Scene) -> 
     scene.wake()
     assert (own_of(scene, one).limit, own_of(scene, two).limit) == (15, 45)
     assert scene.findings() == []
+
+
+def test_what_a_hold_frees_goes_on_from_a_pool_that_has_closed_meanwhile(scene: Scene) -> None:
+    user = scene.user()
+    own = scene.pool("personal", owner=user)
+    scene.grant(own, 20)
+    request = scene.hold(20, user)
+    assert scene.switch("shared")["moved_micros"] == 0
+    shared = scene.pool()
+    assert scene.switch("personal") == {"moved_micros": 0, "residual_micros": 0, "held_micros": 0, "pools": 1}
+    scene.settle(request, 15)
+    scene.wake()
+    assert scene.balance(shared) == Balance(0, 0, 0, 0)
+    assert scene.balance(own) == Balance(20, 15, 0, 0)
+    assert scene.deduct(5, user).outcome is ACCEPTED
+    assert scene.findings() == []
+
+
+def test_a_request_that_is_held_anew_frees_what_it_held_when_it_was_charged_before(scene: Scene) -> None:
+    one, two, pool = scene.user(), scene.user(), scene.pool()
+    scene.grant(pool, 100)
+    request = scene.hold(10, one, flags=Flag.SENT)
+    scene.later(hours=1)
+    scene.expire()
+    scene.hold(20, two, request=request)
+    scene.switch("personal")
+    assert (own_of(scene, one).limit, own_of(scene, two).limit) == (35, 35)
+    scene.later(minutes=1)
+    scene.settle(request, 5, two)
+    scene.wake()
+    assert (own_of(scene, one).limit, own_of(scene, two).limit) == (35, 50)
+    assert scene.findings() == []
+
+
+def test_a_correction_is_settled_with_who_was_charged_what_is_corrected(scene: Scene) -> None:
+    one, two, pool = scene.user(), scene.user(), scene.pool()
+    scene.grant(pool, 100)
+    request = scene.hold(10, one, flags=Flag.SENT)
+    scene.later(hours=1)
+    scene.expire()
+    scene.hold(20, two, request=request, flags=Flag.SENT)
+    scene.later(hours=1)
+    scene.expire()
+    scene.switch("personal")
+    assert (own_of(scene, one).limit, own_of(scene, two).limit) == (35, 35)
+    scene.settle(request, 5, one)
+    scene.wake()
+    assert (own_of(scene, one).limit, own_of(scene, two).limit) == (35, 50)
+    assert scene.findings() == []

@@ -238,6 +238,22 @@ begin
 end $$;
 comment on function credits.spread_over_members is 'Divides what a pool can spare among the members: what is set apart for each, then equal parts, the rest to the residual pool';
 
+-- charged_to: what one pool was charged for a request, in all that was booked of it so far.
+create or replace function credits.charged_to(p_organization_id uuid, p_request_id uuid, p_pool_id uuid) returns bigint
+language sql stable set search_path = credits, pg_temp as $$
+    select coalesce(sum(d.micros), 0)::bigint
+    from (
+        select a.charged_micros - coalesce((select sum(t.charged_micros) from ledger.attribution_takes t
+            where t.organization_id = a.organization_id and t.request_id = a.request_id and t.booked_at = a.booked_at), 0) as micros
+        from ledger.attribution a
+        where a.organization_id = p_organization_id and a.request_id = p_request_id and a.pool_id = p_pool_id
+        union all
+        select t.charged_micros from ledger.attribution_takes t
+        where t.organization_id = p_organization_id and t.request_id = p_request_id and t.pool_id = p_pool_id
+    ) d;
+$$;
+comment on function credits.charged_to is 'Micros that one pool was charged for a request';
+
 -- sweep_pool: what turns up in a closed pool goes where it belongs: what a hold did not use to where the hold's user spends now, anything else
 -- (a schedule's grant, one that starts, a refund) as the switch itself would have divided it. A request that used more than it
 -- held there is paid for from where its user spends now, as far as that reaches. Returns whether holds are still open on it.
@@ -263,18 +279,12 @@ begin
         )
         select * from ended order by request_id  -- so that the same is left of which grant, whatever the rows' places
     loop
-        select v_row.kept_micros - coalesce(sum(d.micros), 0) into v_freed
-        from (
-            select a.charged_micros - coalesce((select sum(t.charged_micros) from ledger.attribution_takes t
-                where t.organization_id = a.organization_id and t.request_id = a.request_id and t.booked_at = a.booked_at), 0) as micros
-            from ledger.attribution a
-            where a.organization_id = p_organization_id and a.request_id = v_row.request_id and a.pool_id = p_pool_id
-            union all
-            select t.charged_micros from ledger.attribution_takes t
-            where t.organization_id = p_organization_id and t.request_id = v_row.request_id and t.pool_id = p_pool_id
-        ) d;
+        v_freed := v_row.kept_micros - credits.charged_to(p_organization_id, v_row.request_id, p_pool_id);
         if v_freed > 0 then
             perform credits.pass_on(p_organization_id, p_pool_id, v_row.to_pool_id, v_freed, p_now);
+            -- That pool may have closed since, too: then what came into it goes on at once, as nobody awaits anything there.
+            perform credits.fold_pool(organization_id, pool_id, p_now) from pools
+            where organization_id = p_organization_id and pool_id = v_row.to_pool_id and closed_at is not null;
         elsif v_freed < 0 then
             select excess_amount into strict v_room from balances where organization_id = p_organization_id and balance_id = p_pool_id;
             perform credits.pass_on(p_organization_id, v_row.to_pool_id, p_pool_id, least(-v_freed, v_room), p_now);

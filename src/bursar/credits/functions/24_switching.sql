@@ -19,7 +19,7 @@ begin
         group by 1, 2 order by 1
     loop
         insert into sweeps (organization_id, pool_id, request_id, kept_micros, to_pool_id)
-        values (p_organization_id, p_pool_id, v_row.request_id, v_row.micros,
+        values (p_organization_id, p_pool_id, v_row.request_id, v_row.micros + credits.charged_to(p_organization_id, v_row.request_id, p_pool_id),
             coalesce(p_to_pool_id, credits.personal_pool(p_organization_id, v_row.user_id, v_filter, p_now)));
         v_kept := v_kept + v_row.micros;
     end loop;
@@ -28,9 +28,10 @@ end $$;
 comment on function credits.watch_holds is 'Notes for each open hold on a closing pool where goes what it does not use; returns what they hold';
 
 -- watch_charge: a charge on a pool is corrected; where the pool has closed since, the difference is settled with the pool from which its user spends
--- now, as that of a hold that was open when it closed. p_charged: what the pool was charged before. Returns whether it is closed.
+-- now, as that of a hold that was open when it closed. p_moved: by how much the pool was charged otherwise, which is booked already. Returns
+-- whether it is closed.
 create or replace function credits.watch_charge(
-    p_organization_id uuid, p_pool_id uuid, p_request_id uuid, p_user_id uuid, p_charged bigint, p_now timestamptz
+    p_organization_id uuid, p_pool_id uuid, p_request_id uuid, p_user_id uuid, p_moved bigint, p_now timestamptz
 ) returns boolean
 language plpgsql volatile set search_path = credits, pg_temp as $$
 declare
@@ -49,7 +50,8 @@ begin
     end if;
     if v_to is not null then
         insert into sweeps (organization_id, pool_id, request_id, kept_micros, to_pool_id)
-        values (p_organization_id, p_pool_id, p_request_id, p_charged, v_to) on conflict on constraint sweeps_pkey do nothing;
+        values (p_organization_id, p_pool_id, p_request_id, credits.charged_to(p_organization_id, p_request_id, p_pool_id) - p_moved, v_to)
+        on conflict on constraint sweeps_pkey do nothing;
     end if;
     return true;
 end $$;
