@@ -601,14 +601,45 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
         "sweep_pool",
         (
             (
-                "and w.pool_id = p_pool_id\n              and not exists",
-                "and not exists",
+                "and w.pool_id = p_pool_id and w.owed_micros is null",
+                "and w.owed_micros is null",
             ),
             switching.test_what_a_hold_on_two_pools_frees_goes_to_its_user_in_each,
         ),
         (
             ("and pool_id = v_row.to_pool_id and closed_at is not null", "and false"),
             switching.test_what_a_hold_frees_goes_on_from_a_pool_that_has_closed_meanwhile,
+        ),
+        *(
+            (cut, switching.test_what_a_closed_pool_is_owed_is_paid_by_the_next_credits_of_who_used_it)
+            for cut in (
+                ("v_owed := v_moved - v_row.freed;", "v_owed := 0;"),
+                ("array[true, false]", "array[false, true]"),
+                ("coalesce(sum(owed_micros), 0)", "0"),
+                ("v_row.kept_micros - v_moved, v_row.to_pool_id", "v_row.kept_micros, v_row.to_pool_id"),
+            )
+        ),
+        (
+            ("v_row.freed - v_moved, coalesce", "v_row.freed - v_moved, 1000 + coalesce"),
+            switching.test_what_has_expired_is_owed_to_nobody,
+        ),
+    ),
+    *of(
+        "set_pool_limit",
+        (
+            ("if p_delta > 0 then", "if false then"),
+            switching.test_what_a_closed_pool_is_owed_is_paid_by_the_next_credits_of_who_used_it,
+        ),
+        (
+            "when owed_micros < 0 then pool_id",
+            switching.test_what_a_closed_pool_is_owed_is_paid_by_the_next_credits_of_who_used_it,
+        ),
+        (
+            (
+                "set next_event_at = '-infinity' where organization_id = p_organization_id and pool_id in",
+                "set next_event_at = next_event_at where organization_id = p_organization_id and pool_id in",
+            ),
+            switching.test_what_a_closed_pool_is_owed_is_paid_by_the_next_credits_of_who_used_it,
         ),
     ),
     *of(

@@ -194,7 +194,9 @@ class Pool:
     burns: list[tuple[UUID, int]] = field(default_factory=list)  # in order; their sum is what was poured
     is_closed: bool = False
     leaving: dict[UUID, tuple[int, UUID]] = field(default_factory=dict)
-    """Of a closed pool: what each request that was running then held here, and to which pool goes what it leaves."""
+    """Of a closed pool: what each request that was running then may use here, and to which pool goes what it leaves."""
+    owed: dict[UUID, int] = field(default_factory=dict)
+    """Of those that are over: what the other pool still owes this one; negative: the other way."""
 
 
 @dataclass
@@ -675,7 +677,7 @@ class Organization:
 
     def _expire(self, pool: Pool, at: datetime) -> None:
         """Grants past their end keep what holds placed before need, in burn order; the rest rolls over or is lost."""
-        before = 0
+        before, limit = 0, self.balance(pool.pool_id).limit
         for grant in self._grants_of(pool, "active", "lingering", "spent"):
             if grant.expires <= at:
                 held = sum(
@@ -688,6 +690,8 @@ class Organization:
                 keep = min(grant.left, max(0, held - before))
                 self._lapse(pool, grant, grant.left - keep, at)
             before += grant.left
+        if self.balance(pool.pool_id).limit > limit:
+            self._came(pool)
 
     def _lapse(self, pool: Pool, grant: Grant, lapse: int, at: datetime) -> None:
         """Of what a grant had left at its end and no hold keeps, as much rolls over as its bounds say of all of it."""
@@ -716,6 +720,7 @@ class Organization:
             if grant.effective <= at:
                 grant.state = "active"
                 self.balance(pool.pool_id).limit += grant.amount
+                self._came(pool)
                 self.version += 1
 
     def fold(self, now: datetime, is_over: bool = True) -> None:
@@ -827,6 +832,7 @@ class Organization:
                 if pool.is_closed:
                     pool.is_closed = False
                     pool.leaving.clear()
+                    pool.owed.clear()
                     self.version += 1
                 return pool
         pool_id, open_part = self.names.pool(kind, owner, pattern)
@@ -961,6 +967,8 @@ class Organization:
         self.balance(giver.pool_id).limit -= total
         for taker, share in shares:
             self.balance(taker.pool_id).limit += share
+            if share:
+                self._came(taker)
         self.reopen()
         for taker, share in shares:
             if share and not taker.is_closed:
@@ -1465,6 +1473,8 @@ class Organization:
         self._give_room_back(charge, back, grown, now)
         for (pool_id, _, _), grows in zip(back, grown, strict=True):
             self.balance(pool_id).limit += grows
+            if grows:
+                self._came(self.pools[pool_id])
         self.reopen()
         for (pool_id, _, _), grows in zip(back, grown, strict=True):
             pool = self.pools[pool_id]
@@ -1634,6 +1644,7 @@ class Organization:
                 )
             self._add_grant(whole)
             self.balance(taker.pool_id).limit += total
+            self._came(taker)
             for grant, free in parts:
                 grant.left -= free
                 grant.gone += free
@@ -1662,17 +1673,16 @@ class Organization:
 
     def _sweep(self, pool: Pool, now: datetime) -> None:
         """What turns up in a closed pool goes where it belongs."""
-        ended = {request: pool.leaving.pop(request) for request in sorted(pool.leaving) if request not in self.holds}
-        for request, (kept, to_id) in ended.items():
-            to, used = self.pools[to_id], self._charged_to(pool, request)
-            if used < kept:
-                self._pass_on(pool, to, kept - used, now)
-                if to.is_closed:
-                    self._fold_pool(to, now)
-            elif used > kept:
-                owed = self.balance(pool.pool_id).excess
-                self._pass_on(to, pool, min(used - kept, owed), now)
-                self.pour(pool, now)
+        for request, (kept, to_id, used) in self._take_over(pool, are_debts=True):
+            paid = self._pass_on(self.pools[to_id], pool, used - kept, now)
+            self.pour(pool, now)
+            self._owe(pool, request, kept + paid, to_id, used - kept - paid)
+        for request, (kept, to_id, used) in self._take_over(pool, are_debts=False):
+            passed = self._pass_on(pool, self.pools[to_id], kept - used, now)
+            if self.pools[to_id].is_closed:
+                self._fold_pool(self.pools[to_id], now)
+            debts = sum(owed for owed in pool.owed.values() if owed > 0)
+            self._owe(pool, request, kept - passed, to_id, -min(kept - used - passed, debts))
         if self._spare(pool) and pool.kind == "shared":
             self._spread_over_members(pool, {}, now)
         elif self._spare(pool):
@@ -1687,8 +1697,29 @@ class Organization:
         draws = self.charges[request].draws if request in self.charges else []
         return sum(end - start for pool_id, start, end in draws if pool_id == pool.pool_id)
 
-    def _pass_on(self, giver: Pool, taker: Pool, amount: int, now: datetime) -> None:
-        self._divide(giver, [(taker, min(amount, self._spare(giver)))], now)
+    def _pass_on(self, giver: Pool, taker: Pool, amount: int, now: datetime) -> int:
+        amount = min(amount, self._spare(giver))
+        self._divide(giver, [(taker, amount)], now)
+        return amount
+
+    def _take_over(self, pool: Pool, *, are_debts: bool) -> list[tuple[UUID, tuple[int, UUID, int]]]:
+        """Requests that are over, by what they used more than was kept for them, or not more."""
+        over = (r for r in sorted(pool.leaving) if r not in self.holds and r not in pool.owed)
+        used = {request: self._charged_to(pool, request) for request in over}
+        wanted = [request for request in used if (used[request] > pool.leaving[request][0]) == are_debts]
+        return [(request, (*pool.leaving.pop(request), used[request])) for request in wanted]
+
+    def _owe(self, pool: Pool, request: UUID, kept: int, to_id: UUID, owed: int) -> None:
+        if owed:
+            pool.leaving[request] = (kept, to_id)
+            pool.owed[request] = owed
+
+    def _came(self, taker: Pool) -> None:
+        """What came into a pool may be owed to a closed one, or by one."""
+        for pool in self.pools.values():
+            for request, owed in list(pool.owed.items()):
+                if taker.pool_id == (pool.leaving[request][1] if owed > 0 else pool.pool_id):
+                    del pool.owed[request]
 
     # ------------------------------------------------------------------ chains
 
@@ -2104,6 +2135,7 @@ class Organization:
             to = next(shared, None)
         if to is not None:
             pool.leaving.setdefault(request, (self._charged_to(pool, request) - moved, to.pool_id))
+            pool.owed.pop(request, None)
 
     # ------------------------------------------------------------------ where charges stand
 

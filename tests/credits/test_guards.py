@@ -1237,6 +1237,12 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     (
         "move_batch",
+        "v_lingering := v_lingering or exists (",
+        "v_lingering := v_lingering and exists (",
+        rules.test_credit_given_back_to_an_expired_grant_is_gone_with_the_hold_that_ends_in_the_same_batch,
+    ),
+    (
+        "move_batch",
         "(select count(distinct r) from unnest(p_request_ids) r) < v_n",
         "0 > v_n",
         rules.test_an_extension_and_the_end_of_its_hold_may_meet_in_one_batch,

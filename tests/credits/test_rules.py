@@ -479,6 +479,22 @@ def test_credit_given_back_to_an_expired_grant_cannot_be_spent_again(scene: Scen
     assert scene.findings() == []
 
 
+def test_credit_given_back_to_an_expired_grant_is_gone_with_the_hold_that_ends_in_the_same_batch(scene: Scene) -> None:
+    pool, user = scene.pool(), scene.user()
+    scene.grant(pool, 60, expires=scene.now + timedelta(hours=1))
+    scene.grant(pool, 100)
+    charged = scene.hold(60, user, flags=Flag.SENT, lease_seconds=60)
+    held = scene.hold(30, user, lease_seconds=90_000)
+    scene.later(minutes=2)
+    assert scene.expire() == 1
+    scene.later(hours=2)
+    moves = [scene.asked(Action.SETTLE, charged, 20, user_id=user), scene.asked(Action.RELEASE, held)]
+    verdicts = scene.move(*moves, scene.asked(Action.DEDUCT, None, 101, user_id=user))
+    assert [verdict.outcome for verdict in verdicts] == [ACCEPTED, ACCEPTED, REFUSED]
+    assert scene.balance(pool) == Balance(120, 20, 0, 0)
+    assert scene.findings() == []
+
+
 def test_the_grant_that_expires_sooner_burns_first_and_a_free_one_before_a_paid_one(scene: Scene) -> None:
     pool, user = scene.pool(), scene.user()
     paid = scene.grant(pool, 10)

@@ -274,3 +274,68 @@ def test_a_correction_is_settled_with_who_was_charged_what_is_corrected(scene: S
     scene.wake()
     assert (own_of(scene, one).limit, own_of(scene, two).limit) == (35, 50)
     assert scene.findings() == []
+
+
+def test_what_a_closed_pool_is_owed_is_paid_by_the_next_credits_of_who_used_it(scene: Scene) -> None:
+    users = sorted(scene.user() for _ in range(2))
+    pool = scene.pool()
+    scene.grant(pool, 40)
+    requests = [scene.hold(20, user) for user in users]
+    scene.switch("personal")
+    scene.settle(requests[0], 35)
+    scene.settle(requests[1], 12)
+    scene.wake()
+    assert scene.balance(pool) == Balance(40, 47, 0, 7), "one used 15 of another's, who left 8"
+    own, others = own_of(scene, users[0]), own_of(scene, users[1])
+    assert (own, others) == (Balance(0, 0, 0, 0), Balance(0, 0, 0, 0))
+    pools = [scene.pool("personal", owner=user) for user in users]
+    scene.grant(pools[0], 10)
+    scene.wake()
+    assert [scene.balance(each) for each in (pool, *pools)] == [
+        Balance(47, 47, 0, 0),
+        Balance(0, 0, 0, 0),
+        Balance(3, 0, 0, 0),
+    ]
+    scene.grant(pools[0], 100, starts=scene.now + timedelta(hours=1))
+    scene.later(hours=1)
+    for _ in range(2):  # it comes, and the next movement pays what is owed
+        scene.wake()
+    assert [scene.balance(each).limit for each in (pool, *pools)] == [47, 95, 8]
+    assert scene.admin("select count(*) from credits.sweeps where organization_id = %s", scene.organization) == [(0,)]
+    assert scene.findings() == []
+
+
+def test_a_debt_that_is_settled_otherwise_is_not_paid_twice(scene: Scene) -> None:
+    user = scene.user()
+    pool = scene.pool()
+    scene.grant(pool, 20)
+    scene.grant(pool, 50, starts=scene.now + timedelta(hours=1))
+    request = scene.hold(20, user)
+    scene.switch("personal")
+    scene.settle(request, 35)
+    scene.wake()
+    assert scene.balance(pool) == Balance(20, 35, 0, 15)
+    scene.later(hours=1)
+    scene.wake()
+    own = scene.pool("personal", owner=user)
+    assert (scene.balance(own), scene.balance(pool)) == (Balance(35, 0, 0, 0), Balance(35, 35, 0, 0))
+    scene.grant(own, 10)
+    scene.wake()
+    assert (scene.balance(own), scene.balance(pool)) == (Balance(45, 0, 0, 0), Balance(35, 35, 0, 0))
+    assert scene.findings() == []
+
+
+def test_what_has_expired_is_owed_to_nobody(scene: Scene) -> None:
+    one, two, pool = scene.user(), scene.user(), scene.pool()
+    scene.grant(pool, 40, expires=scene.now + timedelta(hours=1))
+    requests = [scene.hold(20, user, lease_seconds=90_000) for user in (one, two)]
+    scene.switch("personal")
+    scene.later(hours=2)
+    scene.release(requests[0])
+    scene.wake()
+    assert scene.admin("select count(*) from credits.sweeps where organization_id = %s", scene.organization) == [(1,)]
+    scene.release(requests[1])
+    scene.wake()
+    assert scene.balance(pool) == Balance(0, 0, 0, 0)
+    assert scene.admin("select count(*) from credits.sweeps where organization_id = %s", scene.organization) == [(0,)]
+    assert scene.findings() == []

@@ -1,6 +1,7 @@
 -- Grants: burn order, expiry, start, and the pools that hold them.
 
--- set_pool_limit: move a pool's limit by a delta; its open part follows: pool less everything reserved.
+-- set_pool_limit: move a pool's limit by a delta; its open part follows: pool less everything reserved. What comes may be owed
+-- to a closed pool, or by one (sweep_pool).
 create or replace function credits.set_pool_limit(p_organization_id uuid, p_pool_id uuid, p_delta bigint) returns void
 language plpgsql volatile set search_path = credits, pg_temp as $$
 declare
@@ -13,6 +14,14 @@ begin
         excess_amount = greatest(0, used_amount + held_amount - limit_amount - p_delta)
     where organization_id = p_organization_id and balance_id = p_pool_id and period_start = '-infinity'
     returning limit_amount into strict v_limit;
+    if p_delta > 0 then
+        with owed as (
+            update sweeps set owed_micros = null
+            where organization_id = p_organization_id and p_pool_id = case when owed_micros > 0 then to_pool_id when owed_micros < 0 then pool_id end
+            returning pool_id
+        )  -- whoever brings credits folds their pool then, by which the gate awaits what is due
+        update pools set next_event_at = '-infinity' where organization_id = p_organization_id and pool_id in (select pool_id from owed);
+    end if;
     select open_part_id into v_open from pools where organization_id = p_organization_id and pool_id = p_pool_id;
     if v_open is null then
         return;
@@ -351,11 +360,12 @@ comment on function credits.fold_in_batch is 'Applies a pool''s time events up t
 create or replace function credits.fold_due_pools(p_organization_id uuid, p_now timestamptz) returns void
 language plpgsql volatile set search_path = credits, pg_temp as $$
 declare
-    v_pool uuid;
+    v_pool uuid := '00000000-0000-0000-0000-000000000000';
 begin
-    for v_pool in
-        select pool_id from pools where organization_id = p_organization_id and next_event_at <= p_now order by pool_id
-    loop
+    loop  -- one after the other, as one may make a later one due
+        select pool_id into v_pool from pools
+        where organization_id = p_organization_id and next_event_at <= p_now and pool_id > v_pool order by pool_id limit 1;
+        exit when not found;
         perform credits.fold_pool(p_organization_id, v_pool, p_now);
     end loop;
     perform credits.fold_limits(p_organization_id, p_now);

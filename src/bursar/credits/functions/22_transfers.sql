@@ -256,13 +256,16 @@ comment on function credits.charged_to is 'Micros that one pool was charged for 
 
 -- sweep_pool: what turns up in a closed pool goes where it belongs: what a hold did not use to where the hold's user spends now, anything else
 -- (a schedule's grant, one that starts, a refund) as the switch itself would have divided it. A request that used more than it
--- held there is paid for from where its user spends now, as far as that reaches. Returns whether holds are still open on it.
+-- held there is paid for from where its user spends now; what is not there is owed until credits come (set_pool_limit), and so is what others would have
+-- got of it. Returns whether holds are still open on the pool.
 create or replace function credits.sweep_pool(p_organization_id uuid, p_pool_id uuid, p_now timestamptz) returns boolean
 language plpgsql volatile set search_path = credits, pg_temp as $$
 declare
     v_pool pools;
     v_row record;
-    v_freed bigint;
+    v_is_debt boolean;
+    v_moved bigint;
+    v_owed bigint;
     v_room bigint;
     v_to uuid;
 begin
@@ -270,26 +273,36 @@ begin
     if v_pool.closed_at is null then
         return false;
     end if;
-    for v_row in
-        with ended as (
-            delete from sweeps w
-            where w.organization_id = p_organization_id and w.pool_id = p_pool_id
-              and not exists (select from holds h where h.organization_id = w.organization_id and h.request_id = w.request_id)
-            returning w.*
-        )
-        select * from ended order by request_id  -- so that the same is left of which grant, whatever the rows' places
-    loop
-        v_freed := v_row.kept_micros - credits.charged_to(p_organization_id, v_row.request_id, p_pool_id);
-        if v_freed > 0 then
-            perform credits.pass_on(p_organization_id, p_pool_id, v_row.to_pool_id, v_freed, p_now);
-            -- That pool may have closed since, too: then what came into it goes on at once, as nobody awaits anything there.
-            perform credits.fold_pool(organization_id, pool_id, p_now) from pools
-            where organization_id = p_organization_id and pool_id = v_row.to_pool_id and closed_at is not null;
-        elsif v_freed < 0 then
-            select excess_amount into strict v_room from balances where organization_id = p_organization_id and balance_id = p_pool_id;
-            perform credits.pass_on(p_organization_id, v_row.to_pool_id, p_pool_id, least(-v_freed, v_room), p_now);
-            perform credits.pour(p_organization_id, p_pool_id, p_now);
-        end if;
+    -- Debts first: they pay for what others have left, also earlier. By request, so that the same is left of which grant, whatever the rows' places.
+    foreach v_is_debt in array array[true, false] loop
+        for v_row in
+            with ended as (
+                delete from sweeps w
+                where w.organization_id = p_organization_id and w.pool_id = p_pool_id and w.owed_micros is null
+                  and (w.kept_micros < credits.charged_to(p_organization_id, w.request_id, p_pool_id)) = v_is_debt
+                  and not exists (select from holds h where h.organization_id = w.organization_id and h.request_id = w.request_id)
+                returning w.*
+            )
+            select e.*, e.kept_micros - credits.charged_to(p_organization_id, e.request_id, p_pool_id) as freed from ended e order by e.request_id
+        loop
+            if v_is_debt then
+                v_moved := -credits.pass_on(p_organization_id, v_row.to_pool_id, p_pool_id, -v_row.freed, p_now);
+                perform credits.pour(p_organization_id, p_pool_id, p_now);
+                v_owed := v_moved - v_row.freed;
+            else
+                v_moved := credits.pass_on(p_organization_id, p_pool_id, v_row.to_pool_id, v_row.freed, p_now);
+                -- That pool may have closed since, too: then what came into it goes on at once, as nobody awaits anything there.
+                perform credits.fold_pool(organization_id, pool_id, p_now) from pools
+                where organization_id = p_organization_id and pool_id = v_row.to_pool_id and closed_at is not null;
+                -- What is missing has another used, as long as somebody owes the pool as much; else it has expired.
+                select -least(v_row.freed - v_moved, coalesce(sum(owed_micros), 0)) into v_owed
+                from sweeps where organization_id = p_organization_id and pool_id = p_pool_id and owed_micros > 0;
+            end if;
+            if v_owed <> 0 then
+                insert into sweeps (organization_id, pool_id, request_id, kept_micros, to_pool_id, owed_micros)
+                values (p_organization_id, p_pool_id, v_row.request_id, v_row.kept_micros - v_moved, v_row.to_pool_id, v_owed);
+            end if;
+        end loop;
     end loop;
     v_room := credits.room_of_pool(p_organization_id, p_pool_id);
     if v_room > 0 and v_pool.kind = 'shared' then
@@ -303,15 +316,17 @@ begin
             perform credits.reopen_pool(p_organization_id, v_pool.kind, v_pool.owner_user_id, v_pool.model_filter);
         end if;
     end if;
-    return exists (select from sweeps where organization_id = p_organization_id and pool_id = p_pool_id);
+    return exists (select from sweeps where organization_id = p_organization_id and pool_id = p_pool_id and owed_micros is null);
 end $$;
 comment on function credits.sweep_pool is 'Sends what turns up in a closed pool to where it belongs; returns whether holds are still open on it';
 
 -- pass_on: as much of an amount as one pool can spare goes to another.
-create or replace function credits.pass_on(p_organization_id uuid, p_from_pool_id uuid, p_to_pool_id uuid, p_micros bigint, p_now timestamptz) returns void
+create or replace function credits.pass_on(p_organization_id uuid, p_from_pool_id uuid, p_to_pool_id uuid, p_micros bigint, p_now timestamptz) returns bigint
 language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_micros constant bigint := least(p_micros, credits.room_of_pool(p_organization_id, p_from_pool_id));
 begin
-    perform credits.divide(p_organization_id, p_from_pool_id, array[p_to_pool_id],
-        array[least(p_micros, credits.room_of_pool(p_organization_id, p_from_pool_id))], 'after the switch of pools', null, null, p_now);
+    perform credits.divide(p_organization_id, p_from_pool_id, array[p_to_pool_id], array[v_micros], 'after the switch of pools', null, null, p_now);
+    return v_micros;
 end $$;
-comment on function credits.pass_on is 'Moves up to an amount from one pool to another, as much as the first can spare';
+comment on function credits.pass_on is 'Moves up to an amount from one pool to another, as much as the first can spare; returns how much';

@@ -514,6 +514,8 @@ begin
                         v_details[v_row.place] := 'no_pool';
                     end if;
                 end loop;
+                -- What a correction gave back to an expired grant may linger for holds that end in this very batch.
+                v_lingering := v_lingering or exists (select from gates where organization_id = any (p_organization_ids) and next_event_at = '-infinity');
             end if;
             with gone as (
                 delete from holds h
