@@ -565,6 +565,13 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
             switching.test_each_pool_is_divided_by_its_own_shares,
         ),
     ),
+    *of(
+        "switch_pools",
+        (
+            "union select model_filter from pools where organization_id = p_organization_id and kind = 'shared'",
+            switching.test_a_shared_pool_that_was_empty_is_there_again_when_credits_are_shared_again,
+        ),
+    ),
     *of("spread_over_members", ("and status = 'active'", switching.test_who_is_suspended_gets_no_part)),
     *of(
         "watch_holds",
@@ -618,6 +625,10 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
                 ("coalesce(sum(owed_micros), 0)", "0"),
                 ("v_row.kept_micros - v_moved, v_row.to_pool_id", "v_row.kept_micros, v_row.to_pool_id"),
             )
+        ),
+        (
+            ("and pool_id = v_row.to_pool_id and next_event_at <= p_now", "and false"),
+            switching.test_what_has_ended_where_a_user_spends_now_pays_no_debt,
         ),
         (
             ("v_row.freed - v_moved, coalesce", "v_row.freed - v_moved, 1000 + coalesce"),

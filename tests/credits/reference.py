@@ -879,7 +879,7 @@ class Organization:
         grant = Grant(grant_id, pool_id, amount, priority, is_free, begins, ends, now, amount)
         grant.rolls, grant.rolls_until = rolls, rolls_until or LATEST
         self._add_grant(grant)
-        self.fold(now)
+        self._fold_pool(self.pools[pool_id], now)
         self._end(now, key, body, grant_id)
         return grant_id
 
@@ -901,7 +901,7 @@ class Organization:
             grant.left -= taken
             grant.voided += taken
             grant.state = grant.state if grant.left else "ended"
-        self.fold(now)
+        self._fold_pool(self.pools[grant.pool_id], now)
         self.version += 1
         self._end(now, key, body, taken)
         return taken
@@ -923,7 +923,7 @@ class Organization:
         if amount is not None and amount > room:
             raise Refused("BR431")
         new = self._divide(giver, [(taker, room if amount is None else amount)], now)
-        self.fold(now)
+        self._fold_pool(giver, now)
         self._end(now, key, body, new)
         return new
 
@@ -1277,7 +1277,7 @@ class Organization:
         if schedule.next_at >= schedule.ends:
             raise Refused("BR400")
         self.schedules[schedule.schedule_id] = schedule
-        self.fold(now)
+        self._fold_pool(self.pools[schedule.pool_id], now)
         self._end(now, key, body, schedule.schedule_id)
         return schedule.schedule_id
 
@@ -1312,7 +1312,7 @@ class Organization:
         """Credits that never expire, into a pool that there is."""
         grant_id = self.names.grant(pool_id, None, amount)
         self._add_grant(Grant(grant_id, pool_id, amount, priority, is_free, now, LATEST, now, amount))
-        self.fold(now)
+        self._fold_pool(self.pools[pool_id], now)
 
     # ------------------------------------------------------------------ top-ups
 
@@ -1567,7 +1567,8 @@ class Organization:
             for pool in closing:
                 self._scatter(pool, told, now)
         else:
-            self._pool_of("shared", None, None, now)
+            for pattern in {None, *(p.filter for p in self.pools.values() if p.kind == "shared")}:
+                self._pool_of("shared", None, pattern, now)
             for pattern in sorted({p.filter for p in closing}, key=lambda f: (f is None, f)):
                 shared = self._pool_of("shared", None, pattern, now)
                 group = [p for p in closing if p.filter == pattern]
@@ -1575,7 +1576,8 @@ class Organization:
                 told["held_micros"] += sum(self._note_leaving(p, shared, now) for p in group)
         for pool in closing:
             pool.is_closed = True
-        self.fold(now)
+        for pool in closing:
+            self._fold_pool(pool, now)
         self.version += 1
         self._end(now, key, body, told)
         return told
@@ -1674,6 +1676,7 @@ class Organization:
     def _sweep(self, pool: Pool, now: datetime) -> None:
         """What turns up in a closed pool goes where it belongs."""
         for request, (kept, to_id, used) in self._take_over(pool, are_debts=True):
+            self._fold_pool(self.pools[to_id], now)
             paid = self._pass_on(self.pools[to_id], pool, used - kept, now)
             self.pour(pool, now)
             self._owe(pool, request, kept + paid, to_id, used - kept - paid)

@@ -339,3 +339,28 @@ def test_what_has_expired_is_owed_to_nobody(scene: Scene) -> None:
     assert scene.balance(pool) == Balance(0, 0, 0, 0)
     assert scene.admin("select count(*) from credits.sweeps where organization_id = %s", scene.organization) == [(0,)]
     assert scene.findings() == []
+
+
+def test_a_shared_pool_that_was_empty_is_there_again_when_credits_are_shared_again(scene: Scene) -> None:
+    user, gpt = scene.user(), scene.pool(models="gpt%")
+    scene.grant(scene.pool(), 10)
+    for to in ("personal", "shared"):
+        scene.switch(to)
+    scene.grant(gpt, 100)
+    assert scene.deduct(50, user, model="gpt-4").outcome is ACCEPTED
+    assert scene.balance(gpt) == Balance(100, 50, 0, 0)
+    assert scene.findings() == []
+
+
+def test_what_has_ended_where_a_user_spends_now_pays_no_debt(scene: Scene) -> None:
+    user, pool = scene.user(), scene.pool()
+    own = scene.pool("personal", owner=user)  # what is due in it comes after what is due in the shared one
+    scene.grant(pool, 20)
+    request = scene.hold(20, user)
+    scene.switch("personal")
+    scene.grant(own, 30, expires=scene.now + timedelta(hours=1))
+    scene.settle(request, 35)
+    scene.later(hours=2)
+    scene.wake()
+    assert (scene.balance(own), scene.balance(pool)) == (Balance(0, 0, 0, 0), Balance(20, 35, 0, 15))
+    assert scene.findings() == []

@@ -286,6 +286,9 @@ begin
             select e.*, e.kept_micros - credits.charged_to(p_organization_id, e.request_id, p_pool_id) as freed from ended e order by e.request_id
         loop
             if v_is_debt then
+                -- What is due there belongs to the time before, as in divide.
+                perform credits.fold_pool(organization_id, pool_id, p_now) from pools
+                where organization_id = p_organization_id and pool_id = v_row.to_pool_id and next_event_at <= p_now;
                 v_moved := -credits.pass_on(p_organization_id, v_row.to_pool_id, p_pool_id, -v_row.freed, p_now);
                 perform credits.pour(p_organization_id, p_pool_id, p_now);
                 v_owed := v_moved - v_row.freed;

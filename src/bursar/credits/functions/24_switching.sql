@@ -193,7 +193,8 @@ begin
         end if;
     end loop;
     if p_to = 'shared' then
-        perform credits.shared_pool(p_organization_id, null, v_now);
+        perform credits.shared_pool(p_organization_id, model_filter, v_now)  -- also those that nothing goes to now: they are there again
+        from (select null as model_filter union select model_filter from pools where organization_id = p_organization_id and kind = 'shared') f;
         for v_row in
             select p.model_filter, array_agg(p.pool_id order by p.pool_id) as pool_ids from pools p
             where p.organization_id = p_organization_id and p.pool_id = any (v_closing) group by 1 order by 1
