@@ -605,14 +605,22 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
         ),
     ),
     *of(
-        "sweep_pool",
+        "over_in",
         (
-            (
-                "and w.pool_id = p_pool_id and w.owed_micros is null",
-                "and w.owed_micros is null",
-            ),
-            switching.test_what_a_hold_on_two_pools_frees_goes_to_its_user_in_each,
+            ("h.organization_id = w.organization_id and h.request_id = w.request_id)", "false)"),
+            switching.test_what_comes_while_calls_still_run_is_divided_at_once,
         ),
+    ),
+    *of(
+        "take_over",
+        ("and w.request_id = d.request_id", switching.test_what_a_hold_on_two_pools_frees_goes_to_its_user_in_each),
+        (
+            ("order by request_id", "order by request_id desc"),
+            switching.test_of_what_is_there_the_first_request_gets_its_rest_first,
+        ),
+    ),
+    *of(
+        "sweep_pool",
         (
             ("and pool_id = v_row.to_pool_id and closed_at is not null", "and false"),
             switching.test_what_a_hold_frees_goes_on_from_a_pool_that_has_closed_meanwhile,
@@ -620,18 +628,29 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
         *(
             (cut, switching.test_what_a_closed_pool_is_owed_is_paid_by_the_next_credits_of_who_used_it)
             for cut in (
-                ("v_owed := v_moved - v_row.freed;", "v_owed := 0;"),
-                ("array[true, false]", "array[false, true]"),
+                ("if v_moved < v_owed then", "if false then"),
+                ("v_claims - (limit_amount", "0 - (limit_amount"),
+                ("else -o.owed_micros end", "else 0 end"),
                 ("coalesce(sum(owed_micros), 0)", "0"),
-                ("v_row.kept_micros - v_moved, v_row.to_pool_id", "v_row.kept_micros, v_row.to_pool_id"),
             )
+        ),
+        *(
+            (
+                (f"v_row.kept_micros {sign} v_moved", "v_row.kept_micros"),
+                switching.test_who_owes_pays_their_own_part_alone,
+            )
+            for sign in "+-"
+        ),
+        (
+            ("greatest(0, v_claims - (limit_amount - used_amount - held_amount))", "v_row.used_micros"),
+            switching.test_a_debt_that_is_settled_otherwise_is_not_paid_twice,
         ),
         (
             ("and pool_id = v_row.to_pool_id and next_event_at <= p_now", "and false"),
             switching.test_what_has_ended_where_a_user_spends_now_pays_no_debt,
         ),
         (
-            ("v_row.freed - v_moved, coalesce", "v_row.freed - v_moved, 1000 + coalesce"),
+            ("- v_moved, coalesce", "- v_moved, 1000 + coalesce"),
             switching.test_what_has_expired_is_owed_to_nobody,
         ),
     ),
@@ -1041,13 +1060,6 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
         (
             "and model_filter is not distinct from v_pool.model_filter",
             switching.test_what_starts_in_a_closed_personal_pool_goes_to_the_shared_one_for_the_same_models,
-        ),
-        (
-            (
-                "h.organization_id = w.organization_id and h.request_id = w.request_id)",
-                "false)",
-            ),
-            switching.test_what_comes_while_calls_still_run_is_divided_at_once,
         ),
     ),
     *of(

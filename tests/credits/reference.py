@@ -727,6 +727,8 @@ class Organization:
         """Apply what became due, each event at its own instant; then what no hold needs any more goes."""
         for pool_id in sorted(self.pools):
             self._fold_pool(self.pools[pool_id], now, is_over)
+        while is_over and (due := [p for p in sorted(self.pools) if self._is_due(self.pools[p])]):
+            self._fold_pool(self.pools[due[0]], now)
         self._follow_raises(now)
         self._renew_shares(now)
 
@@ -1675,17 +1677,21 @@ class Organization:
 
     def _sweep(self, pool: Pool, now: datetime) -> None:
         """What turns up in a closed pool goes where it belongs."""
+        over = [r for r in pool.leaving if r not in self.holds]
+        claims = sum(max(0, pool.leaving[r][0] - self._charged_to(pool, r)) for r in over if r not in pool.owed)
+        claims += sum(max(0, -owed) for owed in pool.owed.values())
         for request, (kept, to_id, used) in self._take_over(pool, are_debts=True):
             self._fold_pool(self.pools[to_id], now)
-            paid = self._pass_on(self.pools[to_id], pool, used - kept, now)
+            owes = min(used - kept, max(0, claims - self.balance(pool.pool_id).room))
+            paid = self._pass_on(self.pools[to_id], pool, owes, now)
             self.pour(pool, now)
-            self._owe(pool, request, kept + paid, to_id, used - kept - paid)
+            self._owe(pool, request, kept + paid, to_id, owes - paid)
         for request, (kept, to_id, used) in self._take_over(pool, are_debts=False):
             passed = self._pass_on(pool, self.pools[to_id], kept - used, now)
-            if self.pools[to_id].is_closed:
-                self._fold_pool(self.pools[to_id], now)
             debts = sum(owed for owed in pool.owed.values() if owed > 0)
             self._owe(pool, request, kept - passed, to_id, -min(kept - used - passed, debts))
+            if self.pools[to_id].is_closed:
+                self._fold_pool(self.pools[to_id], now)
         if self._spare(pool) and pool.kind == "shared":
             self._spread_over_members(pool, {}, now)
         elif self._spare(pool):
@@ -1704,6 +1710,9 @@ class Organization:
         amount = min(amount, self._spare(giver))
         self._divide(giver, [(taker, amount)], now)
         return amount
+
+    def _is_due(self, pool: Pool) -> bool:
+        return any(r not in self.holds and r not in pool.owed for r in pool.leaving)
 
     def _take_over(self, pool: Pool, *, are_debts: bool) -> list[tuple[UUID, tuple[int, UUID, int]]]:
         """Requests that are over, by what they used more than was kept for them, or not more."""

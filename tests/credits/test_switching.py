@@ -6,7 +6,7 @@ from uuid import UUID
 from tests.credits.scenes import Balance, Scene
 
 from bursar.clock import uuid7
-from bursar.credits.moves import Flag, Outcome
+from bursar.credits.moves import Action, Flag, Outcome
 
 ACCEPTED = Outcome.ACCEPTED
 
@@ -298,30 +298,69 @@ def test_what_a_closed_pool_is_owed_is_paid_by_the_next_credits_of_who_used_it(s
     ]
     scene.grant(pools[0], 100, starts=scene.now + timedelta(hours=1))
     scene.later(hours=1)
-    for _ in range(2):  # it comes, and the next movement pays what is owed
-        scene.wake()
+    scene.wake()
     assert [scene.balance(each).limit for each in (pool, *pools)] == [47, 95, 8]
     assert scene.admin("select count(*) from credits.sweeps where organization_id = %s", scene.organization) == [(0,)]
     assert scene.findings() == []
 
 
+def test_of_what_is_there_the_first_request_gets_its_rest_first(scene: Scene) -> None:
+    users, shared = [scene.user() for _ in range(3)], scene.pool()
+    scene.grant(shared, 60)
+    asked = sorted((scene.hold(20, user), user) for user in users)
+    scene.switch("personal")
+    used = zip(asked, (35, 12, 12), strict=True)
+    scene.move(*(scene.asked(Action.SETTLE, request, micros) for (request, _), micros in used))
+    scene.wake()
+    assert [own_of(scene, user).limit for _, user in asked] == [0, 1, 0]
+    assert scene.findings() == []
+
+
+def test_who_owes_pays_their_own_part_alone(scene: Scene) -> None:
+    users = [scene.user() for _ in range(3)]
+    pools = [scene.pool("personal", owner=user) for user in users]
+    shared = scene.pool()
+    scene.grant(shared, 60)
+    scene.grant(shared, 30, starts=scene.now + timedelta(hours=1))
+    requests = [scene.hold(20, user) for user in users]
+    scene.switch("personal")
+    for request, used in zip(requests, (35, 35, 0), strict=True):
+        scene.settle(request, used)
+    scene.wake()
+    assert scene.balance(shared) == Balance(60, 70, 0, 10), "two owe 15 each; one left 20, of which they used 20"
+    scene.grant(pools[0], 10)
+    scene.grant(pools[1], 5)
+    scene.wake()
+    assert [scene.balance(each).limit for each in (shared, *pools)] == [70, 0, 0, 5]
+    scene.grant(pools[0], 100)
+    scene.wake()
+    assert [scene.balance(each).limit for each in (shared, *pools)] == [70, 95, 0, 10], "not for the other one"
+    scene.later(hours=1)
+    scene.wake()
+    assert [scene.balance(each).limit for each in (shared, *pools)] == [70, 101, 6, 26], "10 first, then 6 for each"
+    assert scene.admin("select count(*) from credits.sweeps where organization_id = %s", scene.organization) == [(0,)]
+    assert scene.findings() == []
+
+
 def test_a_debt_that_is_settled_otherwise_is_not_paid_twice(scene: Scene) -> None:
-    user = scene.user()
+    users = sorted(scene.user() for _ in range(2))
     pool = scene.pool()
     scene.grant(pool, 20)
     scene.grant(pool, 50, starts=scene.now + timedelta(hours=1))
-    request = scene.hold(20, user)
+    request = scene.hold(20, users[0])
     scene.switch("personal")
     scene.settle(request, 35)
     scene.wake()
     assert scene.balance(pool) == Balance(20, 35, 0, 15)
     scene.later(hours=1)
     scene.wake()
-    own = scene.pool("personal", owner=user)
-    assert (scene.balance(own), scene.balance(pool)) == (Balance(35, 0, 0, 0), Balance(35, 35, 0, 0))
+    assert scene.balance(pool) == Balance(35, 35, 0, 0)
+    assert [own_of(scene, user).limit for user in users] == [17, 17]
+    own = scene.pool("personal", owner=users[0])
     scene.grant(own, 10)
     scene.wake()
-    assert (scene.balance(own), scene.balance(pool)) == (Balance(45, 0, 0, 0), Balance(35, 35, 0, 0))
+    assert (scene.balance(own).limit, scene.balance(pool)) == (27, Balance(35, 35, 0, 0))
+    assert scene.admin("select count(*) from credits.sweeps where organization_id = %s", scene.organization) == [(0,)]
     assert scene.findings() == []
 
 

@@ -368,6 +368,14 @@ begin
         exit when not found;
         perform credits.fold_pool(p_organization_id, v_pool, p_now);
     end loop;
+    loop  -- what came on the way may pay what is owed to closed pools, or by them; each time less is left of that
+        select w.pool_id into v_pool from sweeps w
+        where w.organization_id = p_organization_id and w.owed_micros is null
+          and not exists (select from holds h where h.organization_id = w.organization_id and h.request_id = w.request_id)
+        order by w.pool_id limit 1;
+        exit when not found;
+        perform credits.fold_pool(p_organization_id, v_pool, p_now);
+    end loop;
     perform credits.fold_limits(p_organization_id, p_now);
 end $$;
 comment on function credits.fold_due_pools is 'Folds every pool and limit of an organization that is due; the gate is locked';

@@ -254,18 +254,45 @@ language sql stable set search_path = credits, pg_temp as $$
 $$;
 comment on function credits.charged_to is 'Micros that one pool was charged for a request';
 
+-- over_in: requests that are over, whose use of a closed pool is still to be settled.
+create or replace function credits.over_in(p_organization_id uuid, p_pool_id uuid) returns setof credits.sweeps
+language sql stable set search_path = credits, pg_temp as $$
+    select w.* from sweeps w
+    where w.organization_id = p_organization_id and w.pool_id = p_pool_id
+      and not exists (select from holds h where h.organization_id = w.organization_id and h.request_id = w.request_id);
+$$;
+comment on function credits.over_in is 'Requests that are over, whose use of a closed pool is still to be settled';
+
+-- take_over: those of them that are due and used more than was kept for them, or not more, by request: so the same is left of which grant, whatever the
+-- rows' places. They are noted no longer.
+create or replace function credits.take_over(p_organization_id uuid, p_pool_id uuid, p_are_debts boolean)
+returns table (request_id uuid, to_pool_id uuid, kept_micros bigint, used_micros bigint)
+language sql volatile set search_path = credits, pg_temp as $$
+    with due as materialized (
+        select o.request_id, credits.charged_to(p_organization_id, o.request_id, p_pool_id) as used_micros
+        from credits.over_in(p_organization_id, p_pool_id) o where o.owed_micros is null
+    ), taken as (
+        delete from sweeps w using due d
+        where w.organization_id = p_organization_id and w.pool_id = p_pool_id and w.request_id = d.request_id
+          and (d.used_micros > w.kept_micros) = p_are_debts
+        returning w.request_id, w.to_pool_id, w.kept_micros, d.used_micros
+    )
+    select * from taken order by request_id;
+$$;
+comment on function credits.take_over is 'Takes up the requests whose use of a closed pool is to be settled now: those that used more than was kept for them, or the others';
+
 -- sweep_pool: what turns up in a closed pool goes where it belongs: what a hold did not use to where the hold's user spends now, anything else
 -- (a schedule's grant, one that starts, a refund) as the switch itself would have divided it. A request that used more than it
 -- held there is paid for from where its user spends now; what is not there is owed until credits come (set_pool_limit), and so is what others would have
--- got of it. Returns whether holds are still open on the pool.
+-- got of it. Nobody pays more than is missing, since what came into the pool otherwise has paid, too. Returns whether holds are still open on the pool.
 create or replace function credits.sweep_pool(p_organization_id uuid, p_pool_id uuid, p_now timestamptz) returns boolean
 language plpgsql volatile set search_path = credits, pg_temp as $$
 declare
     v_pool pools;
     v_row record;
-    v_is_debt boolean;
-    v_moved bigint;
+    v_claims bigint;
     v_owed bigint;
+    v_moved bigint;
     v_room bigint;
     v_to uuid;
 begin
@@ -273,39 +300,34 @@ begin
     if v_pool.closed_at is null then
         return false;
     end if;
-    -- Debts first: they pay for what others have left, also earlier. By request, so that the same is left of which grant, whatever the rows' places.
-    foreach v_is_debt in array array[true, false] loop
-        for v_row in
-            with ended as (
-                delete from sweeps w
-                where w.organization_id = p_organization_id and w.pool_id = p_pool_id and w.owed_micros is null
-                  and (w.kept_micros < credits.charged_to(p_organization_id, w.request_id, p_pool_id)) = v_is_debt
-                  and not exists (select from holds h where h.organization_id = w.organization_id and h.request_id = w.request_id)
-                returning w.*
-            )
-            select e.*, e.kept_micros - credits.charged_to(p_organization_id, e.request_id, p_pool_id) as freed from ended e order by e.request_id
-        loop
-            if v_is_debt then
-                -- What is due there belongs to the time before, as in divide.
-                perform credits.fold_pool(organization_id, pool_id, p_now) from pools
-                where organization_id = p_organization_id and pool_id = v_row.to_pool_id and next_event_at <= p_now;
-                v_moved := -credits.pass_on(p_organization_id, v_row.to_pool_id, p_pool_id, -v_row.freed, p_now);
-                perform credits.pour(p_organization_id, p_pool_id, p_now);
-                v_owed := v_moved - v_row.freed;
-            else
-                v_moved := credits.pass_on(p_organization_id, p_pool_id, v_row.to_pool_id, v_row.freed, p_now);
-                -- That pool may have closed since, too: then what came into it goes on at once, as nobody awaits anything there.
-                perform credits.fold_pool(organization_id, pool_id, p_now) from pools
-                where organization_id = p_organization_id and pool_id = v_row.to_pool_id and closed_at is not null;
-                -- What is missing has another used, as long as somebody owes the pool as much; else it has expired.
-                select -least(v_row.freed - v_moved, coalesce(sum(owed_micros), 0)) into v_owed
-                from sweeps where organization_id = p_organization_id and pool_id = p_pool_id and owed_micros > 0;
-            end if;
-            if v_owed <> 0 then
-                insert into sweeps (organization_id, pool_id, request_id, kept_micros, to_pool_id, owed_micros)
-                values (p_organization_id, p_pool_id, v_row.request_id, v_row.kept_micros - v_moved, v_row.to_pool_id, v_owed);
-            end if;
-        end loop;
+    select coalesce(sum(greatest(0, case when o.owed_micros is null then o.kept_micros - credits.charged_to(p_organization_id, o.request_id, p_pool_id)
+        else -o.owed_micros end)), 0) into v_claims
+    from credits.over_in(p_organization_id, p_pool_id) o;
+    for v_row in select * from credits.take_over(p_organization_id, p_pool_id, true) loop
+        -- What is due there belongs to the time before, as in divide.
+        perform credits.fold_pool(organization_id, pool_id, p_now) from pools
+        where organization_id = p_organization_id and pool_id = v_row.to_pool_id and next_event_at <= p_now;
+        select least(v_row.used_micros - v_row.kept_micros, greatest(0, v_claims - (limit_amount - used_amount - held_amount))) into strict v_owed
+        from balances where organization_id = p_organization_id and balance_id = p_pool_id;
+        v_moved := credits.pass_on(p_organization_id, v_row.to_pool_id, p_pool_id, v_owed, p_now);
+        perform credits.pour(p_organization_id, p_pool_id, p_now);
+        if v_moved < v_owed then
+            insert into sweeps (organization_id, pool_id, request_id, kept_micros, to_pool_id, owed_micros)
+            values (p_organization_id, p_pool_id, v_row.request_id, v_row.kept_micros + v_moved, v_row.to_pool_id, v_owed - v_moved);
+        end if;
+    end loop;
+    for v_row in select * from credits.take_over(p_organization_id, p_pool_id, false) loop
+        v_moved := credits.pass_on(p_organization_id, p_pool_id, v_row.to_pool_id, v_row.kept_micros - v_row.used_micros, p_now);
+        -- What is missing has another used, as long as somebody owes the pool as much; else it has expired.
+        select least(v_row.kept_micros - v_row.used_micros - v_moved, coalesce(sum(owed_micros), 0)) into v_owed
+        from sweeps where organization_id = p_organization_id and pool_id = p_pool_id and owed_micros > 0;
+        if v_owed > 0 then
+            insert into sweeps (organization_id, pool_id, request_id, kept_micros, to_pool_id, owed_micros)
+            values (p_organization_id, p_pool_id, v_row.request_id, v_row.kept_micros - v_moved, v_row.to_pool_id, -v_owed);
+        end if;
+        -- Where it went may have closed since, too: then it goes on at once, as nobody awaits anything there.
+        perform credits.fold_pool(organization_id, pool_id, p_now) from pools
+        where organization_id = p_organization_id and pool_id = v_row.to_pool_id and closed_at is not null;
     end loop;
     v_room := credits.room_of_pool(p_organization_id, p_pool_id);
     if v_room > 0 and v_pool.kind = 'shared' then
