@@ -605,15 +605,8 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
         ),
     ),
     *of(
-        "over_in",
-        (
-            ("h.organization_id = w.organization_id and h.request_id = w.request_id)", "false)"),
-            switching.test_what_comes_while_calls_still_run_is_divided_at_once,
-        ),
-    ),
-    *of(
         "take_over",
-        ("and w.request_id = d.request_id", switching.test_what_a_hold_on_two_pools_frees_goes_to_its_user_in_each),
+        ("and w.request_id = u.request_id", switching.test_what_a_hold_on_two_pools_frees_goes_to_its_user_in_each),
         (
             ("order by request_id", "order by request_id desc"),
             switching.test_of_what_is_there_the_first_request_gets_its_rest_first,
@@ -621,6 +614,10 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
     ),
     *of(
         "sweep_pool",
+        (
+            ("h.organization_id = w.organization_id and h.request_id = w.request_id)", "false)"),
+            switching.test_what_comes_while_calls_still_run_is_divided_at_once,
+        ),
         (
             ("and pool_id = v_row.to_pool_id and closed_at is not null", "and false"),
             switching.test_what_a_hold_frees_goes_on_from_a_pool_that_has_closed_meanwhile,
@@ -630,7 +627,7 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
             for cut in (
                 ("if v_moved < v_owed then", "if false then"),
                 ("v_claims - (limit_amount", "0 - (limit_amount"),
-                ("else -o.owed_micros end", "else 0 end"),
+                ("else -w.owed_micros end", "else 0 end"),
                 ("coalesce(sum(owed_micros), 0)", "0"),
             )
         ),
@@ -661,7 +658,7 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
             switching.test_what_a_closed_pool_is_owed_is_paid_by_the_next_credits_of_who_used_it,
         ),
         (
-            "when owed_micros < 0 then pool_id",
+            ("to_pool_id else pool_id end", "to_pool_id end"),
             switching.test_what_a_closed_pool_is_owed_is_paid_by_the_next_credits_of_who_used_it,
         ),
         (

@@ -16,8 +16,8 @@ begin
     returning limit_amount into strict v_limit;
     if p_delta > 0 then
         with owed as (
-            update sweeps set owed_micros = null
-            where organization_id = p_organization_id and p_pool_id = case when owed_micros > 0 then to_pool_id when owed_micros < 0 then pool_id end
+            update sweeps set owed_micros = 0
+            where organization_id = p_organization_id and owed_micros <> 0 and p_pool_id = case when owed_micros > 0 then to_pool_id else pool_id end
             returning pool_id
         )  -- whoever brings credits folds their pool then, by which the gate awaits what is due
         update pools set next_event_at = '-infinity' where organization_id = p_organization_id and pool_id in (select pool_id from owed);
@@ -370,7 +370,7 @@ begin
     end loop;
     loop  -- what came on the way may pay what is owed to closed pools, or by them; each time less is left of that
         select w.pool_id into v_pool from sweeps w
-        where w.organization_id = p_organization_id and w.owed_micros is null
+        where w.organization_id = p_organization_id and w.owed_micros = 0
           and not exists (select from holds h where h.organization_id = w.organization_id and h.request_id = w.request_id)
         order by w.pool_id limit 1;
         exit when not found;

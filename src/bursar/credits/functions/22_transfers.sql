@@ -254,28 +254,18 @@ language sql stable set search_path = credits, pg_temp as $$
 $$;
 comment on function credits.charged_to is 'Micros that one pool was charged for a request';
 
--- over_in: requests that are over, whose use of a closed pool is still to be settled.
-create or replace function credits.over_in(p_organization_id uuid, p_pool_id uuid) returns setof credits.sweeps
-language sql stable set search_path = credits, pg_temp as $$
-    select w.* from sweeps w
-    where w.organization_id = p_organization_id and w.pool_id = p_pool_id
-      and not exists (select from holds h where h.organization_id = w.organization_id and h.request_id = w.request_id);
-$$;
-comment on function credits.over_in is 'Requests that are over, whose use of a closed pool is still to be settled';
-
--- take_over: those of them that are due and used more than was kept for them, or not more, by request: so the same is left of which grant, whatever the
--- rows' places. They are noted no longer.
-create or replace function credits.take_over(p_organization_id uuid, p_pool_id uuid, p_are_debts boolean)
+-- take_over: of requests that are over those that used more of a closed pool than was kept for them, or not more, and are due; by request, so that the
+-- same is left of which grant, whatever the rows' places. They are noted no longer.
+create or replace function credits.take_over(p_organization_id uuid, p_pool_id uuid, p_request_ids uuid[], p_are_debts boolean)
 returns table (request_id uuid, to_pool_id uuid, kept_micros bigint, used_micros bigint)
 language sql volatile set search_path = credits, pg_temp as $$
-    with due as materialized (
-        select o.request_id, credits.charged_to(p_organization_id, o.request_id, p_pool_id) as used_micros
-        from credits.over_in(p_organization_id, p_pool_id) o where o.owed_micros is null
+    with used as materialized (
+        select o.request_id, credits.charged_to(p_organization_id, o.request_id, p_pool_id) as used_micros from unnest(p_request_ids) o(request_id)
     ), taken as (
-        delete from sweeps w using due d
-        where w.organization_id = p_organization_id and w.pool_id = p_pool_id and w.request_id = d.request_id
-          and (d.used_micros > w.kept_micros) = p_are_debts
-        returning w.request_id, w.to_pool_id, w.kept_micros, d.used_micros
+        delete from sweeps w using used u
+        where w.organization_id = p_organization_id and w.pool_id = p_pool_id and w.request_id = u.request_id
+          and coalesce(w.owed_micros, 0) = 0 and (u.used_micros > w.kept_micros) = p_are_debts
+        returning w.request_id, w.to_pool_id, w.kept_micros, u.used_micros
     )
     select * from taken order by request_id;
 $$;
@@ -290,6 +280,7 @@ language plpgsql volatile set search_path = credits, pg_temp as $$
 declare
     v_pool pools;
     v_row record;
+    v_over uuid[];
     v_claims bigint;
     v_owed bigint;
     v_moved bigint;
@@ -300,13 +291,18 @@ begin
     if v_pool.closed_at is null then
         return false;
     end if;
-    select coalesce(sum(greatest(0, case when o.owed_micros is null then o.kept_micros - credits.charged_to(p_organization_id, o.request_id, p_pool_id)
-        else -o.owed_micros end)), 0) into v_claims
-    from credits.over_in(p_organization_id, p_pool_id) o;
-    for v_row in select * from credits.take_over(p_organization_id, p_pool_id, true) loop
+    v_over := array(
+        select request_id from sweeps w
+        where w.organization_id = p_organization_id and w.pool_id = p_pool_id
+          and not exists (select from holds h where h.organization_id = w.organization_id and h.request_id = w.request_id));
+    for v_row in select * from credits.take_over(p_organization_id, p_pool_id, v_over, true) loop
         -- What is due there belongs to the time before, as in divide.
         perform credits.fold_pool(organization_id, pool_id, p_now) from pools
         where organization_id = p_organization_id and pool_id = v_row.to_pool_id and next_event_at <= p_now;
+        v_claims := coalesce(v_claims, (
+            select sum(greatest(0, case when coalesce(w.owed_micros, 0) = 0 then w.kept_micros - credits.charged_to(p_organization_id, w.request_id, p_pool_id)
+                else -w.owed_micros end))
+            from sweeps w where w.organization_id = p_organization_id and w.pool_id = p_pool_id and w.request_id = any (v_over)), 0);
         select least(v_row.used_micros - v_row.kept_micros, greatest(0, v_claims - (limit_amount - used_amount - held_amount))) into strict v_owed
         from balances where organization_id = p_organization_id and balance_id = p_pool_id;
         v_moved := credits.pass_on(p_organization_id, v_row.to_pool_id, p_pool_id, v_owed, p_now);
@@ -316,14 +312,16 @@ begin
             values (p_organization_id, p_pool_id, v_row.request_id, v_row.kept_micros + v_moved, v_row.to_pool_id, v_owed - v_moved);
         end if;
     end loop;
-    for v_row in select * from credits.take_over(p_organization_id, p_pool_id, false) loop
+    for v_row in select * from credits.take_over(p_organization_id, p_pool_id, v_over, false) loop
         v_moved := credits.pass_on(p_organization_id, p_pool_id, v_row.to_pool_id, v_row.kept_micros - v_row.used_micros, p_now);
-        -- What is missing has another used, as long as somebody owes the pool as much; else it has expired.
-        select least(v_row.kept_micros - v_row.used_micros - v_moved, coalesce(sum(owed_micros), 0)) into v_owed
-        from sweeps where organization_id = p_organization_id and pool_id = p_pool_id and owed_micros > 0;
-        if v_owed > 0 then
-            insert into sweeps (organization_id, pool_id, request_id, kept_micros, to_pool_id, owed_micros)
-            values (p_organization_id, p_pool_id, v_row.request_id, v_row.kept_micros - v_moved, v_row.to_pool_id, -v_owed);
+        if v_moved < v_row.kept_micros - v_row.used_micros then
+            -- What is missing has another used, as long as somebody owes the pool as much; else it has expired.
+            select least(v_row.kept_micros - v_row.used_micros - v_moved, coalesce(sum(owed_micros), 0)) into v_owed
+            from sweeps where organization_id = p_organization_id and pool_id = p_pool_id and owed_micros > 0;
+            if v_owed > 0 then
+                insert into sweeps (organization_id, pool_id, request_id, kept_micros, to_pool_id, owed_micros)
+                values (p_organization_id, p_pool_id, v_row.request_id, v_row.kept_micros - v_moved, v_row.to_pool_id, -v_owed);
+            end if;
         end if;
         -- Where it went may have closed since, too: then it goes on at once, as nobody awaits anything there.
         perform credits.fold_pool(organization_id, pool_id, p_now) from pools
@@ -341,7 +339,7 @@ begin
             perform credits.reopen_pool(p_organization_id, v_pool.kind, v_pool.owner_user_id, v_pool.model_filter);
         end if;
     end if;
-    return exists (select from sweeps where organization_id = p_organization_id and pool_id = p_pool_id and owed_micros is null);
+    return exists (select from sweeps where organization_id = p_organization_id and pool_id = p_pool_id and coalesce(owed_micros, 0) = 0);
 end $$;
 comment on function credits.sweep_pool is 'Sends what turns up in a closed pool to where it belongs; returns whether holds are still open on it';
 

@@ -51,7 +51,7 @@ begin
     if v_to is not null then
         insert into sweeps (organization_id, pool_id, request_id, kept_micros, to_pool_id)
         values (p_organization_id, p_pool_id, p_request_id, credits.charged_to(p_organization_id, p_request_id, p_pool_id) - p_moved, v_to)
-        on conflict on constraint sweeps_pkey do update set owed_micros = null;
+        on conflict on constraint sweeps_pkey do update set owed_micros = 0;
     end if;
     return true;
 end $$;

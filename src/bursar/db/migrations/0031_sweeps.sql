@@ -6,7 +6,8 @@ comment on column credits.sweeps.kept_micros is
 
 alter table credits.sweeps add column owed_micros bigint;
 comment on column credits.sweeps.owed_micros is
-    'What to_pool_id still owes the closed pool (negative: the pool owes it), until credits come there; null: to be settled when the hold has ended';
+    'What to_pool_id still owes the closed pool (negative: the pool owes it); 0: credits have come that may pay it; null: to be settled when the hold has ended';
+create index sweeps_owed on credits.sweeps (organization_id, pool_id) where owed_micros is not null;
 comment on column credits.sweeps.to_pool_id is 'The pool that gets what it frees, or pays for what it used beyond what it held';
 
 -- Its result is another one now.
