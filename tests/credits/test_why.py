@@ -1,6 +1,8 @@
 """Why may this be spent: the answer names what the decision would name, and asks on behalf of the right person."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from tests.conftest import Org
@@ -96,3 +98,26 @@ def test_the_last_way_to_pay_that_has_anything_can_stop_a_call_and_those_before_
     assert may_stop([own, share, shared, empty, cap, warning]) == (share, shared, cap)
     assert may_stop([own, empty]) == (empty,), "where nothing is left the last one refuses"
     assert may_stop([]) == ()
+
+
+@pytest.mark.parametrize(
+    ("of", "told"),
+    [
+        ({}, "Ask whoever set the cap to raise it."),
+        ({"resets_at": datetime.now(UTC)}, "Wait for the reset, or ask whoever set the cap to raise it."),
+        ({"scope": "key"}, "Use another key, or ask whoever set the cap to raise it."),
+        ({"model_filter": "gpt-%"}, "Use another model, or ask whoever set the cap to raise it."),
+        ({"model_filter": "#images"}, "Ask whoever set the cap to raise it."),
+        (
+            {"resets_at": datetime.now(UTC), "model_filter": "gpt-%", "scope": "key"},
+            "Wait for the reset, use another model, use another key, or ask whoever set the cap to raise it.",
+        ),
+        ({"action": "asks"}, "Ask for more with `bursar caps request`."),
+        (
+            {"action": "asks", "resets_at": datetime.now(UTC)},
+            "Ask for more with `bursar caps request`, or wait for the reset.",
+        ),
+    ],
+)
+def test_a_cap_that_is_reached_says_what_helps_and_nothing_else(of: dict[str, Any], told: str) -> None:
+    assert replace(state("cap", 0, 0), kind="limit", **of).next_step == told

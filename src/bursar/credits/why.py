@@ -19,7 +19,7 @@ QUERIES: Final = db.load_queries("bursar.credits")
 NEXT_STEPS: Final = {
     "pool_exhausted": "Ask an administrator to top up the organization's credits, or wait until running requests end.",
     "allocation_exhausted": "Ask an administrator for a larger share.",
-    "cap_reached": "Wait for the reset, use another model or key, or ask whoever set the cap to raise it.",
+    "cap_reached": "Wait for its reset, use a model or key that it is not on, or ask whoever set it to raise it.",
     "no_pool": "Ask an administrator to add credits for you.",
     "no_pool_for_model": "Your credits are restricted to other models or features: use those.",
     "key_revoked": "Use another API key.",
@@ -30,8 +30,6 @@ NEXT_STEPS: Final = {
     "model_not_priced": "Use a model that has a price, or ask an administrator to set one.",
 }
 """What to do next, by the code of a refusal."""
-
-ASK_FOR_MORE: Final = "Ask for more: `bursar caps request`; or wait for the reset, or use another model or key."
 
 CODES: Final = {
     "pool": "pool_exhausted",
@@ -116,6 +114,17 @@ class LimitState:
         """It stops, but more may be asked for."""
         return self.action == "asks"
 
+    @property
+    def next_step(self) -> str:
+        """Of a cap that is reached: what helps, of what there is."""
+        ways = ["ask for more with `bursar caps request`"] if self.asks else []
+        ways += ["wait for the reset"] if self.resets_at is not None else []
+        ways += ["use another model"] if models_of(self.model_filter) else []
+        ways += ["use another key"] if self.scope == "key" else []
+        ways += [] if self.asks else ["ask whoever set the cap to raise it"]
+        text = ", or ".join(filter(None, (", ".join(ways[:-1]), ways[-1])))
+        return f"{text[0].upper()}{text[1:]}."
+
     def as_json(self, *, binding: bool) -> dict[str, Any]:
         """As in `why.limits[]`."""
         return {
@@ -171,8 +180,8 @@ class Why:
         """What to do about a refusal."""
         if self.allowed:
             return None
-        if self.code == "cap_reached" and self.binding is not None and self.binding.asks:
-            return ASK_FOR_MORE
+        if self.code == "cap_reached" and self.binding is not None:
+            return self.binding.next_step
         return NEXT_STEPS.get(self.code or "", "Ask an administrator.")
 
     def as_json(self, *, organization: str | None = None) -> dict[str, Any]:
