@@ -1,13 +1,19 @@
 """`bursar credits`, `codes` and what reads files, run as an operator runs them."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import Org
+from tests.credits.test_batcher import move
 
 from bursar import cli, db
 from bursar.cli.exits import Exit
+from bursar.clock import uuid7
+from bursar.credits.batcher import Batcher
+from bursar.credits.moves import Action
 from bursar.settings import Settings
 
 
@@ -74,3 +80,29 @@ def test_a_scenario_that_is_no_text_is_refused(run: Any, tmp_path: Path) -> None
     file.write_bytes(b"\xff\xfe{}")
     assert run("simulate", str(file))[0] == Exit.WRONG_USAGE
     assert run("simulate", str(tmp_path / "none"))[0] == Exit.WRONG_USAGE
+
+
+def test_what_a_closed_pool_is_owed_is_shown_until_it_is_paid(run: Any, org: Org) -> None:
+    at, request = ("--org", org.slug), uuid7()
+
+    async def ask(action: Action, amount: int) -> None:
+        async with Batcher(org.database.dsn("bursar_lane")) as batcher:
+            assert (await batcher.move(move(org, action, amount * 1_000_000, request))).accepted
+
+    def shown() -> list[tuple[str, bool, str, str, str]]:
+        code, rows = run("credits", "show", *at, "--json")
+        assert code == Exit.DONE
+        keys = ("kind", "is_closed", "available", "held", "overage")
+        return [tuple(row[key] for key in keys) for row in rows["items"]]
+
+    assert run("credits", "add", "20", *at)[0] == Exit.DONE
+    asyncio.run(ask(Action.AUTHORIZE, 20))
+    assert run("orgs", "pools", org.slug, "--switch", "personal")[0] == Exit.DONE
+    assert shown() == [("shared", True, "0", "20", "0"), ("personal", False, "0", "0", "0")]
+    asyncio.run(ask(Action.SETTLE, 35))
+    assert shown() == [("shared", True, "0", "0", "15"), ("personal", False, "0", "0", "0")]
+    assert "shared (closed)" in run("credits", "show", *at)[1]
+    [email] = [row["email"] for row in run("users", "list", *at, "--json")[1]["items"]]
+    for amount in ("100", "1"):  # it is paid with the next movement
+        assert run("credits", "add", amount, *at, "--user", email)[0] == Exit.DONE
+    assert shown() == [("personal", False, "86", "0", "0")]

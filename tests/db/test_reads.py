@@ -96,7 +96,17 @@ OTHERS: Final[dict[str, Any]] = {
     **dict.fromkeys(("seconds", "lease_seconds", "overlap_seconds", "wait_seconds", "look_after_seconds"), 60),
     **dict.fromkeys(("days", "months", "retries", "attempts", "until_number", "seal_number"), 1),
     **dict.fromkeys(
-        ("with_archived", "succeeded", "sees_all", "oversubscribe", "only_failed", "is_over", "is_last"), False
+        (
+            "with_archived",
+            "with_unsettled",
+            "succeeded",
+            "sees_all",
+            "oversubscribe",
+            "only_failed",
+            "is_over",
+            "is_last",
+        ),
+        False,
     ),
     **dict.fromkeys(("window", "older_than", "valid_for"), timedelta(hours=1)),
     **dict.fromkeys(("made_at", "overlap_until", "sealed_at"), datetime.now(UTC)),

@@ -83,13 +83,14 @@ def show(
 
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> list[dict[str, Any]]:
         own = {"organization_id": organization.organization_id}
-        found = await pools.list_pools(conn, **own)
+        found = await pools.list_pools(conn, **own, with_unsettled=True)
         told = {each.id: each for each in await forecasts.forecast_pools(conn, **own)} if with_forecast else {}
         names = await names_of(conn, organization)
         return [
             {
                 "pool": pool.name,
-                "kind": pool.kind.value,
+                "kind": f"{pool.kind} (closed)" if pool.is_closed and not as_json else pool.kind.value,
+                "is_closed": pool.is_closed,
                 "for": filters.shown(pool.model_filter),
                 "owner": names.get(pool.owner_user_id) if pool.owner_user_id else None,
                 "available": format_credits(pool.available_micros),

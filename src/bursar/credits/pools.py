@@ -32,7 +32,11 @@ class NoPool(Problem):
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """A pool and its balance, in micros. available: spendable now; excess: used or held beyond what was granted."""
+    """A pool and its balance, in micros. available: spendable now; excess: used or held beyond what was granted.
+
+    is_closed: nobody spends from it since credits were switched to other pools; what it still holds or is owed is
+    settled by itself.
+    """
 
     pool_id: UUID
     kind: PoolKind
@@ -44,6 +48,7 @@ class Pool:
     held_micros: Micros
     excess_micros: Micros
     next_event_at: datetime | None
+    is_closed: bool = False
 
     @property
     def available_micros(self) -> Micros:
@@ -104,9 +109,9 @@ async def open_pool(
     return pool_id
 
 
-async def list_pools(conn: db.Connection, *, organization_id: UUID) -> list[Pool]:
-    """Open pools of the organization, shared first."""
-    return await db.fetch_all(conn, Pool, QUERIES.pools, organization_id=organization_id)
+async def list_pools(conn: db.Connection, *, organization_id: UUID, with_unsettled: bool = False) -> list[Pool]:
+    """Open pools of the organization, shared first. with_unsettled: and closed ones that hold or are owed something."""
+    return await db.fetch_all(conn, Pool, QUERIES.pools, organization_id=organization_id, with_unsettled=with_unsettled)
 
 
 async def pool_for(

@@ -11,10 +11,10 @@ where organization_id = %(organization_id)s and kind in ('shared', 'individual')
 -- name: pools
 select p.pool_id, p.kind, p.owner_user_id, p.name, p.model_filter, b.limit_amount as limit_micros, b.used_amount as used_micros,
     b.held_amount as held_micros, b.excess_amount as excess_micros,
-    case when isfinite(p.next_event_at) then p.next_event_at end as next_event_at
+    case when isfinite(p.next_event_at) then p.next_event_at end as next_event_at, p.closed_at is not null as is_closed
 from credits.pools p
 join credits.balances b on b.organization_id = p.organization_id and b.balance_id = p.pool_id and b.period_start = '-infinity'
-where p.organization_id = %(organization_id)s and p.closed_at is null
+where p.organization_id = %(organization_id)s and (p.closed_at is null or %(with_unsettled)s and (b.held_amount > 0 or b.excess_amount > 0))
 order by p.kind <> 'shared', p.created_at, p.pool_id
 
 -- name: add_grant
