@@ -489,7 +489,25 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
     ),
     # refunds
     *of(
+        "refund_charge",
+        (
+            ("if v_draws.charged_at[i] <> v_charges[cardinality(v_charges)] then", "if false then"),
+            refunds.test_of_a_request_that_was_charged_twice_each_charge_gives_room_back_where_it_took_it,
+        ),
+        (
+            (
+                "credits.personal_pool(p_organization_id, v_users[i],",
+                "credits.personal_pool(p_organization_id, v_users[1],",
+            ),
+            refunds.test_of_a_request_that_was_charged_twice_each_charge_goes_back_to_who_asked,
+        ),
+    ),
+    *of(
         "draws_of",
+        (
+            "and k.chain_id = d.chain_id and k.model is not distinct from d.model",
+            refunds.test_of_a_request_that_was_charged_twice_each_charge_gives_room_back_where_it_took_it,
+        ),
         (
             ("t.request_id = a.request_id and t.booked_at = a.booked_at), 0)", "true), 0)"),
             refunds.test_of_several_requests_that_drew_on_several_pools_the_one_that_is_meant_is_refunded,
@@ -589,11 +607,11 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
     *of(
         "watch_charge",
         (
-            ("credits.charged_to(p_organization_id, p_request_id, p_pool_id) - p_moved", "-p_moved"),
+            ("v_to, -p_moved, true)", "v_to, 0, true)"),
             switching.test_a_correction_is_settled_with_who_was_charged_what_is_corrected,
         ),
         (
-            "- p_moved",
+            ("v_to, -p_moved, true)", "v_to, -p_moved, false)"),
             switching.test_a_correction_is_settled_with_who_was_charged_what_is_corrected,
         ),
     ),
@@ -605,50 +623,74 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
         ),
     ),
     *of(
-        "take_over",
-        ("and w.request_id = u.request_id", switching.test_what_a_hold_on_two_pools_frees_goes_to_its_user_in_each),
-        (
-            ("order by request_id", "order by request_id desc"),
-            switching.test_of_what_is_there_the_first_request_gets_its_rest_first,
-        ),
-    ),
-    *of(
         "sweep_pool",
         (
             ("h.organization_id = w.organization_id and h.request_id = w.request_id)", "false)"),
             switching.test_what_comes_while_calls_still_run_is_divided_at_once,
         ),
         (
-            ("and pool_id = v_row.to_pool_id and closed_at is not null", "and false"),
-            switching.test_what_a_hold_frees_goes_on_from_a_pool_that_has_closed_meanwhile,
+            ("and is_due) then", "and false) then"),
+            switching.test_what_a_closed_pool_is_owed_is_paid_by_the_next_credits_of_who_used_it,
         ),
-        *(
-            (cut, switching.test_what_a_closed_pool_is_owed_is_paid_by_the_next_credits_of_who_used_it)
-            for cut in (
-                ("if v_moved < v_owed then", "if false then"),
-                ("v_claims - (limit_amount", "0 - (limit_amount"),
-                ("else -w.owed_micros end", "else 0 end"),
-                ("coalesce(sum(owed_micros), 0)", "0"),
-            )
-        ),
-        *(
+        (
             (
-                (f"v_row.kept_micros {sign} v_moved", "v_row.kept_micros"),
-                switching.test_who_owes_pays_their_own_part_alone,
-            )
-            for sign in "+-"
+                "do update set rest_micros = a.rest_micros + excluded.rest_micros",
+                "do update set rest_micros = excluded.rest_micros",
+            ),
+            switching.test_what_somebody_left_themselves_pays_what_they_used_too_much_and_no_rest_is_lost,
         ),
+    ),
+    *of(
+        "settle_accounts",
         (
-            ("greatest(0, v_claims - (limit_amount - used_amount - held_amount))", "v_row.used_micros"),
-            switching.test_a_debt_that_is_settled_otherwise_is_not_paid_twice,
-        ),
-        (
-            ("and pool_id = v_row.to_pool_id and next_event_at <= p_now", "and false"),
+            ("and pool_id = v_to and next_event_at <= p_now", "and false"),
             switching.test_what_has_ended_where_a_user_spends_now_pays_no_debt,
         ),
         (
-            ("- v_moved, coalesce", "- v_moved, 1000 + coalesce"),
-            switching.test_what_has_expired_is_owed_to_nobody,
+            ("least(-rest_micros, credits.missing_in(p_organization_id, p_pool_id)) into", "-rest_micros into"),
+            switching.test_nobody_pays_more_than_is_missing,
+        ),
+        (
+            ("set rest_micros = rest_micros + v_micros", "set rest_micros = rest_micros"),
+            switching.test_who_owes_pays_their_own_part_alone,
+        ),
+        (
+            ("and rest_micros > 0 order by 1 loop", "and rest_micros > 0 order by 1 desc loop"),
+            switching.test_of_what_is_there_the_first_pool_gets_its_rest_first,
+        ),
+        (
+            ("and pool_id = v_to and closed_at is not null", "and false"),
+            switching.test_what_a_hold_frees_goes_on_from_a_pool_that_has_closed_meanwhile,
+        ),
+        (
+            ("-greatest(0, least(d.micros, v_missing - d.before)), is_due = false", "-d.micros, is_due = false"),
+            switching.test_a_debt_that_others_paid_is_not_asked_for_when_something_expires_later,
+        ),
+        (
+            ("= greatest(0, least(d.micros, v_missing - d.before)), is_due = false", "= d.micros, is_due = false"),
+            switching.test_what_has_expired_of_a_rest_is_not_paid_by_what_comes_to_all,
+        ),
+    ),
+    *of(
+        "missing_in",
+        ("and a.rest_micros > 0", switching.test_what_a_closed_pool_is_owed_is_paid_by_the_next_credits_of_who_used_it),
+        (
+            ("select sum(a.rest_micros) from", "select 0 * sum(a.rest_micros) from"),
+            switching.test_what_a_closed_pool_is_owed_is_paid_by_the_next_credits_of_who_used_it,
+        ),
+    ),
+    *of(
+        "fold_pool",
+        (
+            ("if v_was_closed then", "if false then"),
+            grants.test_what_pays_the_debt_of_a_closed_pool_ends_and_rolls_over_there_at_its_own_instant,
+        ),
+    ),
+    *of(
+        "reopen_pool",
+        (
+            "delete from closed_accounts where organization_id = p_organization_id and pool_id = v_pool.pool_id;",
+            switching.test_who_owes_a_pool_that_opens_again_owes_it_nothing_apart,
         ),
     ),
     *of(
@@ -658,7 +700,11 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
             switching.test_what_a_closed_pool_is_owed_is_paid_by_the_next_credits_of_who_used_it,
         ),
         (
-            ("to_pool_id else pool_id end", "to_pool_id end"),
+            "pool_id = p_pool_id or ",
+            switching.test_a_debt_that_others_paid_is_not_asked_for_when_something_expires_later,
+        ),
+        (
+            ("or to_pool_id = p_pool_id and rest_micros < 0", ""),
             switching.test_what_a_closed_pool_is_owed_is_paid_by_the_next_credits_of_who_used_it,
         ),
         (

@@ -195,8 +195,9 @@ class Pool:
     is_closed: bool = False
     leaving: dict[UUID, tuple[int, UUID]] = field(default_factory=dict)
     """Of a closed pool: what each request that was running then may use here, and to which pool goes what it leaves."""
-    owed: dict[UUID, int] = field(default_factory=dict)
-    """Of those that are over: what the other pool still owes this one; negative: the other way."""
+    rests: dict[UUID, int] = field(default_factory=dict)
+    """Of those that are over: what the other pool is still to get; negative: owes this one."""
+    is_due: bool = False
 
 
 @dataclass
@@ -344,13 +345,24 @@ class Code:
 class Charge:
     """What a request was charged: from which stretches of which pools' running totals, in order."""
 
+    draws: list[tuple[UUID, int, int]] = field(default_factory=list)
+    parts: list["Part"] = field(default_factory=list)
+    """Of which charge each is; a request may be charged again after it was by estimate."""
+    refunded: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """One charge of a request."""
+
     chain: "Chain"
     what: What
     booked: datetime
-    is_again: bool = False
-    """Its request was charged before, by another way to pay."""
-    draws: list[tuple[UUID, int, int]] = field(default_factory=list)
-    refunded: int = 0
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes it another one."""
+        return id(self.chain), self.what, self.booked
 
 
 @dataclass
@@ -447,11 +459,10 @@ class Hold:
 class Estimate:
     """What expiry charged by estimate."""
 
-    chain: Chain
+    part: Part
     legs: list[int]
     tokens: int
     flags: int
-    what: What
 
 
 @dataclass(frozen=True)
@@ -727,7 +738,7 @@ class Organization:
         """Apply what became due, each event at its own instant; then what no hold needs any more goes."""
         for pool_id in sorted(self.pools):
             self._fold_pool(self.pools[pool_id], now, is_over)
-        while is_over and (due := [p for p in sorted(self.pools) if self._is_due(self.pools[p])]):
+        while is_over and (due := [p for p in sorted(self.pools) if self.pools[p].is_due]):
             self._fold_pool(self.pools[due[0]], now)
         self._follow_raises(now)
         self._renew_shares(now)
@@ -834,7 +845,8 @@ class Organization:
                 if pool.is_closed:
                     pool.is_closed = False
                     pool.leaving.clear()
-                    pool.owed.clear()
+                    pool.rests.clear()
+                    pool.is_due = False
                     self.version += 1
                 return pool
         pool_id, open_part = self.names.pool(kind, owner, pattern)
@@ -1468,37 +1480,40 @@ class Organization:
             raise Refused("BR432")
         self.estimates.pop(request, None)
         back = self._last_of(charge, amount)
-        for pool_id, _, _ in back:
+        for pool_id, *_ in back:
             self.pour(self.pools[pool_id], now)
-        grown = [self._return(self.pools[pool_id], start, end, now) for pool_id, start, end in back]
+        grown = [self._return(self.pools[pool_id], start, end, now) for pool_id, start, end, _ in back]
         charge.refunded += amount
-        self._give_room_back(charge, back, grown, now)
-        for (pool_id, _, _), grows in zip(back, grown, strict=True):
+        for part in {part.key: part for *_, part in back}.values():
+            own = [n for n in range(len(back)) if back[n][3].key == part.key]
+            self._give_room_back(part, [back[n] for n in own], [grown[n] for n in own], now)
+        for (pool_id, *_), grows in zip(back, grown, strict=True):
             self.balance(pool_id).limit += grows
             if grows:
                 self._came(self.pools[pool_id])
         self.reopen()
-        for (pool_id, _, _), grows in zip(back, grown, strict=True):
+        for (pool_id, _, _, part), grows in zip(back, grown, strict=True):
             pool = self.pools[pool_id]
             if grows and pool.kind == "shared" and pool.is_closed:
                 self._fold_pool(pool, now, is_over=False)  # holds need less of expired grants where this burns before
-                owner = self._pool_of_user(charge.chain.user, pool.filter, now)
+                owner = self._pool_of_user(part.chain.user, pool.filter, now)
                 self._pass_on(pool, owner, grows, now)
-            self._fold_pool(pool, now)
+        for pool_id, *_ in back:
+            self._fold_pool(self.pools[pool_id], now)
         self.version += 1
         self._end(now, key, body, amount)
         return amount
 
-    def _last_of(self, charge: Charge, amount: int) -> list[tuple[UUID, int, int]]:
+    def _last_of(self, charge: Charge, amount: int) -> list[tuple[UUID, int, int, Part]]:
         """The last stretches that a request drew and that were not refunded before, the very last first."""
         skip, found = charge.refunded, []
-        for pool_id, start, end in reversed(charge.draws):
+        for (pool_id, start, end), part in reversed(list(zip(charge.draws, charge.parts, strict=True))):
             less = min(skip, end - start)
             skip -= less
-            part = min(amount, end - less - start)
-            if part:
-                amount -= part
-                found.append((pool_id, end - less - part, end - less))
+            micros = min(amount, end - less - start)
+            if micros:
+                amount -= micros
+                found.append((pool_id, end - less - micros, end - less, part))
         return found
 
     def _return(self, pool: Pool, start: int, end: int, now: datetime) -> int:
@@ -1530,16 +1545,16 @@ class Organization:
         return grows + bare
 
     def _give_room_back(
-        self, charge: Charge, back: list[tuple[UUID, int, int]], grown: list[int], now: datetime
+        self, charge: Part, back: list[tuple[UUID, int, int, Part]], grown: list[int], now: datetime
     ) -> None:
         """Caps and capped shares have so much less used; a reserved share is so much larger, unless others share it."""
-        total = sum(end - start for _, start, end in back)
+        total = sum(end - start for _, start, end, _ in back)
         for entry in charge.chain.always:
             if entry.metric == CREDITS and admits(entry.filter, charge.what):
                 self.balances[entry.balance].used -= total
         for leg in charge.chain.legs:
-            of_pool = sum(end - start for pool_id, start, end in back if pool_id == leg.pool_id)
-            grows = sum(g for (pool_id, _, _), g in zip(back, grown, strict=True) if pool_id == leg.pool_id)
+            of_pool = sum(end - start for pool_id, start, end, _ in back if pool_id == leg.pool_id)
+            grows = sum(g for (pool_id, *_), g in zip(back, grown, strict=True) if pool_id == leg.pool_id)
             for entry in leg.entries:
                 share = self.allocations.get(entry.balance[0])
                 if share is not None and share.kind == "capped":
@@ -1677,21 +1692,12 @@ class Organization:
 
     def _sweep(self, pool: Pool, now: datetime) -> None:
         """What turns up in a closed pool goes where it belongs."""
-        over = [r for r in pool.leaving if r not in self.holds]
-        claims = sum(max(0, pool.leaving[r][0] - self._charged_to(pool, r)) for r in over if r not in pool.owed)
-        claims += sum(max(0, -owed) for owed in pool.owed.values())
-        for request, (kept, to_id, used) in self._take_over(pool, are_debts=True):
-            self._fold_pool(self.pools[to_id], now)
-            owes = min(used - kept, max(0, claims - self.balance(pool.pool_id).room))
-            paid = self._pass_on(self.pools[to_id], pool, owes, now)
-            self.pour(pool, now)
-            self._owe(pool, request, kept + paid, to_id, owes - paid)
-        for request, (kept, to_id, used) in self._take_over(pool, are_debts=False):
-            passed = self._pass_on(pool, self.pools[to_id], kept - used, now)
-            debts = sum(owed for owed in pool.owed.values() if owed > 0)
-            self._owe(pool, request, kept - passed, to_id, -min(kept - used - passed, debts))
-            if self.pools[to_id].is_closed:
-                self._fold_pool(self.pools[to_id], now)
+        over = sorted(request for request in pool.leaving if request not in self.holds)
+        if over or pool.is_due:
+            for request in over:
+                kept, to_id = pool.leaving.pop(request)
+                pool.rests[to_id] = pool.rests.get(to_id, 0) + kept - self._charged_to(pool, request)
+            self._settle_accounts(pool, now)
         if self._spare(pool) and pool.kind == "shared":
             self._spread_over_members(pool, {}, now)
         elif self._spare(pool):
@@ -1711,29 +1717,39 @@ class Organization:
         self._divide(giver, [(taker, amount)], now)
         return amount
 
-    def _is_due(self, pool: Pool) -> bool:
-        return any(r not in self.holds and r not in pool.owed for r in pool.leaving)
+    def _settle_accounts(self, pool: Pool, now: datetime) -> None:
+        """Who used too much pays what is missing, then who left something gets it; what nobody misses is forgotten."""
+        for to_id in sorted(p for p, rest in pool.rests.items() if rest < 0):
+            self._fold_pool(self.pools[to_id], now)
+            if to_id not in pool.rests:  # this one may be open again
+                continue
+            owes = min(-pool.rests[to_id], self._missing(pool))
+            pool.rests[to_id] += self._pass_on(self.pools[to_id], pool, owes, now)
+            self.pour(pool, now)
+        for to_id in sorted(p for p, rest in pool.rests.items() if rest > 0):
+            if to_id not in pool.rests:
+                continue
+            pool.rests[to_id] -= self._pass_on(pool, self.pools[to_id], pool.rests[to_id], now)
+            if self.pools[to_id].is_closed:
+                self._fold_pool(self.pools[to_id], now)
+        debts, left = 0, self._missing(pool)
+        for to_id in sorted(p for p, rest in pool.rests.items() if rest < 0):
+            pool.rests[to_id] = -min(-pool.rests[to_id], left - debts)
+            debts -= pool.rests[to_id]
+        for to_id in sorted(p for p, rest in pool.rests.items() if rest > 0):
+            pool.rests[to_id] = min(pool.rests[to_id], debts)
+            debts -= pool.rests[to_id]
+        pool.rests = {to_id: rest for to_id, rest in pool.rests.items() if rest}
+        pool.is_due = False
 
-    def _take_over(self, pool: Pool, *, are_debts: bool) -> list[tuple[UUID, tuple[int, UUID, int]]]:
-        """Requests that are over, by what they used more than was kept for them, or not more."""
-        over = (r for r in sorted(pool.leaving) if r not in self.holds and r not in pool.owed)
-        used = {request: self._charged_to(pool, request) for request in over}
-        wanted = [request for request in used if (used[request] > pool.leaving[request][0]) == are_debts]
-        return [(request, (*pool.leaving.pop(request), used[request])) for request in wanted]
-
-    def _owe(self, pool: Pool, request: UUID, kept: int, to_id: UUID, owed: int) -> None:
-        if owed:
-            pool.leaving[request] = (kept, to_id)
-            pool.owed[request] = owed
+    def _missing(self, pool: Pool) -> int:
+        return max(0, sum(rest for rest in pool.rests.values() if rest > 0) - self.balance(pool.pool_id).room)
 
     def _came(self, taker: Pool) -> None:
         """What came into a pool may be owed to a closed one, or by one."""
         for pool in self.pools.values():
-            for request, owed in list(pool.owed.items()):
-                if taker.pool_id == (pool.leaving[request][1] if owed > 0 else pool.pool_id):
-                    del pool.owed[request]
-
-    # ------------------------------------------------------------------ chains
+            if pool.rests and (pool is taker or pool.rests.get(taker.pool_id, 0) < 0):
+                pool.is_due = True
 
     def _refusal(self, user: UUID, key_id: UUID, now: datetime) -> str | None:
         key = self.keys.get(key_id)
@@ -1951,9 +1967,9 @@ class Organization:
 
     def _resolve(self, moves: list[Move], now: datetime) -> list[Answer]:
         """Which chain each goes by, and what is decided without looking at any balance."""
-        for move in moves:
-            if move.action in (AUTHORIZE, DEDUCT) and move.request not in self.holds:
-                self.chain_of(move.user or NOBODY, move.key or NOBODY, now)
+        news = (m for m in moves if m.action in (AUTHORIZE, DEDUCT) and m.request not in self.holds)
+        for user, key in sorted({(m.user or NOBODY, m.key or NOBODY) for m in news}):
+            self.chain_of(user, key, now)
         return [self._first_look(move, now) for move in moves]
 
     def _first_look(self, move: Move, now: datetime) -> Answer:
@@ -2059,11 +2075,12 @@ class Organization:
         if not release:
             self.charged[move.request] = self.charged.get(move.request, 0) + move.amount
             if is_slow:
-                self._draw(move, hold.chain, paid, now)
+                self._draw(move.request, Part(hold.chain, hold.what, now), paid)
             else:
                 answer.chain, answer.paid = hold.chain, paid
             if move.flags & BY_EXPIRY:
-                self.estimates[move.request] = Estimate(hold.chain, paid, move.tokens, hold.flags, hold.what)
+                part = Part(hold.chain, hold.what, now)
+                self.estimates[move.request] = Estimate(part, paid, move.tokens, hold.flags)
 
     def _settle_late(self, move: Move, answer: Answer, now: datetime) -> None:
         """There is no hold: an estimate is corrected, what was booked is told, else it is charged all the same."""
@@ -2098,13 +2115,13 @@ class Organization:
             freed_tokens=0,
         )
         self.charged[move.request] = move.amount
-        self._draw(move, chain, paid, now)
+        self._draw(move.request, Part(chain, move.what, now), paid)
 
     def _correct(self, estimate: Estimate, move: Move, amount: int, now: datetime) -> None:
         """Too much goes back to those who paid, last first; too little is spread like any charge without hold."""
         delta = amount - sum(estimate.legs)
         if delta > 0:
-            moved = self.spread(estimate.chain, estimate.what, delta)
+            moved = self.spread(estimate.part.chain, estimate.part.what, delta)
         else:
             moved, left = [], -delta
             for paid in reversed(estimate.legs):
@@ -2112,8 +2129,8 @@ class Organization:
                 left += moved[0]
         nothing = [0] * len(moved)
         self.book(
-            estimate.chain,
-            estimate.what,
+            estimate.part.chain,
+            estimate.part.what,
             bool(estimate.flags & OWN_KEY),
             used=moved,
             calls=0,
@@ -2124,18 +2141,18 @@ class Organization:
         )
         assert move.request is not None
         if delta > 0:
-            self._draw(move, estimate.chain, moved, now)
+            self._draw(move.request, estimate.part, moved)
         if delta < 0:
-            self._undraw(self.charges[move.request], estimate.chain, moved)
-        for pool_id, difference in sorted(_by_pool(estimate.chain, moved).items()):
+            self._undraw(self.charges[move.request], estimate.part.chain, moved)
+        for pool_id, difference in sorted(_by_pool(estimate.part.chain, moved).items()):
             pool = self.pools[pool_id]
             if pool.is_closed:
-                self._settle_with_successor(pool, move.request, estimate.chain.user, difference, now)
+                self._settle_with_successor(pool, estimate.part.chain.user, difference, now)
             if difference < 0 or pool.is_closed:
                 self._fold_pool(pool, now, is_over=False)
                 self.version += 1
 
-    def _settle_with_successor(self, pool: Pool, request: UUID, user: UUID, moved: int, now: datetime) -> None:
+    def _settle_with_successor(self, pool: Pool, user: UUID, moved: int, now: datetime) -> None:
         """What a closed pool was charged otherwise than in the end is settled with where its user spends now."""
         to: Pool | None
         if pool.kind == "shared":
@@ -2146,25 +2163,21 @@ class Organization:
             )
             to = next(shared, None)
         if to is not None:
-            pool.leaving.setdefault(request, (self._charged_to(pool, request) - moved, to.pool_id))
-            pool.owed.pop(request, None)
+            pool.rests[to.pool_id] = pool.rests.get(to.pool_id, 0) - moved
+            pool.is_due = True
 
     # ------------------------------------------------------------------ where charges stand
 
-    def _draw(self, move: Move, chain: Chain, paid: list[int], now: datetime) -> None:
+    def _draw(self, request: UUID, part: Part, paid: list[int]) -> None:
         """What was just booked stands at the end of each pool's running total."""
-        by_pool = _by_pool(chain, paid)
+        by_pool = _by_pool(part.chain, paid)
         ends = {pool_id: self.balance(pool_id).used for pool_id in by_pool}
-        self._note_charge(move, chain, {p: (ends[p] - paid, ends[p]) for p, paid in by_pool.items()}, now)
+        self._note_charge(request, part, {p: (ends[p] - paid, ends[p]) for p, paid in by_pool.items()})
 
-    def _note_charge(self, move: Move, chain: Chain, draws: dict[UUID, tuple[int, int]], now: datetime) -> None:
-        assert move.request is not None
-        charge = self.charges.get(move.request)
-        if charge is None:
-            charge = self.charges[move.request] = Charge(chain, move.what, now)
-        elif charge.chain is not chain:
-            charge.is_again = True
+    def _note_charge(self, request: UUID, part: Part, draws: dict[UUID, tuple[int, int]]) -> None:
+        charge = self.charges.setdefault(request, Charge())
         charge.draws += [(pool_id, start, end) for pool_id, (start, end) in draws.items()]
+        charge.parts += [part] * len(draws)
 
     def _undraw(self, charge: Charge, chain: Chain, moved: list[int]) -> None:
         """What a correction takes back of a pool is gone from the last stretches of it."""
@@ -2189,7 +2202,9 @@ class Organization:
             for pool_id, amount in paid.items():
                 at[pool_id] -= amount
         for move, chain, paid in drawn:
-            self._note_charge(move, chain, {p: (at[p], at[p] + amount) for p, amount in paid.items()}, now)
+            assert move.request is not None
+            stretches = {p: (at[p], at[p] + amount) for p, amount in paid.items()}
+            self._note_charge(move.request, Part(chain, move.what, now), stretches)
             for pool_id, amount in paid.items():
                 at[pool_id] += amount
 

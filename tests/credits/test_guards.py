@@ -594,12 +594,6 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     ),
     (
         "fold_pool",
-        "and closed_at is not null) then",
-        "and false) then",
-        grants.test_what_pays_the_debt_of_a_closed_pool_ends_and_rolls_over_there_at_its_own_instant,
-    ),
-    (
-        "fold_pool",
         "case when v_is_needed then '-infinity' else v_at end",
         "v_at",
         grants.test_what_an_open_hold_frees_after_the_switch_goes_to_who_held_it,

@@ -225,3 +225,48 @@ def test_a_refund_leaves_the_estimates_of_other_requests_to_be_corrected(scene: 
     assert scene.settle(requests[1], 4, user).outcome is ACCEPTED
     assert scene.balance(pool) == Balance(110, 14, 0, 0)
     assert scene.findings() == []
+
+
+def test_of_a_request_that_was_charged_twice_each_charge_gives_room_back_where_it_took_it(scene: Scene) -> None:
+    one, two, pool = scene.user(), scene.user(), scene.pool()
+    scene.grant(pool, 100)
+    caps = [scene.limit(50, scope="user", of=user) for user in (one, two)]
+    of_gpt = scene.limit(50, models="gpt%")
+    request = scene.hold(10, one, flags=Flag.SENT, model="gpt-4")
+    scene.later(hours=1)
+    scene.expire()
+    scene.hold(20, two, request=request, model="m1")
+    scene.later(minutes=1)
+    scene.settle(request, 20, two)
+    scene.later(minutes=1)
+    scene.settle(request, 14, one)  # 4 more than the estimate
+    assert [scene.used(cap) for cap in (*caps, of_gpt)] == [(14, 0), (20, 0), (14, 0)]
+    scene.later(minutes=1)
+    assert scene.refund(request, 29) == 29
+    assert [scene.used(cap) for cap in (*caps, of_gpt)] == [(5, 0), (0, 0), (5, 0)]
+    rows = scene.admin(
+        "select user_id, model, charged_micros from ledger.attribution"
+        " where request_id = %s and kind = 2 order by booked_at", request,
+    )  # fmt: skip
+    assert rows == [(one, "gpt-4", -4), (two, "m1", -20), (one, "gpt-4", -5)]
+    assert scene.refund(request) == 5
+    assert [scene.used(cap) for cap in (*caps, of_gpt)] == [(0, 0)] * 3
+    assert scene.balance(pool) == Balance(134, 34, 0, 0)
+    assert scene.findings() == []
+
+
+def test_of_a_request_that_was_charged_twice_each_charge_goes_back_to_who_asked(scene: Scene) -> None:
+    one, two, pool = scene.user(), scene.user(), scene.pool()
+    scene.grant(pool, 30)
+    request = scene.hold(10, one, flags=Flag.SENT)
+    scene.later(hours=1)
+    scene.expire()
+    scene.hold(20, two, request=request)
+    scene.later(minutes=1)
+    scene.settle(request, 20, two)
+    scene.switch("personal")
+    scene.later(minutes=1)
+    assert scene.refund(request) == 30
+    own = [scene.pool("personal", owner=user) for user in (one, two)]
+    assert [scene.balance(each).limit for each in own] == [10, 20]
+    assert scene.findings() == []

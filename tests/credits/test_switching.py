@@ -20,6 +20,15 @@ def own_of(scene: Scene, user: UUID, models: str | None = None) -> Balance:
     return scene.balance(pool)
 
 
+def unsettled(scene: Scene) -> int:
+    """How many running requests and members are awaited in closed pools."""
+    tables = ("sweeps", "closed_accounts")
+    found = [
+        scene.admin(f"select 1 from credits.{name} where organization_id = %s", scene.organization) for name in tables
+    ]
+    return sum(map(len, found))
+
+
 def test_only_a_companys_pools_are_switched(scene: Scene) -> None:
     scene.grant(scene.pool(), 100)
     for to in ("individual", None):
@@ -124,7 +133,7 @@ def test_a_call_that_the_customers_own_key_pays_keeps_nothing_waiting(scene: Sce
     scene.grant(pool, 100)
     scene.hold(0, user, flags=Flag.OWN_KEY)
     assert scene.switch("personal")["held_micros"] == 0
-    assert scene.admin("select count(*) from credits.sweeps where organization_id = %s", scene.organization) == [(0,)]
+    assert unsettled(scene) == 0
     assert scene.findings() == []
 
 
@@ -300,19 +309,20 @@ def test_what_a_closed_pool_is_owed_is_paid_by_the_next_credits_of_who_used_it(s
     scene.later(hours=1)
     scene.wake()
     assert [scene.balance(each).limit for each in (pool, *pools)] == [47, 95, 8]
-    assert scene.admin("select count(*) from credits.sweeps where organization_id = %s", scene.organization) == [(0,)]
+    assert unsettled(scene) == 0
     assert scene.findings() == []
 
 
-def test_of_what_is_there_the_first_request_gets_its_rest_first(scene: Scene) -> None:
+def test_of_what_is_there_the_first_pool_gets_its_rest_first(scene: Scene) -> None:
     users, shared = [scene.user() for _ in range(3)], scene.pool()
+    own = sorted((scene.pool("personal", owner=user), user) for user in users)
     scene.grant(shared, 60)
-    asked = sorted((scene.hold(20, user), user) for user in users)
+    requests = [scene.hold(20, user) for _, user in own]
     scene.switch("personal")
-    used = zip(asked, (35, 12, 12), strict=True)
-    scene.move(*(scene.asked(Action.SETTLE, request, micros) for (request, _), micros in used))
+    used = zip(requests, (35, 12, 12), strict=True)
+    scene.move(*(scene.asked(Action.SETTLE, request, micros) for request, micros in used))
     scene.wake()
-    assert [own_of(scene, user).limit for _, user in asked] == [0, 1, 0]
+    assert [scene.balance(pool).limit for pool, _ in own] == [0, 1, 0]
     assert scene.findings() == []
 
 
@@ -338,7 +348,7 @@ def test_who_owes_pays_their_own_part_alone(scene: Scene) -> None:
     scene.later(hours=1)
     scene.wake()
     assert [scene.balance(each).limit for each in (shared, *pools)] == [70, 101, 6, 26], "10 first, then 6 for each"
-    assert scene.admin("select count(*) from credits.sweeps where organization_id = %s", scene.organization) == [(0,)]
+    assert unsettled(scene) == 0
     assert scene.findings() == []
 
 
@@ -360,7 +370,7 @@ def test_a_debt_that_is_settled_otherwise_is_not_paid_twice(scene: Scene) -> Non
     scene.grant(own, 10)
     scene.wake()
     assert (scene.balance(own).limit, scene.balance(pool)) == (27, Balance(35, 35, 0, 0))
-    assert scene.admin("select count(*) from credits.sweeps where organization_id = %s", scene.organization) == [(0,)]
+    assert unsettled(scene) == 0
     assert scene.findings() == []
 
 
@@ -372,11 +382,11 @@ def test_what_has_expired_is_owed_to_nobody(scene: Scene) -> None:
     scene.later(hours=2)
     scene.release(requests[0])
     scene.wake()
-    assert scene.admin("select count(*) from credits.sweeps where organization_id = %s", scene.organization) == [(1,)]
+    assert unsettled(scene) == 1
     scene.release(requests[1])
     scene.wake()
     assert scene.balance(pool) == Balance(0, 0, 0, 0)
-    assert scene.admin("select count(*) from credits.sweeps where organization_id = %s", scene.organization) == [(0,)]
+    assert unsettled(scene) == 0
     assert scene.findings() == []
 
 
@@ -402,4 +412,153 @@ def test_what_has_ended_where_a_user_spends_now_pays_no_debt(scene: Scene) -> No
     scene.later(hours=2)
     scene.wake()
     assert (scene.balance(own), scene.balance(pool)) == (Balance(0, 0, 0, 0), Balance(20, 35, 0, 15))
+    assert scene.findings() == []
+
+
+def test_a_closed_pool_that_opens_while_it_is_settled_is_awaited_at_its_own_instants(scene: Scene) -> None:
+    user = scene.user()
+    own = scene.pool("personal", owner=user)
+    scene.grant(own, 20)
+    request = scene.hold(20, user, lease_seconds=90_000)
+    scene.switch("shared")
+    shared = scene.pool()
+    scene.grant(shared, 30, starts=scene.now + timedelta(hours=1), expires=scene.now + timedelta(hours=2))
+    scene.switch("personal")
+    scene.later(minutes=50)
+    scene.settle(request, 15)
+    scene.later(minutes=10)
+    scene.wake()
+    assert scene.findings() == []
+    scene.later(hours=1)
+    scene.wake()
+    assert scene.balance(own) == Balance(20, 15, 0, 0)
+
+
+def test_who_owes_a_pool_that_opens_again_owes_it_nothing_apart(scene: Scene) -> None:
+    user = scene.user()
+    own = scene.pool("personal", owner=user)
+    scene.grant(own, 20)
+    request = scene.hold(20, user, lease_seconds=90_000)
+    scene.switch("shared")
+    shared = scene.pool()
+    for hours, amount in ((1, 30), (2, 40)):
+        scene.grant(shared, amount, starts=scene.now + timedelta(hours=hours))
+    scene.switch("personal")
+    scene.later(minutes=50)
+    scene.settle(request, 60)
+    for _ in range(2):
+        scene.later(minutes=60)
+        scene.wake()
+    assert (scene.balance(own), scene.balance(shared)) == (Balance(90, 60, 0, 0), Balance(0, 0, 0, 0))
+    assert unsettled(scene) == 0
+    assert scene.findings() == []
+
+
+def test_what_somebody_left_themselves_pays_what_they_used_too_much_and_no_rest_is_lost(scene: Scene) -> None:
+    one, two, shared = scene.user(), scene.user(), scene.pool()
+    scene.grant(shared, 60)
+    requests = sorted(scene.hold(20, one) for _ in range(2))
+    theirs = scene.hold(20, two)
+    scene.switch("personal")
+    scene.settle(requests[0], 35)
+    scene.wake()
+    scene.move(scene.asked(Action.SETTLE, requests[1], 18), scene.asked(Action.SETTLE, theirs, 5))
+    scene.wake()
+    scene.grant(scene.pool("personal", owner=one), 100)
+    scene.wake()
+    assert (own_of(scene, one).limit, own_of(scene, two).limit) == (87, 15)
+    assert scene.findings() == []
+
+
+def test_a_request_that_is_held_anew_elsewhere_owes_all_the_same(scene: Scene) -> None:
+    one, two, shared = scene.user(), scene.user(), scene.pool()
+    scene.grant(shared, 40)
+    first, second = scene.hold(20, one), scene.hold(20, two)
+    scene.switch("personal")
+    scene.settle(first, 35)
+    scene.wake()
+    own = scene.pool("personal", owner=one)
+    scene.grant(own, 5)
+    scene.wake()
+    scene.authorize(0, one, request=first)
+    scene.grant(own, 20)
+    scene.wake()
+    scene.settle(second, 5)
+    scene.wake()
+    assert (own_of(scene, one).limit, own_of(scene, two).limit) == (10, 15)
+    assert scene.findings() == []
+
+
+def test_who_owes_and_is_owed_settles_with_themselves_in_one_go(scene: Scene) -> None:
+    one, two, three = (scene.user() for _ in range(3))
+    shared = scene.pool()
+    scene.grant(shared, 8_000)
+    requests = [scene.hold(2_000, user) for user in (one, one, two, three)]
+    scene.switch("personal")
+    for request, used in zip(requests, (3_500, 500, 3_500, 500), strict=True):
+        scene.settle(request, used)
+    scene.wake()
+    count = "select count(*) from ledger.entries where organization_id = %s"
+    [(before,)] = scene.admin(count, scene.organization)
+    scene.grant(scene.pool("personal", owner=two), 2)
+    scene.wake()
+    [(after,)] = scene.admin(count, scene.organization)
+    assert after - before < 10
+    assert own_of(scene, three).limit == 2
+    assert scene.findings() == []
+
+
+def test_what_has_expired_of_a_rest_is_not_paid_by_what_comes_to_all(scene: Scene) -> None:
+    users, shared = [scene.user() for _ in range(3)], scene.pool()
+    scene.grant(shared, 60, expires=scene.now + timedelta(hours=1))
+    scene.grant(shared, 30, starts=scene.now + timedelta(hours=3))
+    requests = [scene.hold(20, user, lease_seconds=900_000) for user in users]
+    scene.switch("personal")
+    scene.settle(requests[0], 25)
+    scene.wake()
+    scene.later(hours=2)
+    scene.wake()
+    scene.release(requests[1])  # of its 20 are 15 expired, and 5 were used by the first
+    scene.wake()
+    scene.later(hours=1)
+    scene.wake()
+    assert [own_of(scene, user).limit for user in users] == [8, 13, 8]
+    assert scene.findings() == []
+
+
+def test_a_debt_that_others_paid_is_not_asked_for_when_something_expires_later(scene: Scene) -> None:
+    one, two, three = (scene.user() for _ in range(3))
+    shared = scene.pool()
+    scene.grant(shared, 60, expires=scene.now + timedelta(hours=2))
+    scene.grant(shared, 15, starts=scene.now + timedelta(hours=1))
+    requests = [scene.hold(20, user, lease_seconds=90_000) for user in (one, two, three)]
+    scene.switch("personal")
+    scene.settle(requests[0], 35)
+    scene.settle(requests[1], 20)
+    scene.wake()
+    scene.later(hours=1)
+    scene.wake()
+    scene.later(hours=1, minutes=1)
+    scene.release(requests[2])
+    scene.wake()
+    scene.grant(scene.pool("personal", owner=one), 100)
+    scene.wake()
+    assert (own_of(scene, one).limit, own_of(scene, three).limit) == (100, 15)
+    assert scene.findings() == []
+
+
+def test_nobody_pays_more_than_is_missing(scene: Scene) -> None:
+    one, two, pool = scene.user(), scene.user(), scene.pool()
+    scene.grant(pool, 20)
+    scene.grant(pool, 5, starts=scene.now + timedelta(hours=1))
+    request = scene.hold(20, one)
+    scene.switch("personal")
+    scene.grant(scene.pool("personal", owner=one), 100)
+    scene.settle(request, 35)
+    scene.later(hours=1)
+    scene.wake()
+    assert own_of(scene, one).limit == 90
+    assert scene.balance(scene.pool("personal", owner=two)) == Balance(0, 0, 0, 0)
+    assert scene.balance(pool) == Balance(35, 35, 0, 0)
+    assert unsettled(scene) == 0
     assert scene.findings() == []

@@ -412,7 +412,9 @@ left join (
         union all
         select organization_id, pool_id, next_at from credits.grant_schedules
         union all
-        select organization_id, pool_id, '-infinity' from credits.sweeps where coalesce(owed_micros, 0) = 0
+        select organization_id, pool_id, '-infinity' from credits.sweeps
+        union all
+        select organization_id, pool_id, '-infinity' from credits.closed_accounts where is_due
     ) events
     group by 1, 2
 ) s on s.organization_id = p.organization_id and s.pool_id = p.pool_id

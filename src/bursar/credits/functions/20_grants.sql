@@ -1,7 +1,7 @@
 -- Grants: burn order, expiry, start, and the pools that hold them.
 
 -- set_pool_limit: move a pool's limit by a delta; its open part follows: pool less everything reserved. What comes may be owed
--- to a closed pool, or by one (sweep_pool).
+-- to a closed pool, or by one (settle_accounts).
 create or replace function credits.set_pool_limit(p_organization_id uuid, p_pool_id uuid, p_delta bigint) returns void
 language plpgsql volatile set search_path = credits, pg_temp as $$
 declare
@@ -15,12 +15,11 @@ begin
     where organization_id = p_organization_id and balance_id = p_pool_id and period_start = '-infinity'
     returning limit_amount into strict v_limit;
     if p_delta > 0 then
-        with owed as (
-            update sweeps set owed_micros = 0
-            where organization_id = p_organization_id and owed_micros <> 0 and p_pool_id = case when owed_micros > 0 then to_pool_id else pool_id end
-            returning pool_id
+        with due as (
+            update closed_accounts set is_due = true
+            where organization_id = p_organization_id and (pool_id = p_pool_id or to_pool_id = p_pool_id and rest_micros < 0) returning pool_id
         )  -- whoever brings credits folds their pool then, by which the gate awaits what is due
-        update pools set next_event_at = '-infinity' where organization_id = p_organization_id and pool_id in (select pool_id from owed);
+        update pools set next_event_at = '-infinity' where organization_id = p_organization_id and pool_id in (select pool_id from due);
     end if;
     select open_part_id into v_open from pools where organization_id = p_organization_id and pool_id = p_pool_id;
     if v_open is null then
@@ -330,9 +329,10 @@ create or replace function credits.fold_pool(p_organization_id uuid, p_pool_id u
 language plpgsql volatile set search_path = credits, pg_temp as $$
 declare
     v_at timestamptz := credits.apply_events(p_organization_id, p_pool_id, p_now);
+    v_was_closed constant boolean := (select closed_at is not null from pools where organization_id = p_organization_id and pool_id = p_pool_id);
     v_is_needed constant boolean := credits.sweep_pool(p_organization_id, p_pool_id, p_now);
 begin
-    if exists (select from pools where organization_id = p_organization_id and pool_id = p_pool_id and closed_at is not null) then
+    if v_was_closed then
         v_at := credits.apply_events(p_organization_id, p_pool_id, p_now);  -- what pays its debt has ends of its own
     end if;
     -- A closed pool is due as long as open holds need its credits.
@@ -369,12 +369,11 @@ begin
         perform credits.fold_pool(p_organization_id, v_pool, p_now);
     end loop;
     loop  -- what came on the way may pay what is owed to closed pools, or by them; each time less is left of that
-        select w.pool_id into v_pool from sweeps w
-        where w.organization_id = p_organization_id and w.owed_micros = 0
-          and not exists (select from holds h where h.organization_id = w.organization_id and h.request_id = w.request_id)
-        order by w.pool_id limit 1;
+        select pool_id into v_pool from closed_accounts where organization_id = p_organization_id and is_due order by 1 limit 1;
         exit when not found;
         perform credits.fold_pool(p_organization_id, v_pool, p_now);
+        assert not exists (select from closed_accounts where organization_id = p_organization_id and pool_id = v_pool and is_due),
+            'a closed pool was due right after it was settled';
     end loop;
     perform credits.fold_limits(p_organization_id, p_now);
 end $$;
@@ -413,6 +412,7 @@ begin
     if v_pool.closed_at is not null then
         update pools set closed_at = null where organization_id = p_organization_id and pool_id = v_pool.pool_id;
         delete from sweeps where organization_id = p_organization_id and pool_id = v_pool.pool_id;
+        delete from closed_accounts where organization_id = p_organization_id and pool_id = v_pool.pool_id;
         perform credits.limits_changed(p_organization_id);
     end if;
     return v_pool.pool_id;

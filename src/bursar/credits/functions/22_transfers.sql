@@ -254,36 +254,72 @@ language sql stable set search_path = credits, pg_temp as $$
 $$;
 comment on function credits.charged_to is 'Micros that one pool was charged for a request';
 
--- take_over: of requests that are over those that used more of a closed pool than was kept for them, or not more, and are due; by request, so that the
--- same is left of which grant, whatever the rows' places. They are noted no longer.
-create or replace function credits.take_over(p_organization_id uuid, p_pool_id uuid, p_request_ids uuid[], p_are_debts boolean)
-returns table (request_id uuid, to_pool_id uuid, kept_micros bigint, used_micros bigint)
-language sql volatile set search_path = credits, pg_temp as $$
-    with used as materialized (
-        select o.request_id, credits.charged_to(p_organization_id, o.request_id, p_pool_id) as used_micros from unnest(p_request_ids) o(request_id)
-    ), taken as (
-        delete from sweeps w using used u
-        where w.organization_id = p_organization_id and w.pool_id = p_pool_id and w.request_id = u.request_id
-          and coalesce(w.owed_micros, 0) = 0 and (u.used_micros > w.kept_micros) = p_are_debts
-        returning w.request_id, w.to_pool_id, w.kept_micros, u.used_micros
-    )
-    select * from taken order by request_id;
-$$;
-comment on function credits.take_over is 'Takes up the requests whose use of a closed pool is to be settled now: those that used more than was kept for them, or the others';
+-- settle_accounts: where the members of a closed pool spend now pays what they used beyond what was kept for them, and gets what they left. What is
+-- not there is paid as credits come (set_pool_limit), and what another has used is got then. Nobody pays more than is missing, since what came into
+-- the pool otherwise has paid, too; and what is missing without a debt has expired.
+create or replace function credits.settle_accounts(p_organization_id uuid, p_pool_id uuid, p_now timestamptz) returns void
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_to uuid;
+    v_micros bigint;
+    v_missing bigint;
+begin
+    -- By pool, so that the same is left of which grant, whatever the rows' places. A fold on the way may open the pool again: then nothing is owed any more.
+    for v_to in select to_pool_id from closed_accounts where organization_id = p_organization_id and pool_id = p_pool_id and rest_micros < 0 order by 1 loop
+        -- What is due there belongs to the time before, as in divide.
+        perform credits.fold_pool(organization_id, pool_id, p_now) from pools
+        where organization_id = p_organization_id and pool_id = v_to and next_event_at <= p_now;
+        select least(-rest_micros, credits.missing_in(p_organization_id, p_pool_id)) into v_micros from closed_accounts
+        where organization_id = p_organization_id and pool_id = p_pool_id and to_pool_id = v_to;
+        continue when not found;
+        v_micros := credits.pass_on(p_organization_id, v_to, p_pool_id, v_micros, p_now);
+        perform credits.pour(p_organization_id, p_pool_id, p_now);
+        update closed_accounts set rest_micros = rest_micros + v_micros
+        where organization_id = p_organization_id and pool_id = p_pool_id and to_pool_id = v_to;
+    end loop;
+    for v_to in select to_pool_id from closed_accounts where organization_id = p_organization_id and pool_id = p_pool_id and rest_micros > 0 order by 1 loop
+        select rest_micros into v_micros from closed_accounts where organization_id = p_organization_id and pool_id = p_pool_id and to_pool_id = v_to;
+        continue when not found;
+        v_micros := credits.pass_on(p_organization_id, p_pool_id, v_to, v_micros, p_now);
+        update closed_accounts set rest_micros = rest_micros - v_micros
+        where organization_id = p_organization_id and pool_id = p_pool_id and to_pool_id = v_to;
+        -- Where it went may have closed since, too: then it goes on at once, as nobody awaits anything there.
+        perform credits.fold_pool(organization_id, pool_id, p_now) from pools
+        where organization_id = p_organization_id and pool_id = v_to and closed_at is not null;
+    end loop;
+    v_missing := credits.missing_in(p_organization_id, p_pool_id);
+    update closed_accounts a set rest_micros = -greatest(0, least(d.micros, v_missing - d.before)), is_due = false
+    from (select to_pool_id, -rest_micros as micros, coalesce(sum(-rest_micros) over (order by to_pool_id rows between unbounded preceding and 1 preceding), 0) as before
+          from closed_accounts where organization_id = p_organization_id and pool_id = p_pool_id and rest_micros < 0) d
+    where a.organization_id = p_organization_id and a.pool_id = p_pool_id and a.to_pool_id = d.to_pool_id;
+    select coalesce(-sum(rest_micros) filter (where rest_micros < 0), 0) into v_missing from closed_accounts
+    where organization_id = p_organization_id and pool_id = p_pool_id;
+    update closed_accounts a set rest_micros = greatest(0, least(d.micros, v_missing - d.before)), is_due = false
+    from (select to_pool_id, rest_micros as micros, coalesce(sum(rest_micros) over (order by to_pool_id rows between unbounded preceding and 1 preceding), 0) as before
+          from closed_accounts where organization_id = p_organization_id and pool_id = p_pool_id and rest_micros > 0) d
+    where a.organization_id = p_organization_id and a.pool_id = p_pool_id and a.to_pool_id = d.to_pool_id;
+    delete from closed_accounts where organization_id = p_organization_id and pool_id = p_pool_id and rest_micros = 0;
+end $$;
+comment on function credits.settle_accounts is 'Settles what a closed pool is owed and owes, as far as there are credits for it';
 
--- sweep_pool: what turns up in a closed pool goes where it belongs: what a hold did not use to where the hold's user spends now, anything else
--- (a schedule's grant, one that starts, a refund) as the switch itself would have divided it. A request that used more than it
--- held there is paid for from where its user spends now; what is not there is owed until credits come (set_pool_limit), and so is what others would have
--- got of it. Nobody pays more than is missing, since what came into the pool otherwise has paid, too. Returns whether holds are still open on the pool.
+-- missing_in: what a closed pool would need to give everybody what they are still to get, and to owe nothing.
+create or replace function credits.missing_in(p_organization_id uuid, p_pool_id uuid) returns bigint
+language sql stable set search_path = credits, pg_temp as $$
+    select greatest(0, b.used_amount + b.held_amount - b.limit_amount + coalesce((
+        select sum(a.rest_micros) from closed_accounts a
+        where a.organization_id = p_organization_id and a.pool_id = p_pool_id and a.rest_micros > 0), 0))::bigint
+    from balances b where b.organization_id = p_organization_id and b.balance_id = p_pool_id and b.period_start = '-infinity';
+$$;
+comment on function credits.missing_in is 'Micros that a closed pool lacks to give everybody what they are still to get';
+
+-- sweep_pool: what turns up in a closed pool goes where it belongs: what a hold did not use to where the hold's user spends now, which also pays for
+-- what was used beyond it (settle_accounts); anything else (a schedule's grant, one that starts, a refund) as the switch itself would have divided it.
+-- Returns whether holds are still open on it.
 create or replace function credits.sweep_pool(p_organization_id uuid, p_pool_id uuid, p_now timestamptz) returns boolean
 language plpgsql volatile set search_path = credits, pg_temp as $$
 declare
     v_pool pools;
-    v_row record;
     v_over uuid[];
-    v_claims bigint;
-    v_owed bigint;
-    v_moved bigint;
     v_room bigint;
     v_to uuid;
 begin
@@ -295,38 +331,16 @@ begin
         select request_id from sweeps w
         where w.organization_id = p_organization_id and w.pool_id = p_pool_id
           and not exists (select from holds h where h.organization_id = w.organization_id and h.request_id = w.request_id));
-    for v_row in select * from credits.take_over(p_organization_id, p_pool_id, v_over, true) loop
-        -- What is due there belongs to the time before, as in divide.
-        perform credits.fold_pool(organization_id, pool_id, p_now) from pools
-        where organization_id = p_organization_id and pool_id = v_row.to_pool_id and next_event_at <= p_now;
-        v_claims := coalesce(v_claims, (
-            select sum(greatest(0, case when coalesce(w.owed_micros, 0) = 0 then w.kept_micros - credits.charged_to(p_organization_id, w.request_id, p_pool_id)
-                else -w.owed_micros end))
-            from sweeps w where w.organization_id = p_organization_id and w.pool_id = p_pool_id and w.request_id = any (v_over)), 0);
-        select least(v_row.used_micros - v_row.kept_micros, greatest(0, v_claims - (limit_amount - used_amount - held_amount))) into strict v_owed
-        from balances where organization_id = p_organization_id and balance_id = p_pool_id;
-        v_moved := credits.pass_on(p_organization_id, v_row.to_pool_id, p_pool_id, v_owed, p_now);
-        perform credits.pour(p_organization_id, p_pool_id, p_now);
-        if v_moved < v_owed then
-            insert into sweeps (organization_id, pool_id, request_id, kept_micros, to_pool_id, owed_micros)
-            values (p_organization_id, p_pool_id, v_row.request_id, v_row.kept_micros + v_moved, v_row.to_pool_id, v_owed - v_moved);
-        end if;
-    end loop;
-    for v_row in select * from credits.take_over(p_organization_id, p_pool_id, v_over, false) loop
-        v_moved := credits.pass_on(p_organization_id, p_pool_id, v_row.to_pool_id, v_row.kept_micros - v_row.used_micros, p_now);
-        if v_moved < v_row.kept_micros - v_row.used_micros then
-            -- What is missing has another used, as long as somebody owes the pool as much; else it has expired.
-            select least(v_row.kept_micros - v_row.used_micros - v_moved, coalesce(sum(owed_micros), 0)) into v_owed
-            from sweeps where organization_id = p_organization_id and pool_id = p_pool_id and owed_micros > 0;
-            if v_owed > 0 then
-                insert into sweeps (organization_id, pool_id, request_id, kept_micros, to_pool_id, owed_micros)
-                values (p_organization_id, p_pool_id, v_row.request_id, v_row.kept_micros - v_moved, v_row.to_pool_id, -v_owed);
-            end if;
-        end if;
-        -- Where it went may have closed since, too: then it goes on at once, as nobody awaits anything there.
-        perform credits.fold_pool(organization_id, pool_id, p_now) from pools
-        where organization_id = p_organization_id and pool_id = v_row.to_pool_id and closed_at is not null;
-    end loop;
+    if v_over <> '{}' or exists (select from closed_accounts where organization_id = p_organization_id and pool_id = p_pool_id and is_due) then
+        with ended as (
+            delete from sweeps where organization_id = p_organization_id and pool_id = p_pool_id and request_id = any (v_over)
+            returning request_id, kept_micros, to_pool_id
+        )
+        insert into closed_accounts as a (organization_id, pool_id, to_pool_id, rest_micros)
+        select p_organization_id, p_pool_id, to_pool_id, sum(kept_micros - credits.charged_to(p_organization_id, request_id, p_pool_id)) from ended group by 3
+        on conflict on constraint closed_accounts_pkey do update set rest_micros = a.rest_micros + excluded.rest_micros;
+        perform credits.settle_accounts(p_organization_id, p_pool_id, p_now);
+    end if;
     v_room := credits.room_of_pool(p_organization_id, p_pool_id);
     if v_room > 0 and v_pool.kind = 'shared' then
         perform credits.spread_over_members(p_organization_id, p_pool_id, '{}', '{}', 'after the switch of pools', null, null, p_now);
@@ -339,7 +353,8 @@ begin
             perform credits.reopen_pool(p_organization_id, v_pool.kind, v_pool.owner_user_id, v_pool.model_filter);
         end if;
     end if;
-    return exists (select from sweeps where organization_id = p_organization_id and pool_id = p_pool_id and coalesce(owed_micros, 0) = 0);
+    return exists (select from sweeps where organization_id = p_organization_id and pool_id = p_pool_id)
+        or exists (select from closed_accounts where organization_id = p_organization_id and pool_id = p_pool_id and is_due);
 end $$;
 comment on function credits.sweep_pool is 'Sends what turns up in a closed pool to where it belongs; returns whether holds are still open on it';
 

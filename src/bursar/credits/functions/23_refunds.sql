@@ -1,26 +1,29 @@
 -- Refunds: what a request was charged goes back to the grants that paid it.
 
 -- draws_of: which stretches of which pools' running totals a request drew, in order, corrections included: what one took back is gone from
--- the last of them.
+-- the last of them. charged_at: when the charge was booked of which each is; a request may have been charged again after it had been by estimate.
 create or replace function credits.draws_of(
-    p_organization_id uuid, p_request_id uuid, out pool_ids uuid[], out starts bigint[], out ends bigint[]
+    p_organization_id uuid, p_request_id uuid, out pool_ids uuid[], out starts bigint[], out ends bigint[], out charged_at timestamptz[]
 ) language plpgsql stable set search_path = credits, pg_temp as $$
 declare
     v_row record;
     v_left bigint;
     v_back bigint;
 begin
-    pool_ids := '{}'; starts := '{}'; ends := '{}';
+    pool_ids := '{}'; starts := '{}'; ends := '{}'; charged_at := '{}';
     for v_row in
-        select d.pool_id, d.start, d.micros
+        select d.pool_id, d.start, d.micros, (
+            select max(k.booked_at) from ledger.attribution k
+            where k.organization_id = p_organization_id and k.request_id = p_request_id and k.kind = 0 and k.booked_at <= d.booked_at
+              and k.chain_id = d.chain_id and k.model is not distinct from d.model and k.feature is not distinct from d.feature) as charged_at
         from (
-            select a.booked_at, a.pool_id, a.position_micros as start, a.chain_id, 0 as nr,
+            select a.model, a.feature, a.booked_at, a.pool_id, a.position_micros as start, a.chain_id, 0 as nr,
                 a.charged_micros - coalesce((select sum(t.charged_micros) from ledger.attribution_takes t
                     where t.organization_id = a.organization_id and t.request_id = a.request_id and t.booked_at = a.booked_at), 0)::bigint as micros
             from ledger.attribution a
             where a.organization_id = p_organization_id and a.request_id = p_request_id and a.pool_id is not null
             union all
-            select t.booked_at, t.pool_id, t.position_micros, a.chain_id, 1, t.charged_micros
+            select a.model, a.feature, t.booked_at, t.pool_id, t.position_micros, a.chain_id, 1, t.charged_micros
             from ledger.attribution_takes t
             join ledger.attribution a on a.organization_id = t.organization_id and a.request_id = t.request_id and a.booked_at = t.booked_at
             where t.organization_id = p_organization_id and t.request_id = p_request_id
@@ -31,6 +34,7 @@ begin
     loop
         if v_row.micros > 0 then
             pool_ids := pool_ids || v_row.pool_id; starts := starts || v_row.start; ends := ends || v_row.start + v_row.micros;
+            charged_at := charged_at || v_row.charged_at;
             continue;
         end if;
         v_left := -v_row.micros;
@@ -181,7 +185,12 @@ declare
     v_pools uuid[] := '{}';
     v_refunded bigint[] := '{}';
     v_grown bigint[] := '{}';
+    v_charges timestamptz[] := '{}';   -- of which charge each part is
+    v_bookings timestamptz[] := '{}';  -- and under which instant it is booked: a row for each charge
+    v_users uuid[] := '{}';
     v_booked timestamptz;
+    v_part_of record;
+    v_own record;
 begin
     if v_stored is not null then
         return (v_stored ->> 'refunded_micros')::bigint;
@@ -194,9 +203,7 @@ begin
         greatest(v_now, max(booked_at) + interval '1 microsecond')
     into v_charged, v_skip, v_booked
     from ledger.attribution where organization_id = p_organization_id and request_id = p_request_id;
-    select * into v_row from ledger.attribution
-    where organization_id = p_organization_id and request_id = p_request_id and kind = 0 order by booked_at limit 1;
-    if not found then
+    if not exists (select from ledger.attribution where organization_id = p_organization_id and request_id = p_request_id and kind = 0) then
         raise exception 'no such charge' using errcode = 'BR404';
     end if;
     v_left := coalesce(p_amount_micros, v_charged - v_skip);
@@ -219,20 +226,33 @@ begin
         v_left := v_left - v_part;
         v_pools := v_pools || v_draws.pool_ids[i];
         v_refunded := v_refunded || v_part;
+        if v_draws.charged_at[i] <> v_charges[cardinality(v_charges)] then
+            v_booked := v_booked + interval '1 microsecond';
+        end if;
+        v_charges := v_charges || v_draws.charged_at[i];
+        v_bookings := v_bookings || v_booked;
         v_grown := v_grown || credits.return_draw(p_organization_id, v_draws.pool_ids[i], p_request_id, v_end - v_part, v_end, p_reason,
             p_created_by, p_idempotency_key, v_booked);
     end loop;
-    perform credits.give_room_back(p_organization_id, v_row.chain_id, v_row.model, v_row.feature, v_pools, v_refunded, v_grown, v_row.booked_at, v_now);
+    for v_part_of in select distinct b.booked_at, b.charged_at from unnest(v_bookings, v_charges) b(booked_at, charged_at) order by 1 loop
+        select * into strict v_row from ledger.attribution
+        where organization_id = p_organization_id and request_id = p_request_id and booked_at = v_part_of.charged_at;
+        v_users := v_users || array_fill(v_row.user_id, array[cardinality(array_positions(v_bookings, v_part_of.booked_at))]);
+        select array_agg(u.pool_id) as pools, array_agg(u.refunded) as refunded, array_agg(u.grown) as grown into v_own
+        from unnest(v_bookings, v_pools, v_refunded, v_grown) u(booked_at, pool_id, refunded, grown) where u.booked_at = v_part_of.booked_at;
+        perform credits.give_room_back(p_organization_id, v_row.chain_id, v_row.model, v_row.feature, v_own.pools, v_own.refunded, v_own.grown,
+            v_row.booked_at, v_now);
+        insert into ledger.attribution (organization_id, request_id, booked_at, used_at, kind, user_id, api_key_id, provider_key_id, provider, model,
+            team_id, department_id, department_name, conversation_id, chain_id, price_version_id, charged_micros, hold_micros, provider_cost_nano_usd,
+            flags, requests, feature)
+        values (p_organization_id, p_request_id, v_part_of.booked_at, v_row.used_at, 2, v_row.user_id,
+            v_row.api_key_id, v_row.provider_key_id, v_row.provider, v_row.model, v_row.team_id, v_row.department_id, v_row.department_name,
+            v_row.conversation_id, v_row.chain_id, v_row.price_version_id, -(select sum(r) from unnest(v_own.refunded) r), 0, 0, v_row.flags & 12290, 0,
+            v_row.feature);
+    end loop;
     for i in 1..cardinality(v_pools) loop
         perform credits.set_pool_limit(p_organization_id, v_pools[i], v_grown[i]);
     end loop;
-
-    insert into ledger.attribution (organization_id, request_id, booked_at, used_at, kind, user_id, api_key_id, provider_key_id, provider, model,
-        team_id, department_id, department_name, conversation_id, chain_id, price_version_id, charged_micros, hold_micros, provider_cost_nano_usd,
-        flags, requests, feature)
-    values (p_organization_id, p_request_id, v_booked, v_row.used_at, 2, v_row.user_id,
-        v_row.api_key_id, v_row.provider_key_id, v_row.provider, v_row.model, v_row.team_id, v_row.department_id, v_row.department_name,
-        v_row.conversation_id, v_row.chain_id, v_row.price_version_id, -p_amount_micros, 0, 0, v_row.flags & 12290, 0, v_row.feature);
 
     -- In a pool that has closed since, what came back belongs to who asked.
     for i in 1..cardinality(v_pools) loop
@@ -240,9 +260,11 @@ begin
                 select from pools where organization_id = p_organization_id and pool_id = v_pools[i] and kind = 'shared' and closed_at is not null) then
             -- Of expired grants, open holds need less now where what came back burns before them.
             perform credits.apply_events(p_organization_id, v_pools[i], v_now);
-            perform credits.pass_on(p_organization_id, v_pools[i], credits.personal_pool(p_organization_id, v_row.user_id,
+            perform credits.pass_on(p_organization_id, v_pools[i], credits.personal_pool(p_organization_id, v_users[i],
                 (select model_filter from pools where organization_id = p_organization_id and pool_id = v_pools[i]), v_now), v_grown[i], v_now);
         end if;
+    end loop;
+    for i in 1..cardinality(v_pools) loop
         perform credits.fold_pool(p_organization_id, v_pools[i], v_now);
     end loop;
     perform credits.limits_changed(p_organization_id);

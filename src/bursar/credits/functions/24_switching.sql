@@ -31,7 +31,7 @@ comment on function credits.watch_holds is 'Notes for each open hold on a closin
 -- now, as that of a hold that was open when it closed. p_moved: by how much the pool was charged otherwise, which is booked already. Returns
 -- whether it is closed.
 create or replace function credits.watch_charge(
-    p_organization_id uuid, p_pool_id uuid, p_request_id uuid, p_user_id uuid, p_moved bigint, p_now timestamptz
+    p_organization_id uuid, p_pool_id uuid, p_user_id uuid, p_moved bigint, p_now timestamptz
 ) returns boolean
 language plpgsql volatile set search_path = credits, pg_temp as $$
 declare
@@ -49,9 +49,9 @@ begin
         where organization_id = p_organization_id and kind = 'shared' and model_filter is not distinct from v_pool.model_filter and closed_at is null;
     end if;
     if v_to is not null then
-        insert into sweeps (organization_id, pool_id, request_id, kept_micros, to_pool_id)
-        values (p_organization_id, p_pool_id, p_request_id, credits.charged_to(p_organization_id, p_request_id, p_pool_id) - p_moved, v_to)
-        on conflict on constraint sweeps_pkey do update set owed_micros = 0;
+        insert into closed_accounts as a (organization_id, pool_id, to_pool_id, rest_micros, is_due)
+        values (p_organization_id, p_pool_id, v_to, -p_moved, true)
+        on conflict on constraint closed_accounts_pkey do update set rest_micros = a.rest_micros + excluded.rest_micros, is_due = true;
     end if;
     return true;
 end $$;

@@ -245,7 +245,7 @@ begin
         select m.pool_id, sum(m.moved)::bigint as moved
         from unnest(v_chain.leg_pool_ids, v_moved) m(pool_id, moved) group by 1 having sum(m.moved) <> 0 order by 1
     loop
-        v_is_closed := credits.watch_charge(p_estimate.organization_id, v_row.pool_id, p_estimate.request_id, v_first.user_id, v_row.moved, p_now);
+        v_is_closed := credits.watch_charge(p_estimate.organization_id, v_row.pool_id, v_first.user_id, v_row.moved, p_now);
         if v_row.moved < 0 or v_is_closed then
             -- What comes back to a grant that has expired since is not spendable again; and an empty pool may have something again.
             perform credits.pour(p_estimate.organization_id, v_row.pool_id, p_now);

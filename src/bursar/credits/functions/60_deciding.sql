@@ -30,13 +30,18 @@ begin
         from (select unnest(p_organization_ids) as org, unnest(p_chain_ids) as chain_id, unnest(p_models) as model,
                 unnest(p_features) as feature, generate_subscripts(p_organization_ids, 1) as place) u
         left join credits.chains c on c.organization_id = u.org and c.chain_id = u.chain_id
-    ), rooms as (
-        select e.place, e.leg, min(greatest(0, b.limit_amount - b.used_amount - b.held_amount)) as room
+    ), asked as materialized (  -- each balance is looked up once, whoever asks of it
+        select e.org, e.id, e.start, array_agg(e.place) as places, array_agg(e.leg) as legs
         from (select w.place, w.org, w.model, w.feature, w.leg_filters, w.entry_metrics as metrics, w.entry_filters as filters, unnest(w.entry_ids) as id,
                 unnest(w.entry_starts) as start, unnest(w.entry_legs) as leg, unnest(w.entry_conditions) as condition from w) e
-        join credits.balances b on b.organization_id = e.org and b.balance_id = e.id and b.period_start = e.start
-        where b.stops and case when e.condition > 0 then e.metrics[e.condition] = 0 and credits.admits(e.filters[e.condition], e.model, e.feature)
+        where case when e.condition > 0 then e.metrics[e.condition] = 0 and credits.admits(e.filters[e.condition], e.model, e.feature)
             and (e.leg = 0 or credits.admits(e.leg_filters[e.leg], e.model, e.feature)) else true end
+        group by e.id, e.start, e.org
+    ), rooms as (
+        select e.place, e.leg, min(e.room) as room
+        from (select unnest(a.places) as place, unnest(a.legs) as leg, greatest(0, b.limit_amount - b.used_amount - b.held_amount) as room
+              from asked a join credits.balances b on b.organization_id = a.org and b.balance_id = a.id and b.period_start = a.start
+              where b.stops) e
         group by e.place, e.leg
     )
     select array_agg(p.room) into v_rooms
@@ -192,14 +197,20 @@ begin
         select array_agg(chain_id) as chains, array_agg(leg) as legs, array_agg(team_id) as teams, array_agg(department_id) as departments,
             array_agg(department_name) as names, array_agg(pool_id) as pools, array_agg(place) filter (where is_hopeless) as hopeless
         from r
+    ), shared as (
+        -- What all ask of leaves each of them at most so much. Most other balances have more, and need not be looked at place by place.
+        select min(m.room) as room from moved m where cardinality(m.places) = (select count(*) from r where r.is_asked and not r.is_hopeless)
     ), places as (
         -- One row a place: the least room of its balances, and its pool's running total before the batch plus what earlier places drew.
-        select p.place, case when bool_or(p.is_alone) then min(p.room) end as room, max(p.base) + max(p.earlier) as position
+        select p.place, case when bool_or(p.is_alone) then least(min(p.room), case when bool_or(p.is_asked) then (select room from shared) end) end as room,
+            max(p.base) + max(p.earlier) as position
         from (
-            select unnest(m.places) as place, m.room, m.base, null::bigint as earlier, null::boolean as is_alone from moved m
+            select unnest(m.places) as place, m.room, m.base, null::bigint as earlier, null::boolean as is_alone, null::boolean as is_asked
+            from moved m where m.base is not null or m.room < coalesce((select room from shared), 9223372036854775807)
             union all
             select r.place, null, null, coalesce(credits.total(case when r.action = 5 and r.is_asked and not r.is_hopeless then r.amount else 0 end) over
-                (partition by r.org, r.pool_id order by r.place rows between unbounded preceding and 1 preceding), 0), r.is_alone
+                (partition by r.org, r.pool_id order by r.place rows between unbounded preceding and 1 preceding), 0), r.is_alone,
+                r.is_asked and not r.is_hopeless
             from r
         ) p
         group by p.place order by p.place
