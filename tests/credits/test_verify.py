@@ -84,6 +84,9 @@ FAULTS = {
     "limits_are_their_last_change": "update credits.limits set amount = amount + 1 where true",
     "shares_are_their_last_change": "update credits.allocations set carry_micros = 1, period = 'month' "
     "where kind = 'reserved'",
+    "closed_accounts_add_up": """
+        insert into credits.closed_accounts (organization_id, pool_id, to_pool_id, rest_micros)
+        select organization_id, pool_id, pool_id, 5 from credits.pools where true""",
     "events_are_awaited": "update credits.pools set next_event_at = 'infinity' where true",
     "one_current_chain": "update credits.chains set limits_version = limits_version + 1000 where true",
     "estimates_were_charged": """

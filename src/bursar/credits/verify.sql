@@ -398,6 +398,16 @@ left join (select organization_id, allocation_id, count(*) as changes, max(nr) a
 left join credits.share_changes c on c.organization_id = n.organization_id and c.allocation_id = n.allocation_id and c.nr = n.nr
 where (a.amount_micros, a.when_empty, a.carry_micros) is distinct from (c.amount_micros, c.when_empty, c.carry_micros) or c.nr is distinct from n.changes
 
+-- name: closed_accounts_add_up
+-- What is still to be got of a closed pool somebody owes it; a pool that is open owes nobody.
+select a.organization_id, 'pool ' || a.pool_id as subject, coalesce(-sum(a.rest_micros) filter (where a.rest_micros < 0), 0)::text as expected,
+    coalesce(sum(a.rest_micros) filter (where a.rest_micros > 0), 0)::text as found
+from credits.closed_accounts a
+join credits.pools p on p.organization_id = a.organization_id and p.pool_id = a.pool_id
+group by a.organization_id, a.pool_id, p.closed_at
+having p.closed_at is null
+    or not bool_or(a.is_due) and sum(a.rest_micros) filter (where a.rest_micros > 0) > coalesce(-sum(a.rest_micros) filter (where a.rest_micros < 0), 0)
+
 -- name: events_are_awaited
 -- A pool wakes at its grants' next start or end and at its schedules' next grant, at once while a grant lingers or a hold keeps it from closing; the gate wakes with the first of its pools, raises and renewals.
 select p.organization_id, 'pool ' || p.pool_id as subject, coalesce(s.at, 'infinity')::text as expected, p.next_event_at::text as found
