@@ -505,7 +505,7 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
     *of(
         "draws_of",
         (
-            "and k.chain_id = d.chain_id and k.model is not distinct from d.model",
+            "and k.chain_id is not distinct from d.chain_id and k.model is not distinct from d.model",
             refunds.test_of_a_request_that_was_charged_twice_each_charge_gives_room_back_where_it_took_it,
         ),
         (

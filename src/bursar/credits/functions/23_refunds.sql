@@ -15,7 +15,7 @@ begin
         select d.pool_id, d.start, d.micros, (
             select max(k.booked_at) from ledger.attribution k
             where k.organization_id = p_organization_id and k.request_id = p_request_id and k.kind = 0 and k.booked_at <= d.booked_at
-              and k.chain_id = d.chain_id and k.model is not distinct from d.model and k.feature is not distinct from d.feature) as charged_at
+              and k.chain_id is not distinct from d.chain_id and k.model is not distinct from d.model and k.feature is not distinct from d.feature) as charged_at
         from (
             select a.model, a.feature, a.booked_at, a.pool_id, a.position_micros as start, a.chain_id, 0 as nr,
                 a.charged_micros - coalesce((select sum(t.charged_micros) from ledger.attribution_takes t
