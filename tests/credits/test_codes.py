@@ -405,6 +405,7 @@ def test_a_code_is_redeemed_by_so_many(scene: Scene) -> None:
     claim(scene, other)
     with scene.refusal("BR404"):
         claim(scene, uuid7())
+    assert len(claims(scene)) == 3
 
 
 def test_a_person_redeems_so_many_codes_of_one_campaign(scene: Scene) -> None:
@@ -415,6 +416,7 @@ def test_a_person_redeems_so_many_codes_of_one_campaign(scene: Scene) -> None:
         claim(scene, code(scene, spring), user)
     claim(scene, code(scene, spring))
     claim(scene, code(scene, summer), user)
+    assert len(claims(scene)) == 4
 
 
 def so_often(scene: Scene, most: str) -> None:

@@ -42,6 +42,8 @@ def test_only_shared_pools_have_shares(scene: Scene) -> None:
     for carry in (-1, 10**15 + 1):
         with scene.refusal("BR400"):
             scene.share(shared, user, 0, period="month", carry=carry)
+    shares = "select count(*) from credits.allocations where organization_id = %s"
+    assert scene.admin(shares, scene.organization) == [(0,)]
 
 
 def test_everything_may_be_reserved_and_nothing_more(scene: Scene) -> None:

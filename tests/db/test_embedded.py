@@ -150,6 +150,7 @@ def test_backends_that_outlive_a_killed_server_do_not_keep_it_down(new_server: N
         wait_for(lambda: not Path(f"/proc/{pid}").exists())
         os.kill(backend, signal.SIGCONT)
         wait_for(lambda: server.pid not in (None, pid) and answers(server))
+    assert running_pid(server) != pid
 
 
 def start_in_child(data_dir: Path) -> subprocess.Popen[str]:
@@ -237,6 +238,7 @@ def test_who_takes_over_also_restarts_the_server(new_server: NewServer) -> None:
     pid = running_pid(second)
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: second.pid not in (None, pid) and answers(second))
+    assert second.is_owner
 
 
 def test_processes_that_start_a_new_folder_at_once_share_one_server(new_server: NewServer) -> None:
@@ -288,10 +290,13 @@ def test_a_data_folder_in_a_closed_home_gets_a_link_and_the_home_stays_closed(
 def test_a_link_that_leads_nowhere_is_a_fault_and_no_reason_for_a_new_empty_database(
     new_server: NewServer, open_dir: Path
 ) -> None:
-    (open_dir / "data").mkdir()
-    (open_dir / "data" / "postgres").symlink_to(open_dir / "unmounted")
-    with pytest.raises(HomeNotUsable, match="leads nowhere"):
+    link = open_dir / "data" / "postgres"
+    link.parent.mkdir()
+    link.symlink_to(open_dir / "unmounted")
+    with pytest.raises(HomeNotUsable, match="unmounted, which is not there"):
         new_server().start()
+    new_server().remove()  # whoever wants it gone gets what they want
+    assert not link.is_symlink()
 
 
 def test_a_path_too_long_for_a_socket_gets_a_short_folder(new_server: NewServer, open_dir: Path) -> None:

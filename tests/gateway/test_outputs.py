@@ -171,4 +171,5 @@ async def test_who_asks_in_the_moment_at_which_a_reading_ends_does_not_hold_ever
     asyncio.get_running_loop().call_later(0.05, known._reading.pop, organization_id)
     with _at_most(10):
         await known.read(organization_id)
+    assert organization_id not in known._reading
     await known.close()

@@ -515,11 +515,10 @@ def test_no_stream_raises_and_every_whole_event_goes_on(texts: list[bytes]) -> N
 @given(st.sampled_from(["response.output_item.done", "response.completed", "x.delta", "error"]), anything, anything)
 def test_no_event_raises_whatever_it_holds(kind: str, one: Any, other: Any) -> None:
     meter = meter_of(event(kind, item=one, response=other, delta=other, error=one, output_index=other, code=other))
-    meter.measure()
     plain = responses_wire.UsageMeter(request_of())
     plain.read_body(json.dumps(one).encode())
     plain.read_body(json.dumps({"output": one, "usage": other, "tool_usage": one, "error": other}).encode())
-    plain.measure()
+    assert min(meter.measure().usage.total_tokens, plain.measure().usage.total_tokens) >= 0
 
 
 # -- refusals

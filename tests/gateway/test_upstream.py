@@ -334,7 +334,7 @@ async def test_closing_an_answer_early_ends_the_call_at_the_provider(upstream: U
         async for _ in answer.pieces():
             break
         await answer.close()
-        await asyncio.wait_for(ended.wait(), 5)
+        assert await asyncio.wait_for(ended.wait(), 5)
 
 
 async def test_a_provider_that_refuses_the_platforms_key_is_the_operators_matter(

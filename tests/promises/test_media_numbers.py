@@ -251,7 +251,7 @@ async def test_no_body_breaks_a_path_of_media_and_each_that_is_answered_is_charg
         async def content(fields: dict[str, Any]) -> dict[str, Any]:
             return {"content": json.dumps({**JSON_CALLS[path], **fields}).encode()}
 
-        await _try(payer, http, path, example, content)
+        await _assert_nothing_breaks(payer, http, path, example, content)
 
 
 @pytest.mark.parametrize("path", ["/v1/audio/transcriptions", "/v1/audio/translations"])
@@ -275,10 +275,10 @@ async def test_no_form_breaks_a_path_of_media_and_each_that_is_answered_is_charg
                 damaged = damaged[:place] + junk + damaged[place + length :]
             return {"content": damaged, "headers": {"content-type": drawn[1]}}
 
-        await _try(payer, http, path, example, content)
+        await _assert_nothing_breaks(payer, http, path, example, content)
 
 
-async def _try(
+async def _assert_nothing_breaks(
     payer: Payer, http: httpx2.AsyncClient, path: str, example: st.SearchStrategy[Any], content: Any
 ) -> None:
     answered: set[str] = set()

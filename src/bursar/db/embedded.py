@@ -158,10 +158,13 @@ class EmbeddedServer:
         try:
             if not _try_lock(self._users):
                 raise ServerInUse(f"The database in {self.data_dir} is in use", why=self._holder())
-            if (self.data_dir / "postgres").exists():
+            link = self.data_dir / "postgres"
+            if link.exists():
                 self._adopt_running()
                 self._end_postmaster()
                 self.home.remove()
+            elif link.is_symlink():  # to a cluster that is gone already
+                link.unlink()
         finally:
             self._release()
 

@@ -108,8 +108,14 @@ def find_home(data_dir: Path) -> Home:
         HomeNotUsable: it is not there; or we are not root and it is another user's.
     """
     link = data_dir / "postgres"
+    if link.is_symlink() and not link.exists():
+        raise HomeNotUsable(
+            f"There is no database in {link}",
+            why=f"It leads to {link.readlink()}, which is not there",
+            next_step="Bring that folder back; or remove the link, and an empty database is made",
+        )
     if not link.is_dir():
-        raise HomeNotUsable(f"There is no database in {link}", why="It leads nowhere" if link.is_symlink() else "")
+        raise HomeNotUsable(f"There is no database in {link}")
     path = link.resolve()
     data = path / "data"
     owner = (data if data.exists() else path).stat()
