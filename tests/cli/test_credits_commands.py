@@ -103,6 +103,7 @@ def test_what_a_closed_pool_is_owed_is_shown_until_it_is_paid(run: Any, org: Org
     assert shown() == [("shared", True, "0", "0", "15"), ("personal", False, "0", "0", "0")]
     assert "shared (closed)" in run("credits", "show", *at)[1]
     [email] = [row["email"] for row in run("users", "list", *at, "--json")[1]["items"]]
-    for amount in ("100", "1"):  # it is paid with the next movement
-        assert run("credits", "add", amount, *at, "--user", email)[0] == Exit.DONE
+    assert run("credits", "add", "10", *at, "--user", email)[0] == Exit.DONE
+    assert shown() == [("shared", True, "0", "0", "5"), ("personal", False, "0", "0", "0")]
+    assert run("credits", "add", "91", *at, "--user", email)[0] == Exit.DONE
     assert shown() == [("personal", False, "86", "0", "0")]

@@ -508,6 +508,9 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
             "and k.chain_id is not distinct from d.chain_id and k.model is not distinct from d.model",
             refunds.test_of_a_request_that_was_charged_twice_each_charge_gives_room_back_where_it_took_it,
         ),
+    ),
+    *of(
+        "parts_of",
         (
             ("t.request_id = a.request_id and t.booked_at = a.booked_at), 0)", "true), 0)"),
             refunds.test_of_several_requests_that_drew_on_several_pools_the_one_that_is_meant_is_refunded,
@@ -617,9 +620,29 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
     ),
     *of(
         "charged_to",
+        ("where d.pool_id = p_pool_id", switching.test_what_a_hold_on_two_pools_frees_goes_to_its_user_in_each),
+    ),
+    # what comes is told after what closed pools are owed of it is paid
+    *(
+        (function, guard, "", rule)
+        for guard in ("perform credits.settle_due(p_organization_id, v_now);",)
+        for function, rule in (
+            (
+                "add_grant",
+                switching.test_what_comes_to_a_member_who_owes_a_closed_pool_is_told_as_what_is_left_after_the_debt,
+            ),
+            ("add_schedule", switching.test_what_a_schedule_grants_at_once_to_who_owes_a_closed_pool_pays_it),
+            ("transfer_credits", switching.test_what_is_transferred_to_who_owes_a_closed_pool_pays_it),
+            ("refund_charge", switching.test_what_is_refunded_to_who_owes_a_closed_pool_pays_it),
+            ("switch_pools", switching.test_what_is_gathered_by_a_switch_pays_what_the_shared_pool_owes_a_closed_one),
+            ("arrive", moving.test_what_a_member_brings_along_pays_what_they_owe_a_closed_pool),
+        )
+    ),
+    *of(
+        "fold_due_pools",
         (
-            "and a.request_id = p_request_id and a.pool_id = p_pool_id",
-            switching.test_what_a_hold_on_two_pools_frees_goes_to_its_user_in_each,
+            "perform credits.settle_due(p_organization_id, p_now);",
+            switching.test_what_time_brings_to_who_owes_a_closed_pool_pays_at_once,
         ),
     ),
     *of(
@@ -712,7 +735,7 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
                 "set next_event_at = '-infinity' where organization_id = p_organization_id and pool_id in",
                 "set next_event_at = next_event_at where organization_id = p_organization_id and pool_id in",
             ),
-            switching.test_what_a_closed_pool_is_owed_is_paid_by_the_next_credits_of_who_used_it,
+            switching.test_what_is_not_settled_at_once_is_awaited_by_the_gate,
         ),
     ),
     *of(

@@ -738,10 +738,15 @@ class Organization:
         """Apply what became due, each event at its own instant; then what no hold needs any more goes."""
         for pool_id in sorted(self.pools):
             self._fold_pool(self.pools[pool_id], now, is_over)
-        while is_over and (due := [p for p in sorted(self.pools) if self.pools[p].is_due]):
-            self._fold_pool(self.pools[due[0]], now)
+        if is_over:
+            self._settle_due(now)
         self._follow_raises(now)
         self._renew_shares(now)
+
+    def _settle_due(self, now: datetime) -> None:
+        """Whoever brings credits settles at once what closed pools are owed of them."""
+        while due := [p for p in sorted(self.pools) if self.pools[p].is_due]:
+            self._fold_pool(self.pools[due[0]], now)
 
     def _follow_raises(self, now: datetime) -> None:
         """The limit of the period in which a raise starts or ends follows it."""
@@ -894,6 +899,7 @@ class Organization:
         grant.rolls, grant.rolls_until = rolls, rolls_until or LATEST
         self._add_grant(grant)
         self._fold_pool(self.pools[pool_id], now)
+        self._settle_due(now)
         self._end(now, key, body, grant_id)
         return grant_id
 
@@ -938,6 +944,7 @@ class Organization:
             raise Refused("BR431")
         new = self._divide(giver, [(taker, room if amount is None else amount)], now)
         self._fold_pool(giver, now)
+        self._settle_due(now)
         self._end(now, key, body, new)
         return new
 
@@ -1292,6 +1299,7 @@ class Organization:
             raise Refused("BR400")
         self.schedules[schedule.schedule_id] = schedule
         self._fold_pool(self.pools[schedule.pool_id], now)
+        self._settle_due(now)
         self._end(now, key, body, schedule.schedule_id)
         return schedule.schedule_id
 
@@ -1327,6 +1335,7 @@ class Organization:
         grant_id = self.names.grant(pool_id, None, amount)
         self._add_grant(Grant(grant_id, pool_id, amount, priority, is_free, now, LATEST, now, amount))
         self._fold_pool(self.pools[pool_id], now)
+        self._settle_due(now)
 
     # ------------------------------------------------------------------ top-ups
 
@@ -1500,6 +1509,7 @@ class Organization:
                 self._pass_on(pool, owner, grows, now)
         for pool_id, *_ in back:
             self._fold_pool(self.pools[pool_id], now)
+        self._settle_due(now)
         self.version += 1
         self._end(now, key, body, amount)
         return amount
@@ -1595,6 +1605,7 @@ class Organization:
             pool.is_closed = True
         for pool in closing:
             self._fold_pool(pool, now)
+        self._settle_due(now)
         self.version += 1
         self._end(now, key, body, told)
         return told

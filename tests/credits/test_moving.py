@@ -8,6 +8,7 @@ from uuid import UUID
 import pytest
 from psycopg.types.json import Jsonb
 from tests.credits.scenes import Balance, Scene
+from tests.credits.test_switching import owing
 
 from bursar import clock, db
 from bursar.audit.events import OPERATOR
@@ -373,6 +374,16 @@ def test_what_expires_on_the_way_expires_where_it_arrives(scene: Scene) -> None:
     own = scene.admin("select pool_id from credits.pools where owner_user_id = %s and kind = 'personal'", user)[0][0]
     assert scene.balance(own) == Balance(10, 0, 0, 0)
     assert scene.entries("expiry") == [("expiry", 100, 0)]
+    assert scene.findings() == []
+
+
+def test_what_a_member_brings_along_pays_what_they_owe_a_closed_pool(scene: Scene) -> None:
+    user, own, shared = owing(scene)
+    home = Scene(scene.conn)
+    home.grant(home.pool("individual"), 40)
+    _, _, parts = depart(home, user)
+    assert arrive(scene, parts, user) == 40
+    assert (scene.balance(own), scene.balance(shared)) == (Balance(35, 10, 0, 0), Balance(35, 35, 0, 0))
     assert scene.findings() == []
 
 

@@ -1,6 +1,7 @@
 """The switch of pools, and what turns up in pools that are closed: each credit goes where it belongs, once."""
 
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 from tests.credits.scenes import Balance, Scene
@@ -299,7 +300,6 @@ def test_what_a_closed_pool_is_owed_is_paid_by_the_next_credits_of_who_used_it(s
     assert (own, others) == (Balance(0, 0, 0, 0), Balance(0, 0, 0, 0))
     pools = [scene.pool("personal", owner=user) for user in users]
     scene.grant(pools[0], 10)
-    scene.wake()
     assert [scene.balance(each) for each in (pool, *pools)] == [
         Balance(47, 47, 0, 0),
         Balance(0, 0, 0, 0),
@@ -340,10 +340,8 @@ def test_who_owes_pays_their_own_part_alone(scene: Scene) -> None:
     assert scene.balance(shared) == Balance(60, 70, 0, 10), "two owe 15 each; one left 20, of which they used 20"
     scene.grant(pools[0], 10)
     scene.grant(pools[1], 5)
-    scene.wake()
     assert [scene.balance(each).limit for each in (shared, *pools)] == [70, 0, 0, 5]
     scene.grant(pools[0], 100)
-    scene.wake()
     assert [scene.balance(each).limit for each in (shared, *pools)] == [70, 95, 0, 10], "not for the other one"
     scene.later(hours=1)
     scene.wake()
@@ -368,7 +366,6 @@ def test_a_debt_that_is_settled_otherwise_is_not_paid_twice(scene: Scene) -> Non
     assert [own_of(scene, user).limit for user in users] == [17, 17]
     own = scene.pool("personal", owner=users[0])
     scene.grant(own, 10)
-    scene.wake()
     assert (scene.balance(own).limit, scene.balance(pool)) == (27, Balance(35, 35, 0, 0))
     assert unsettled(scene) == 0
     assert scene.findings() == []
@@ -465,7 +462,6 @@ def test_what_somebody_left_themselves_pays_what_they_used_too_much_and_no_rest_
     scene.move(scene.asked(Action.SETTLE, requests[1], 18), scene.asked(Action.SETTLE, theirs, 5))
     scene.wake()
     scene.grant(scene.pool("personal", owner=one), 100)
-    scene.wake()
     assert (own_of(scene, one).limit, own_of(scene, two).limit) == (87, 15)
     assert scene.findings() == []
 
@@ -479,10 +475,8 @@ def test_a_request_that_is_held_anew_elsewhere_owes_all_the_same(scene: Scene) -
     scene.wake()
     own = scene.pool("personal", owner=one)
     scene.grant(own, 5)
-    scene.wake()
     scene.authorize(0, one, request=first)
     scene.grant(own, 20)
-    scene.wake()
     scene.settle(second, 5)
     scene.wake()
     assert (own_of(scene, one).limit, own_of(scene, two).limit) == (10, 15)
@@ -501,7 +495,6 @@ def test_who_owes_and_is_owed_settles_with_themselves_in_one_go(scene: Scene) ->
     count = "select count(*) from ledger.entries where organization_id = %s"
     [(before,)] = scene.admin(count, scene.organization)
     scene.grant(scene.pool("personal", owner=two), 2)
-    scene.wake()
     [(after,)] = scene.admin(count, scene.organization)
     assert after - before < 10
     assert own_of(scene, three).limit == 2
@@ -542,7 +535,6 @@ def test_a_debt_that_others_paid_is_not_asked_for_when_something_expires_later(s
     scene.release(requests[2])
     scene.wake()
     scene.grant(scene.pool("personal", owner=one), 100)
-    scene.wake()
     assert (own_of(scene, one).limit, own_of(scene, three).limit) == (100, 15)
     assert scene.findings() == []
 
@@ -561,4 +553,92 @@ def test_nobody_pays_more_than_is_missing(scene: Scene) -> None:
     assert scene.balance(scene.pool("personal", owner=two)) == Balance(0, 0, 0, 0)
     assert scene.balance(pool) == Balance(35, 35, 0, 0)
     assert unsettled(scene) == 0
+    assert scene.findings() == []
+
+
+def owing(scene: Scene, **terms: Any) -> tuple[UUID, UUID, UUID]:
+    """Who owes 15 to a pool that is closed, the pool of their own, which has 10 that are used, and the closed one."""
+    user, shared = scene.user(), scene.pool()
+    scene.grant(shared, 20)
+    request = scene.hold(20, user)
+    scene.switch("personal")
+    own = scene.pool("personal", owner=user)
+    scene.grant(own, 10, **terms)
+    scene.deduct(10, user)
+    scene.settle(request, 35)
+    scene.wake()
+    assert (scene.balance(own), scene.balance(shared)) == (Balance(10, 10, 0, 0), Balance(20, 35, 0, 15))
+    return user, own, shared
+
+
+def test_what_comes_to_a_member_who_owes_a_closed_pool_is_told_as_what_is_left_after_the_debt(scene: Scene) -> None:
+    _, own, shared = owing(scene)
+    scene.grant(own, 10)
+    assert (scene.balance(own), scene.balance(shared)) == (Balance(10, 10, 0, 0), Balance(30, 35, 0, 5))
+    assert scene.findings() == []
+    scene.grant(own, 10)
+    assert (scene.balance(own), scene.balance(shared)) == (Balance(15, 10, 0, 0), Balance(35, 35, 0, 0))
+    assert unsettled(scene) == 0
+    assert scene.findings() == []
+
+
+def test_what_time_brings_to_who_owes_a_closed_pool_pays_at_once(scene: Scene) -> None:
+    _, own, shared = owing(scene)
+    scene.grant(own, 40, starts=scene.now + timedelta(hours=1))
+    scene.later(hours=1)
+    scene.wake()
+    assert (scene.balance(own), scene.balance(shared)) == (Balance(35, 10, 0, 0), Balance(35, 35, 0, 0))
+    assert scene.findings() == []
+
+
+def test_what_a_schedule_grants_at_once_to_who_owes_a_closed_pool_pays_it(scene: Scene) -> None:
+    _, own, shared = owing(scene)
+    scene.schedule(own, 40)
+    assert (scene.balance(own), scene.balance(shared)) == (Balance(35, 10, 0, 0), Balance(35, 35, 0, 0))
+    assert scene.findings() == []
+
+
+def test_what_is_transferred_to_who_owes_a_closed_pool_pays_it(scene: Scene) -> None:
+    _, own, shared = owing(scene)
+    giver = scene.pool("personal", owner=scene.user())
+    scene.grant(giver, 40)
+    assert len(scene.transfer(giver, own, 30)) == 1
+    assert (scene.balance(own), scene.balance(shared)) == (Balance(25, 10, 0, 0), Balance(35, 35, 0, 0))
+    assert scene.findings() == []
+
+
+def test_what_is_refunded_to_who_owes_a_closed_pool_pays_it(scene: Scene) -> None:
+    user, own, shared = owing(scene)
+    find = "select request_id from ledger.attribution where organization_id = %s and user_id = %s and pool_id = %s"
+    [(charged,)] = scene.admin(find, scene.organization, user, own)
+    assert scene.refund(charged) == 10
+    assert (scene.balance(own), scene.balance(shared)) == (Balance(10, 10, 0, 0), Balance(30, 35, 0, 5))
+    assert scene.findings() == []
+
+
+def test_what_is_gathered_by_a_switch_pays_what_the_shared_pool_owes_a_closed_one(scene: Scene) -> None:
+    user, other = scene.user(), scene.user()
+    own = scene.pool("personal", owner=user)
+    scene.grant(own, 20)
+    request = scene.hold(20, user)
+    scene.switch("shared")
+    shared = scene.pool()
+    scene.settle(request, 35)
+    scene.wake()
+    scene.switch("personal")  # there is nothing to divide, so nobody's pool opens again
+    scene.grant(scene.pool("personal", owner=other), 50)
+    assert scene.switch("shared")["moved_micros"] == 50
+    assert (scene.balance(own), scene.balance(shared)) == (Balance(35, 35, 0, 0), Balance(35, 0, 0, 0))
+    assert scene.findings() == []
+
+
+def test_what_is_not_settled_at_once_is_awaited_by_the_gate(scene: Scene) -> None:
+    _, own, shared = owing(scene, expires=scene.now + timedelta(days=1), rolls=(4, 4))
+    grants = [row[0] for row in scene.admin("select grant_id from credits.grants where pool_id = %s", own)]
+    scene.later(hours=1)
+    reset = "select credits.reset_pool(%s, %s, %s, %s, %s, false, 'reset', %s)"
+    assert scene.call(reset, scene.organization, own, grants, [4], [4], scene.now) == 4
+    assert scene.findings() == []
+    scene.wake()
+    assert (scene.balance(own), scene.balance(shared)) == (Balance(10, 10, 0, 0), Balance(24, 35, 0, 11))
     assert scene.findings() == []

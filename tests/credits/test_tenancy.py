@@ -69,6 +69,7 @@ CALCULATIONS = {
     "burn_reason",
     "calendar_of",
     "draws_of",
+    "parts_of",
     "hash_of",
     "no_usage",
     "period_around",

@@ -18,7 +18,7 @@ begin
         with due as (
             update closed_accounts set is_due = true
             where organization_id = p_organization_id and (pool_id = p_pool_id or to_pool_id = p_pool_id and rest_micros < 0) returning pool_id
-        )  -- whoever brings credits folds their pool then, by which the gate awaits what is due
+        )  -- whoever brings credits settles it then (settle_due), or folds their pool, by which the gate awaits it
         update pools set next_event_at = '-infinity' where organization_id = p_organization_id and pool_id in (select pool_id from due);
     end if;
     select open_part_id into v_open from pools where organization_id = p_organization_id and pool_id = p_pool_id;
@@ -357,6 +357,23 @@ begin
 end $$;
 comment on function credits.fold_in_batch is 'Applies a pool''s time events up to now while a batch is decided; a closed pool is due again at once';
 
+-- settle_due: what came may pay what is owed to closed pools, or by them. A command that brings credits does so before it ends, so that what is
+-- told of them right after is theirs; a batch leaves it to the next movement. It folds pools, so nothing that a fold calls may call it.
+create or replace function credits.settle_due(p_organization_id uuid, p_now timestamptz) returns void
+language plpgsql volatile set search_path = credits, pg_temp as $$
+declare
+    v_pool uuid;
+begin
+    loop  -- each time less is left of what is owed
+        select pool_id into v_pool from closed_accounts where organization_id = p_organization_id and is_due order by 1 limit 1;
+        exit when not found;
+        perform credits.fold_pool(p_organization_id, v_pool, p_now);
+        assert not exists (select from closed_accounts where organization_id = p_organization_id and pool_id = v_pool and is_due),
+            'a closed pool was due right after it was settled';
+    end loop;
+end $$;
+comment on function credits.settle_due is 'Settles what closed pools owe and are owed with what came since; the gate is locked';
+
 create or replace function credits.fold_due_pools(p_organization_id uuid, p_now timestamptz) returns void
 language plpgsql volatile set search_path = credits, pg_temp as $$
 declare
@@ -368,13 +385,7 @@ begin
         exit when not found;
         perform credits.fold_pool(p_organization_id, v_pool, p_now);
     end loop;
-    loop  -- what came on the way may pay what is owed to closed pools, or by them; each time less is left of that
-        select pool_id into v_pool from closed_accounts where organization_id = p_organization_id and is_due order by 1 limit 1;
-        exit when not found;
-        perform credits.fold_pool(p_organization_id, v_pool, p_now);
-        assert not exists (select from closed_accounts where organization_id = p_organization_id and pool_id = v_pool and is_due),
-            'a closed pool was due right after it was settled';
-    end loop;
+    perform credits.settle_due(p_organization_id, p_now);
     perform credits.fold_limits(p_organization_id, p_now);
 end $$;
 comment on function credits.fold_due_pools is 'Folds every pool and limit of an organization that is due; the gate is locked';
@@ -519,6 +530,7 @@ begin
             coalesce(p_rollover_expires_at, 'infinity'), p_reason, v_now, p_created_by);
     perform credits.await_grant(p_organization_id, p_grant_id);
     perform credits.fold_pool(p_organization_id, p_pool_id, v_now);
+    perform credits.settle_due(p_organization_id, v_now);
     perform credits.store_outcome(p_organization_id, p_idempotency_key, v_hash, jsonb_build_object('grant_id', p_grant_id), v_now);
     return p_grant_id;
 end $$;

@@ -67,6 +67,7 @@ begin
         v_anchor, p_unit, p_every, p_lasts, p_is_lasting, coalesce(p_ends_at, 'infinity'), p_min_rollover_micros, p_max_rollover_micros,
         v_number, v_next, p_reason, v_now, p_created_by);
     perform credits.fold_pool(p_organization_id, p_pool_id, v_now);
+    perform credits.settle_due(p_organization_id, v_now);
     perform credits.store_outcome(p_organization_id, p_idempotency_key, v_hash, jsonb_build_object('schedule_id', p_schedule_id), v_now);
     return p_schedule_id;
 end $$;

@@ -163,6 +163,7 @@ begin
     v_new := credits.divide(p_organization_id, p_from_pool_id, array[p_to_pool_id], array[coalesce(p_amount_micros, v_room)], p_reason,
         p_created_by, p_idempotency_key, v_now);
     perform credits.fold_pool(p_organization_id, p_from_pool_id, v_now);
+    perform credits.settle_due(p_organization_id, v_now);
     perform credits.store_outcome(p_organization_id, p_idempotency_key, v_hash, jsonb_build_object('grant_ids', to_jsonb(v_new)), v_now);
     return v_new;
 end $$;
@@ -238,19 +239,28 @@ begin
 end $$;
 comment on function credits.spread_over_members is 'Divides what a pool can spare among the members: what is set apart for each, then equal parts, the rest to the residual pool';
 
+-- parts_of: what each pool paid of each booking of a request, from where in its running total, the pool that was drawn first before the others (nr).
+-- What a correction took back is less than nothing; a refund is no such booking.
+create or replace function credits.parts_of(p_organization_id uuid, p_request_id uuid)
+returns table (booked_at timestamptz, nr integer, pool_id uuid, start_micros bigint, micros bigint, model text, feature text, chain_id uuid)
+language sql stable set search_path = credits, pg_temp as $$
+    select a.booked_at, 0, a.pool_id, a.position_micros, a.charged_micros - coalesce((select sum(t.charged_micros) from ledger.attribution_takes t
+            where t.organization_id = a.organization_id and t.request_id = a.request_id and t.booked_at = a.booked_at), 0)::bigint,
+        a.model, a.feature, a.chain_id
+    from ledger.attribution a
+    where a.organization_id = p_organization_id and a.request_id = p_request_id and a.pool_id is not null
+    union all
+    select t.booked_at, 1, t.pool_id, t.position_micros, t.charged_micros, a.model, a.feature, a.chain_id
+    from ledger.attribution_takes t
+    join ledger.attribution a on a.organization_id = t.organization_id and a.request_id = t.request_id and a.booked_at = t.booked_at
+    where t.organization_id = p_organization_id and t.request_id = p_request_id;
+$$;
+comment on function credits.parts_of is 'What each pool paid of each booking of a request';
+
 -- charged_to: what one pool was charged for a request, in all that was booked of it so far.
 create or replace function credits.charged_to(p_organization_id uuid, p_request_id uuid, p_pool_id uuid) returns bigint
 language sql stable set search_path = credits, pg_temp as $$
-    select coalesce(sum(d.micros), 0)::bigint
-    from (
-        select a.charged_micros - coalesce((select sum(t.charged_micros) from ledger.attribution_takes t
-            where t.organization_id = a.organization_id and t.request_id = a.request_id and t.booked_at = a.booked_at), 0) as micros
-        from ledger.attribution a
-        where a.organization_id = p_organization_id and a.request_id = p_request_id and a.pool_id = p_pool_id
-        union all
-        select t.charged_micros from ledger.attribution_takes t
-        where t.organization_id = p_organization_id and t.request_id = p_request_id and t.pool_id = p_pool_id
-    ) d;
+    select coalesce(sum(d.micros), 0)::bigint from credits.parts_of(p_organization_id, p_request_id) d where d.pool_id = p_pool_id;
 $$;
 comment on function credits.charged_to is 'Micros that one pool was charged for a request';
 

@@ -12,22 +12,11 @@ declare
 begin
     pool_ids := '{}'; starts := '{}'; ends := '{}'; charged_at := '{}';
     for v_row in
-        select d.pool_id, d.start, d.micros, (
+        select d.pool_id, d.start_micros as start, d.micros, (
             select max(k.booked_at) from ledger.attribution k
             where k.organization_id = p_organization_id and k.request_id = p_request_id and k.kind = 0 and k.booked_at <= d.booked_at
               and k.chain_id is not distinct from d.chain_id and k.model is not distinct from d.model and k.feature is not distinct from d.feature) as charged_at
-        from (
-            select a.model, a.feature, a.booked_at, a.pool_id, a.position_micros as start, a.chain_id, 0 as nr,
-                a.charged_micros - coalesce((select sum(t.charged_micros) from ledger.attribution_takes t
-                    where t.organization_id = a.organization_id and t.request_id = a.request_id and t.booked_at = a.booked_at), 0)::bigint as micros
-            from ledger.attribution a
-            where a.organization_id = p_organization_id and a.request_id = p_request_id and a.pool_id is not null
-            union all
-            select a.model, a.feature, t.booked_at, t.pool_id, t.position_micros, a.chain_id, 1, t.charged_micros
-            from ledger.attribution_takes t
-            join ledger.attribution a on a.organization_id = t.organization_id and a.request_id = t.request_id and a.booked_at = t.booked_at
-            where t.organization_id = p_organization_id and t.request_id = p_request_id
-        ) d
+        from credits.parts_of(p_organization_id, p_request_id) d
         left join chains c on c.organization_id = p_organization_id and c.chain_id = d.chain_id
         where d.micros <> 0
         order by d.booked_at, d.nr, array_position(c.leg_pool_ids, d.pool_id)
@@ -268,6 +257,7 @@ begin
         perform credits.fold_pool(p_organization_id, v_pools[i], v_now);
     end loop;
     perform credits.limits_changed(p_organization_id);
+    perform credits.settle_due(p_organization_id, v_now);
     perform credits.store_outcome(p_organization_id, p_idempotency_key, v_hash, jsonb_build_object('refunded_micros', p_amount_micros), v_now);
     return p_amount_micros;
 end $$;

@@ -207,6 +207,7 @@ begin
     end if;
     update pools set closed_at = v_now where organization_id = p_organization_id and pool_id = any (v_closing);
     perform credits.fold_pool(p_organization_id, pool_id, v_now) from unnest(v_closing) pool_id;
+    perform credits.settle_due(p_organization_id, v_now);
     perform credits.limits_changed(p_organization_id);
     v_stored := jsonb_build_object('moved_micros', v_moved, 'residual_micros', v_residual, 'held_micros', v_held, 'pools', v_pools);
     perform credits.store_outcome(p_organization_id, p_idempotency_key, v_hash, v_stored, v_now);

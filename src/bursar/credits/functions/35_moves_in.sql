@@ -112,6 +112,7 @@ begin
         perform credits.fold_pool(p_organization_id, v_pool, v_now);  -- one that expired on the way expires here
         v_total := v_total + v_part.amount_micros;
     end loop;
+    perform credits.settle_due(p_organization_id, v_now);
     insert into arrivals (organization_id, transfer_id, user_id, from_organization_id, amount_micros, arrived_at)
     values (p_organization_id, p_transfer_id, p_user_id, p_from_organization_id, v_total, v_now);
     perform credits.limits_changed(p_organization_id);

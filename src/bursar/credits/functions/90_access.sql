@@ -17,6 +17,6 @@ grant execute on function credits.available_of, credits.period_start, credits.pe
     credits.calendar_of, credits.hash_of, credits.no_usage to bursar_app, bursar_platform;
 grant execute on function credits.reset_pool, credits.bring_up_to_date, credits.told_open_part, credits.told_next_events, credits.told_pools,
     credits.told_grants, credits.told_limits, credits.told_holds to bursar_simulator;
-grant execute on function credits.value_upto, credits.value_taken, credits.value_within, credits.burn_reason, credits.draws_of,
+grant execute on function credits.value_upto, credits.value_taken, credits.value_within, credits.burn_reason, credits.parts_of, credits.draws_of,
     credits.tails, credits.stretches,
     credits.revenue_of_requests to bursar_app, bursar_platform, bursar_simulator;
