@@ -33,6 +33,13 @@ def test_with_an_organization_only_it_is_seen(query: Any, org: Any, make_org: An
     assert len(json.loads(out)["items"]) > 1
 
 
+def test_ids_are_told_as_a_statement_can_ask_for_them(query: Any, org: Any) -> None:
+    organization = str(org.organization_id)
+    statement = f"select organization_id from identity.organizations where organization_id = '{organization}'"
+    assert json.loads(query(statement, "--json")[1])["items"] == [{"organization_id": organization}]
+    assert organization in query(statement)[1]
+
+
 @pytest.mark.parametrize(
     ("statement", "why"),
     [

@@ -84,7 +84,19 @@ def test_a_printed_link_signs_in(operator: Operator, acme: str) -> None:
     assert code == Exit.DONE
     base, _, token = out.strip().rpartition("/")
     assert base == "https://bursar.example/sign-in"
-    assert operator.ask(lambda database: sign_in(database, token)).user.user_id == UUID(user_id)
+    assert operator.ask(lambda database: sign_in(database, token)).user.user_id == UUID(user_id.removeprefix("usr_"))
+
+
+def test_ids_are_told_with_what_they_are_of_and_taken_back_so(operator: Operator, acme: str) -> None:
+    person = operator.json("users", "create", f"{uuid4().hex}@acme.example", "--org", acme)
+    assert (person["user_id"][:4], len(person["user_id"])) == ("usr_", 36)
+    department = operator.json("departments", "create", uuid4().hex, "--org", acme)["department_id"]
+    team = operator.json("teams", "create", uuid4().hex, "--org", acme, "--department", department)
+    assert (team["team_id"][:5], department[:4], team["department_id"]) == ("team_", "dep_", department)
+    organization = next(each for each in operator.json("orgs", "list")["items"] if each["slug"] == acme)
+    members = operator.json("users", "list", "--org", organization["organization_id"])["items"]
+    assert organization["organization_id"].startswith("org_")
+    assert person["user_id"] in {each["user_id"] for each in members}
 
 
 def test_keys_are_created_rotated_and_revoked_and_their_text_is_alone_on_stdout(operator: Operator, acme: str) -> None:

@@ -61,7 +61,7 @@ def test_a_key_is_entered_listed_and_revoked_without_being_shown(cli: Any) -> No
 
 def test_an_organizations_own_key_is_the_organizations(cli: Any, org: Any) -> None:
     code, key, _ = cli("key", "demo", "--org", org.slug, stdin=SECRET)
-    assert (code, key["is_own"], key["organization_id"]) == (Exit.DONE, True, str(org.organization_id))
+    assert (code, key["is_own"], key["organization_id"]) == (Exit.DONE, True, f"org_{org.organization_id.hex}")
     _, listed, _ = cli("keys", "--org", org.slug)
     assert [each["provider_key_id"] for each in listed["items"]] == [key["provider_key_id"]]
 

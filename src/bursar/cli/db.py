@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from decimal import Decimal
 from typing import Annotated, Any
+from uuid import UUID
 
 import psycopg
 import typer
@@ -139,8 +140,8 @@ def query(
 
     names, rows = with_database(work)
     numbers = {name for name in names for row in rows if isinstance(row[name], int | Decimal)}
-    if as_json:
-        rows = [{name: str(cell) if isinstance(cell, Decimal) else cell for name, cell in row.items()} for row in rows]
+    as_text = (UUID, Decimal) if as_json else UUID  # an id stays what a statement can ask for
+    rows = [{name: str(cell) if isinstance(cell, as_text) else cell for name, cell in row.items()} for row in rows]
     print_rows(rows, [Column(name, name, right=name in numbers) for name in names], as_json=as_json, empty="No rows.")
 
 

@@ -28,6 +28,16 @@ YesOption: TypeAlias = Annotated[bool, typer.Option("--yes", "-y", help="Do not 
 DryRunOption: TypeAlias = Annotated[bool, typer.Option("--dry-run", help="Show what would change, change nothing.")]
 
 NARROWEST_NAME = 12
+# What is before an id, by how its field's name ends: as the API tells it. Commands take ids back with it or without.
+ID_PREFIXES = {
+    "organization_id": "org_",
+    "user_id": "usr_",
+    "team_id": "team_",
+    "department_id": "dep_",
+    "api_key_id": "key_",
+    "provider_key_id": "pvk_",
+    "rule_id": "rule_",
+}
 Answer = TypeVar("Answer")
 
 
@@ -80,7 +90,7 @@ def print_json(document: Any) -> None:
 
 def print_rows(rows: Iterable[Any], columns: Sequence[Column], *, as_json: bool, empty: str = "Nothing yet.") -> None:
     """Rows (dataclasses or mappings) as a table, or as {"items": […]} with every field."""
-    items = [asdict(row) if is_dataclass(row) and not isinstance(row, type) else dict(row) for row in rows]
+    items = [_fields(row) for row in rows]
     if as_json:
         print_json({"items": items})
     elif not items:
@@ -91,7 +101,7 @@ def print_rows(rows: Iterable[Any], columns: Sequence[Column], *, as_json: bool,
 
 def print_fields(row: Any, *, as_json: bool) -> None:
     """One row (a dataclass or mapping) as `name  value` lines, or as JSON."""
-    fields: Mapping[str, Any] = asdict(row) if is_dataclass(row) and not isinstance(row, type) else dict(row)
+    fields = _fields(row)
     if as_json:
         print_json(fields)
         return
@@ -143,6 +153,17 @@ def _widths(cells: Sequence[Sequence[str]], columns: Sequence[Column], available
             break
         widths[max(texts, key=lambda place: widths[place])] -= 1
     return widths
+
+
+def _fields(row: Any) -> dict[str, Any]:
+    """A dataclass or mapping by the names of its fields, its ids with what they are of."""
+    fields = asdict(row) if is_dataclass(row) and not isinstance(row, type) else dict(row)
+    return {name: _told_id(name, value) if isinstance(value, UUID) else value for name, value in fields.items()}
+
+
+def _told_id(name: str, value: UUID) -> str:
+    prefix = next((prefix for end, prefix in ID_PREFIXES.items() if name.endswith(end)), None)
+    return str(value) if prefix is None else f"{prefix}{value.hex}"
 
 
 def _plain(value: Any) -> Any:

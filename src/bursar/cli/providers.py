@@ -202,7 +202,7 @@ def revoke(
 
     Examples: `bursar providers revoke 0193…`, `bursar providers revoke 0193… --org acme`
     """
-    provider_key_id = as_id(provider_key, "")
+    provider_key_id = as_id(provider_key, "pvk_")
     if provider_key_id is None:
         raise ProviderKeyNotFound(f"“{provider_key}” is no id. Those there are: bursar providers keys")
 

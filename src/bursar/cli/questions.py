@@ -155,10 +155,12 @@ def _print_story(story: dict[str, Any]) -> None:
         if row["kind"] == "refund":
             typer.echo(f"  refund {row['charged']['amount']} at {row['booked_at']}")
             continue
-        usage = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in row["usage"].items())
+        usage = ", ".join(_counted(count, kind) for kind, count in row["usage"].items())
         marks = f" ({', '.join(row['marks'])})" if row["marks"] else ""
-        typer.echo(f"  {row['kind']} {row['charged']['amount']} for {usage} on {row['model']}{marks}")
-        typer.echo(f"  price {row['price_version_id']}, held {row['held']['amount']}, used at {row['used_at']}")
+        model = f" on {row['model']}" if row["model"] else ""
+        typer.echo(f"  {row['kind']} {row['charged']['amount']} for {usage}{model}{marks}")
+        price = f"price {row['price_version_id']}" if row["price_version_id"] else "no price"
+        typer.echo(f"  {price}, held {row['held']['amount']}, used at {row['used_at']}")
     for grant in story["grants"]:
         typer.echo(
             f"  drew {grant['drawn']['amount']} from {grant['source'] or 'no grant yet'} {grant['grant_id'] or ''}"
@@ -171,6 +173,12 @@ def _print_story(story: dict[str, Any]) -> None:
         typer.echo(f"  passed {limit['name']}: {limit['available']['amount']} left now")
     if story["not_charged"]:
         typer.echo(f"  {story['not_charged']['outcome']}: {story['not_charged']['reason'] or ''}")
+
+
+def _counted(count: int, kind: str) -> str:
+    """Some of a kind of usage: 12 input tokens, 1 request, 1 web search."""
+    one = kind.removesuffix("es") if kind.endswith("ches") else kind.removesuffix("s")
+    return f"{count} {(one if count == 1 else kind).replace('_', ' ')}"
 
 
 def verify(
