@@ -40,6 +40,7 @@ COMMANDS = {
     "extend",
     "finish_redemption",
     "fold",
+    "forget_commands",
     "forgive_debt",
     "grant_code",
     "has_sufficient_credits",

@@ -128,13 +128,15 @@ def two_servers(priced: db.Database, admin_dsn: str, run_dir: Path) -> Iterator[
 
 
 def serve_beside_tests(port: int, *options: str) -> list[str]:
-    """A command that serves as `bursar serve` does, but leaves e-mails and webhooks to the tests that send them.
+    """A command that serves as `bursar serve` does, but leaves to other tests on the same database what is theirs:
+    e-mails and webhooks that they send themselves, and results stored at instants long past.
 
     options: of Python itself.
     """
     program = (
-        "import runpy; from bursar import worker; from bursar.outbox import jobs; "
-        "worker.JOBS = tuple(job for job in worker.JOBS if job not in jobs.JOBS); "
+        "import runpy; from bursar import worker; from bursar.credits.jobs import forget_commands; "
+        "from bursar.outbox import jobs; "
+        "worker.JOBS = tuple(job for job in worker.JOBS if job not in jobs.JOBS and job[1] is not forget_commands); "
         "runpy.run_module('bursar', run_name='__main__')"
     )
     return [sys.executable, *options, "-c", program, "serve", "--port", str(port)]

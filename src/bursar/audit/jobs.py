@@ -1,8 +1,9 @@
 """Periodic work of the audit: seals every minute, anchors every ten, and how far they are. No rules here."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
+from uuid import UUID
 
 import psycopg
 from prometheus_client import Counter, Gauge
@@ -23,6 +24,21 @@ async def alone(database: db.Database, key: int) -> AsyncIterator[bool]:
     """True for one process at a time; the others come back later. Nothing depends on it but that work is done once."""
     async with await psycopg.AsyncConnection.connect(database.dsn("bursar_platform"), autocommit=True) as conn:
         yield bool(await db.fetch_value(conn, QUERIES.try_lock, key=key))
+
+
+async def in_turn(organization_ids: Sequence[UUID], work: Callable[[UUID], Awaitable[int]]) -> int:
+    """Do this for one organization after the other; returns the sum of its counts. What is wrong in one keeps no other
+    waiting: the last fault is raised in the end.
+    """
+    done, fault = 0, None
+    for organization_id in organization_ids:
+        try:
+            done += await work(organization_id)
+        except Exception as error:
+            fault = error
+    if fault is not None:
+        raise fault
+    return done
 
 
 async def seal(database: db.Database) -> None:

@@ -1,9 +1,10 @@
-"""Periodic work of the treasury: holds that end by themselves, partitions ahead, verification, gauges. No rules."""
+"""Periodic work of the treasury: ends of holds and stored results, partitions ahead, verification, gauges. No rules."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Final
+from uuid import UUID
 
 import psycopg
 import structlog
@@ -23,6 +24,8 @@ AUDIT: Final = db.load_queries("bursar.audit")
 QUERIES: Final = db.load_queries("bursar.credits")
 MOST_A_RUN: Final = 500
 MONTHS_AHEAD: Final = 3
+FORGET_LOCK: Final = 0x6275_7273_0005
+FORGOTTEN_AT_ONCE: Final = 500
 
 OPEN_HOLDS = Gauge("bursar_open_holds", "Holds of requests that are running")
 HELD_MICROS = Gauge("bursar_held_micros", "Micros that open holds reserve")
@@ -70,6 +73,27 @@ async def _expire_one_by_one(database: db.Database, conn: db.Connection) -> int:
     if fault is not None:
         raise fault
     return ended
+
+
+async def forget_commands(database: db.Database) -> int:
+    """End stored results of commands that nobody may ask for any more; returns how many."""
+    async with audit_jobs.alone(database, FORGET_LOCK) as is_mine:
+        if not is_mine:
+            return 0
+        async with database.platform() as conn:
+            organization_ids = await db.fetch_values(conn, QUERIES.with_commands_to_forget)
+        return await audit_jobs.in_turn(organization_ids, lambda each: _forget_commands_of(database, each))
+
+
+async def _forget_commands_of(database: db.Database, organization_id: UUID) -> int:
+    given = {"organization_id": organization_id, "most": FORGOTTEN_AT_ONCE}
+    gone = 0
+    while True:  # a few in each transaction, so that nobody waits for long
+        async with database.tenant(organization_id) as conn:
+            some = int(await db.fetch_value(conn, QUERIES.forget_commands, **given))
+        gone += some
+        if some < FORGOTTEN_AT_ONCE:
+            return gone
 
 
 async def ensure_partitions(database: db.Database) -> None:
@@ -168,6 +192,7 @@ JOBS: Final[tuple[tuple[float, Job], ...]] = (
     (60.0, finish_redemptions),
     (60.0, finish_moves),
     (3600.0, forget_tries),
+    (3600.0, forget_commands),
     (3600.0, ensure_partitions),
     (VERIFY_LOOK_SECONDS, verify_when_due),
     (15.0, measure_verification),

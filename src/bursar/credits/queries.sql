@@ -296,6 +296,14 @@ select credits.expire_holds(%(most)s)
 -- name: expire_holds_of
 select credits.expire_holds_of(%(organization_id)s)
 
+-- name: with_commands_to_forget
+-- Each organization is asked by the index.
+select o.organization_id from identity.organizations o
+where exists (select from credits.commands k where k.organization_id = o.organization_id and k.kept_until <= statement_timestamp())
+
+-- name: forget_commands
+select credits.forget_commands(%(organization_id)s, %(most)s)
+
 -- name: with_holds_to_expire
 select distinct organization_id from credits.holds where lease_expires_at <= clock_timestamp() order by 1
 

@@ -68,21 +68,12 @@ async def purge_outbox(database: db.Database) -> int:
     days = database.settings.events_days
     if not days:
         return 0
-    gone = 0
     async with audit_jobs.alone(database, PURGE_LOCK) as is_mine:
         if not is_mine:
             return 0
         async with database.platform() as conn:
             organization_ids = await db.fetch_values(conn, QUERIES.organizations_to_purge, days=days)
-        fault: Exception | None = None
-        for organization_id in organization_ids:
-            try:
-                gone += await purge(database, organization_id, days=days)
-            except Exception as error:  # what is wrong in one organization keeps no other's
-                fault = error
-        if fault is not None:
-            raise fault
-    return gone
+        return await audit_jobs.in_turn(organization_ids, lambda each: purge(database, each, days=days))
 
 
 async def purge(database: db.Database, organization_id: UUID, *, days: int, most: int = PURGED_AT_ONCE) -> int:

@@ -79,6 +79,21 @@ returns void language sql volatile set search_path = credits, pg_temp as $$
 $$;
 comment on function credits.store_outcome is 'Keeps the result of a money command for 35 days under its key';
 
+-- forget_commands: results that nobody may ask for any more, as many as p_most; returns how many. Under the gate, like who puts others in their place.
+create or replace function credits.forget_commands(p_organization_id uuid, p_most integer) returns integer
+language plpgsql volatile security definer set search_path = credits, pg_temp as $$
+declare
+    v_now constant timestamptz := credits.lock_gate(p_organization_id, null);
+    v_gone integer;
+begin
+    delete from commands where organization_id = p_organization_id and idempotency_key in (
+        select idempotency_key from commands
+        where organization_id = p_organization_id and kept_until <= v_now order by kept_until limit p_most);
+    get diagnostics v_gone = row_count;
+    return v_gone;
+end $$;
+comment on function credits.forget_commands is 'Ends stored results whose time is over; returns how many';
+
 -- hash_of: one hash for the arguments of a command.
 create or replace function credits.hash_of(variadic p_arguments text[]) returns bytea
 language sql immutable set search_path = pg_catalog, pg_temp as $$

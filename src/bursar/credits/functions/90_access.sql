@@ -10,7 +10,7 @@ grant execute on function credits.open_organization, credits.open_pool, credits.
     credits.allocate_credits_to_user, credits.open_campaign, credits.add_codes, credits.revoke_codes, credits.redeem_code,
     credits.finish_redemption, credits.grant_code, credits.forgive_debt,
     credits.set_top_up, credits.end_top_up, credits.begin_top_up, credits.decide_top_up,
-    credits.depart, credits.arrive, credits.note_arrival to bursar_app, bursar_simulator;
+    credits.depart, credits.arrive, credits.note_arrival, credits.forget_commands to bursar_app, bursar_simulator;
 grant execute on function credits.limits_changed to bursar_app, bursar_owner, bursar_simulator;
 grant execute on function credits.admits to bursar_app, bursar_platform, bursar_owner, bursar_simulator;
 grant execute on function credits.available_of, credits.period_start, credits.period_end, credits.period_around,
