@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from tests.conftest import Org
 from tests.credits.test_batcher import move
@@ -43,12 +44,70 @@ def test_what_is_given_away_under_one_key_moves_once_and_tells_what_is_left_now(
     told = {"moved": "70", "from_has_left": "30", "to_has_left": "170"}
     assert run(*give, "--dry-run") == (Exit.DONE, told | {"dry_run": True})
     for _ in range(2):
-        assert run(*give, "--idempotency-key", "once") == (Exit.DONE, told | {"dry_run": False})
+        assert run(*give, "--idempotency-key", "once") == (Exit.DONE, told)
     for more in ((), ("--dry-run",)):
         code, _ = run(*give, *more)
         assert code != Exit.DONE, "thirty are left"
     code, told = run("credits", "take-back", "all", "--from", mira, *at, "--json")
-    assert (code, told) == (Exit.DONE, {"moved": "30", "from_has_left": "0", "dry_run": False})
+    assert (code, told) == (Exit.DONE, {"moved": "30", "from_has_left": "0"})
+
+
+TABLES = """
+    select a.attrelid::regclass::text from pg_attribute a join pg_class c on c.oid = a.attrelid
+    where a.attname = 'organization_id' and c.relkind in ('r', 'p') and not c.relispartition
+      and c.relnamespace::regnamespace::text in ('credits', 'ledger', 'audit', 'outbox') order by 1"""
+SILENT = {"end-share", "end-raise", "end", "cancel"}
+
+
+def test_a_dry_run_tells_the_same_and_changes_nothing(run: Any, org: Any, admin_dsn: str) -> None:
+    at = ("--org", org.slug)
+    mira, noor = f"mira@{org.slug}.example", f"noor@{org.slug}.example"
+    for email in (mira, noor):
+        assert run("users", "create", email, *at)[0] == Exit.DONE
+
+    def books() -> dict[str, list[Any]]:
+        with psycopg.connect(admin_dsn) as conn:
+            rows = "select t::text from {} t where organization_id = %s order by 1"
+            tables = [name for (name,) in conn.execute(TABLES)]
+            return {name: conn.execute(rows.format(name), [org.organization_id]).fetchall() for name in tables}  # type: ignore[arg-type]
+
+    def tried(*command: str) -> dict[str, Any]:
+        """What the command tells, which it tells with --dry-run, too."""
+        before = books()
+        code, planned = run(*command, *at, "--dry-run")
+        assert (code, planned.endswith("A dry run: nothing was changed.\n")) == (Exit.DONE, True)
+        assert books() == before
+        if command[1] in SILENT:
+            assert (run(*command, *at), books() != before) == ((Exit.DONE, ""), True)
+            return {}
+        code, planned = run(*command, *at, "--dry-run", "--json")
+        assert (code, books()) == (Exit.DONE, before)
+        code, told = run(*command, *at, "--json")
+        assert (code, books() != before) == (Exit.DONE, True)
+        assert planned.pop("dry_run") is True
+        ids = {name for name in told if name.endswith("_id") or name in ("grants", "to")}  # of what is made
+        assert {k: planned[k] for k in planned if k not in ids} == {k: told[k] for k in told if k not in ids}
+        return dict(told)
+
+    tried("credits", "add", "500")
+    grant = tried("credits", "add", "70", "--user", mira)["grant_id"]
+    tried("credits", "allocate", "100", "--user", mira)
+    tried("credits", "allocate", "100", "--user", noor)
+    tried("credits", "reallocate", "30", "--from", mira, "--to", noor)
+    tried("credits", "take-back", "20", "--from", noor)
+    tried("credits", "end-share", mira)
+    tried("credits", "transfer", "5", "--from", "shared", "--to", noor)
+    tried("credits", "void", grant, "--reason", "booked twice")
+    cap = tried("caps", "set", "--user", mira, "--ask", "5cr", "--per", "day")["limit_id"]
+    raised = tried("caps", "raise", cap, "--amount", "5cr", "--until", "2999-01-01")["raise_id"]
+    tried("caps", "end-raise", raised)
+    tried("caps", "end", cap)
+    schedule = tried("schedules", "add", "10")["schedule_id"]
+    tried("schedules", "cancel", schedule)
+    tried("top-ups", "set", "--below", "5", "--amount", "10", "--ceiling", "100")
+    tried("top-ups", "stop")
+    assert run("codes", "create", "50", "--campaign", "Spring", *at)[0] == Exit.DONE
+    tried("codes", "revoke", "Spring", "--yes")
 
 
 def test_more_codes_of_a_campaign_have_its_terms_or_are_refused(run: Any, org: Any) -> None:
@@ -106,4 +165,7 @@ def test_what_a_closed_pool_is_owed_is_shown_until_it_is_paid(run: Any, org: Org
     assert run("credits", "add", "10", *at, "--user", email)[0] == Exit.DONE
     assert shown() == [("shared", True, "0", "0", "5"), ("personal", False, "0", "0", "0")]
     assert run("credits", "add", "91", *at, "--user", email)[0] == Exit.DONE
+    assert shown() == [("personal", False, "86", "0", "0")]
+    code, planned = run("credits", "refund", f"req_{request.hex}", "--reason", "a demo", "--dry-run", "--json")
+    assert (code, planned["refunded"], planned["dry_run"]) == (Exit.DONE, "35", True)
     assert shown() == [("personal", False, "86", "0", "0")]

@@ -11,7 +11,7 @@ from bursar import db
 from bursar.audit.events import OPERATOR, Actor
 from bursar.cli import past
 from bursar.cli.credits import KeyOption, credits_of, filter_from
-from bursar.cli.output import Column, JsonOption, QuietOption, print_fields, print_rows
+from bursar.cli.output import Column, DryRunOption, JsonOption, QuietOption, print_fields, print_rows, tell_dry_run
 from bursar.cli.scope import (
     OrgOption,
     all_names_of,
@@ -79,6 +79,7 @@ def set_cap(
     strict: Annotated[
         bool, typer.Option("--strict", help="Hold calls without max_tokens by the most their model puts out.")
     ] = False,
+    dry_run: DryRunOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -137,7 +138,7 @@ def set_cap(
             "strict": strict,
         }
 
-    _print_made(within(org, work), "limit_id", quiet=quiet, as_json=as_json)
+    _print_made(within(org, work, dry_run=dry_run), "limit_id", dry_run=dry_run, quiet=quiet, as_json=as_json)
 
 
 @app.command("list")
@@ -230,7 +231,9 @@ def _whose_then(each: as_of.LimitAt, names: dict[UUID, str]) -> str:
 
 
 @app.command("end")
-def end_cap(org: OrgOption, cap: Annotated[str, typer.Argument(help="The cap's id.")]) -> None:
+def end_cap(
+    org: OrgOption, cap: Annotated[str, typer.Argument(help="The cap's id.")], dry_run: DryRunOption = False
+) -> None:
     """Lift a cap; where there is a default, that one holds again.
 
     Examples: `bursar caps end lim_… --org acme`
@@ -239,7 +242,8 @@ def end_cap(org: OrgOption, cap: Annotated[str, typer.Argument(help="The cap's i
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> None:
         await limits.end_limit(conn, organization_id=organization.organization_id, limit_id=given_id(cap, "lim_"))
 
-    within(org, work)
+    within(org, work, dry_run=dry_run)
+    tell_dry_run(dry_run)
 
 
 # ---------------------------------------------------------------------------------------------- raises
@@ -260,6 +264,7 @@ def raise_cap(
     team: TeamOption = None,
     department: DepartmentOption = None,
     reason: Annotated[str | None, typer.Option(help="Why, in words.")] = None,
+    dry_run: DryRunOption = False,
     idempotency_key: KeyOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -290,7 +295,7 @@ def raise_cap(
         )
         return {"raise_id": f"rai_{raise_id.hex}", "amount": amount, "until": ends_at}
 
-    _print_made(within(org, work), "raise_id", quiet=quiet, as_json=as_json)
+    _print_made(within(org, work, dry_run=dry_run), "raise_id", dry_run=dry_run, quiet=quiet, as_json=as_json)
 
 
 @app.command("raises")
@@ -323,7 +328,9 @@ def list_raises(org: OrgOption, as_json: JsonOption = False) -> None:
 
 
 @app.command("end-raise")
-def end_raise(org: OrgOption, raised: Annotated[str, typer.Argument(help="The raise's id.")]) -> None:
+def end_raise(
+    org: OrgOption, raised: Annotated[str, typer.Argument(help="The raise's id.")], dry_run: DryRunOption = False
+) -> None:
     """End a raise before its time. It stays in the list.
 
     Examples: `bursar caps end-raise rai_… --org acme`
@@ -334,7 +341,8 @@ def end_raise(org: OrgOption, raised: Annotated[str, typer.Argument(help="The ra
             conn, organization_id=organization.organization_id, raise_id=given_id(raised, "rai_"), by=OPERATOR
         )
 
-    within(org, work)
+    within(org, work, dry_run=dry_run)
+    tell_dry_run(dry_run)
 
 
 # ---------------------------------------------------------------------------------------------- requests
@@ -503,11 +511,11 @@ def _decided(
 # ---------------------------------------------------------------------------------------------- words
 
 
-def _print_made(row: dict[str, Any], id_field: str, *, quiet: bool, as_json: bool) -> None:
+def _print_made(row: dict[str, Any], id_field: str, *, quiet: bool, as_json: bool, dry_run: bool = False) -> None:
     if quiet:
         typer.echo(row[id_field])
     else:
-        print_fields(row, as_json=as_json)
+        print_fields(row, dry_run=dry_run, as_json=as_json)
 
 
 async def _scope(

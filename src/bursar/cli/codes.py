@@ -194,6 +194,7 @@ def revoke(
     code: Annotated[str | None, typer.Option(help="Only this one: its text or its id.")] = None,
     org: OfOption = None,
     reason: Annotated[str | None, typer.Option(help="Why, in words.")] = None,
+    dry_run: DryRunOption = False,
     yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -202,12 +203,12 @@ def revoke(
     Examples: `bursar codes revoke Spring --yes --reason "over"`,
     `bursar codes revoke Spring --code 7Q2KD-0000A-1111B-2222C`
     """
-    if code is None and not yes:
+    if code is None and not yes and not dry_run:
         typer.confirm(f"Revoke every code of “{campaign}”?", abort=True)
 
     async def work(database: db.Database) -> int:
         organization_id = await _owner(database, org)
-        async with database.tenant(organization_id) as conn:
+        async with database.tenant(organization_id) as conn, conn.transaction(force_rollback=dry_run):
             found = await _campaign(conn, organization_id, campaign)
             code_id = None
             if code is not None:
@@ -221,7 +222,7 @@ def revoke(
                 by=OPERATOR,
             )
 
-    print_fields({"revoked": with_database(work)}, as_json=as_json)
+    print_fields({"revoked": with_database(work)}, dry_run=dry_run, as_json=as_json)
 
 
 @app.command()

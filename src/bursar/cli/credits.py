@@ -9,7 +9,7 @@ import typer
 from bursar import db
 from bursar.audit.events import OPERATOR
 from bursar.cli import past
-from bursar.cli.output import Column, DryRunOption, JsonOption, print_fields, print_rows
+from bursar.cli.output import Column, DryRunOption, JsonOption, print_fields, print_rows, tell_dry_run
 from bursar.cli.scope import OrgOption, all_names_of, given_id, member_of, names_of, within
 from bursar.clock import in_utc, uuid7
 from bursar.credits import filters, forecasts, grants, limits, pools
@@ -196,6 +196,7 @@ def add(
         datetime | None, typer.Option(help="What goes on can be spent before this instant (UTC).")
     ] = None,
     reason: Annotated[str | None, typer.Option(help="Why, in words.")] = None,
+    dry_run: DryRunOption = False,
     idempotency_key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -235,7 +236,7 @@ def add(
         )
         return {"grant_id": f"grt_{grant_id.hex}", "pool_id": f"pool_{pool_id.hex}", "credits": format_credits(micros)}
 
-    print_fields(within(org, work), as_json=as_json)
+    print_fields(within(org, work, dry_run=dry_run), dry_run=dry_run, as_json=as_json)
 
 
 @app.command("grants")
@@ -278,6 +279,7 @@ def void(
     org: OrgOption,
     grant: Annotated[str, typer.Argument(help="The grant's id.")],
     reason: Annotated[str, typer.Option(help="Why, in words.")],
+    dry_run: DryRunOption = False,
     idempotency_key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -297,7 +299,7 @@ def void(
         )
         return {"voided": format_credits(taken)}
 
-    print_fields(within(org, work), as_json=as_json)
+    print_fields(within(org, work, dry_run=dry_run), dry_run=dry_run, as_json=as_json)
 
 
 @app.command()
@@ -306,6 +308,7 @@ def forgive(
     amount: Annotated[str, typer.Argument(help="Credits, or all.")],
     reason: Annotated[str, typer.Option(help="Why, in words.")],
     user: Annotated[str | None, typer.Option(help="A member's e-mail: what their personal credits owe.")] = None,
+    dry_run: DryRunOption = False,
     idempotency_key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -328,7 +331,7 @@ def forgive(
         )
         return {"forgiven": format_credits(forgiven)}
 
-    print_fields(within(org, work), as_json=as_json)
+    print_fields(within(org, work, dry_run=dry_run), dry_run=dry_run, as_json=as_json)
 
 
 @app.command()
@@ -341,6 +344,7 @@ def allocate(
     carry: Annotated[str, typer.Option(help="Of what a reserved share has left then, keep at most this much.")] = "0",
     when_empty: Annotated[WhenEmpty, typer.Option(help="What follows when it is used up.")] = WhenEmpty.STOPS,
     oversubscribe: Annotated[bool, typer.Option(help="Allow more than the pool has to reserve.")] = False,
+    dry_run: DryRunOption = False,
     idempotency_key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -367,7 +371,7 @@ def allocate(
         )
         return {"allocation_id": f"all_{allocation_id.hex}", "credits": format_credits(micros)}
 
-    print_fields(within(org, work), as_json=as_json)
+    print_fields(within(org, work, dry_run=dry_run), dry_run=dry_run, as_json=as_json)
 
 
 @app.command()
@@ -409,7 +413,9 @@ def allocations(org: OrgOption, at: past.AtOption = None, as_json: JsonOption = 
 
 
 @app.command("end-share")
-def end_share(org: OrgOption, user: Annotated[str, typer.Argument(help="The member's e-mail.")]) -> None:
+def end_share(
+    org: OrgOption, user: Annotated[str, typer.Argument(help="The member's e-mail.")], dry_run: DryRunOption = False
+) -> None:
     """End a member's share; what it had not used returns to the part that nobody reserves.
 
     Examples: `bursar credits end-share mira@lumen.example --org lumen`
@@ -421,7 +427,8 @@ def end_share(org: OrgOption, user: Annotated[str, typer.Argument(help="The memb
             conn, organization_id=organization.organization_id, allocation_id=share.allocation_id
         )
 
-    within(org, work)
+    within(org, work, dry_run=dry_run)
+    tell_dry_run(dry_run)
 
 
 @app.command()
@@ -438,7 +445,7 @@ def reallocate(
 
     Examples: `bursar credits reallocate 100 --org lumen --from mira@lumen.example --to noor@lumen.example --dry-run`
     """
-    print_fields(_reallocated(org, amount, giver, taker, dry_run, idempotency_key), as_json=as_json)
+    print_fields(_reallocated(org, amount, giver, taker, dry_run, idempotency_key), dry_run=dry_run, as_json=as_json)
 
 
 @app.command("take-back")
@@ -456,45 +463,34 @@ def take_back(
 
     Examples: `bursar credits take-back all --org lumen --from mira@lumen.example --dry-run`
     """
-    print_fields(_reallocated(org, amount, giver, None, dry_run, idempotency_key), as_json=as_json)
+    print_fields(_reallocated(org, amount, giver, None, dry_run, idempotency_key), dry_run=dry_run, as_json=as_json)
 
 
 def _reallocated(
     org: str, amount: str, giver: str, taker: str | None, dry_run: bool, idempotency_key: str | None
 ) -> dict[str, Any]:
-    """Move it, or with `dry_run` tell only what that would leave: the same figures either way."""
     micros = None if amount == "all" else credits_of(amount)
 
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> dict[str, Any]:
         source = await _share_of(conn, database, organization, giver)
         target = await _share_of(conn, database, organization, taker) if taker else None
-        if dry_run:
-            moved = to_come = source.available_micros if micros is None else micros
-            if moved > source.available_micros:
-                left = format_credits(source.available_micros)
-                raise limits.ShareHasLess(f"{left} credits are neither used nor held")
-        else:
-            moved = await limits.reallocate(
-                conn,
-                organization_id=organization.organization_id,
-                allocation_id=source.allocation_id,
-                to_allocation_id=target.allocation_id if target else None,
-                amount_micros=micros,
-                idempotency_key=idempotency_key or uuid7().hex,
-                by=OPERATOR,
-            )
-            to_come = Micros(0)  # what is read now is after it, also where it had been moved before
-            source = await _share_of(conn, database, organization, giver)
-            target = await _share_of(conn, database, organization, taker) if taker else None
-        answer = {
-            "moved": format_credits(moved),
-            "from_has_left": format_credits(Micros(source.available_micros - to_come)),
-        }
-        if target is not None:
-            answer["to_has_left"] = format_credits(Micros(target.available_micros + to_come))
-        return answer | {"dry_run": dry_run}
+        moved = await limits.reallocate(
+            conn,
+            organization_id=organization.organization_id,
+            allocation_id=source.allocation_id,
+            to_allocation_id=target.allocation_id if target else None,
+            amount_micros=micros,
+            idempotency_key=idempotency_key or uuid7().hex,
+            by=OPERATOR,
+        )
+        source = await _share_of(conn, database, organization, giver)
+        answer = {"moved": format_credits(moved), "from_has_left": format_credits(source.available_micros)}
+        if taker is not None:
+            target = await _share_of(conn, database, organization, taker)
+            answer["to_has_left"] = format_credits(target.available_micros)
+        return answer
 
-    return within(org, work)
+    return within(org, work, dry_run=dry_run)
 
 
 async def _share_of(conn: db.Connection, database: db.Database, organization: Organization, user: str) -> Allocation:

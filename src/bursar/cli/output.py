@@ -99,15 +99,22 @@ def print_rows(rows: Iterable[Any], columns: Sequence[Column], *, as_json: bool,
         _print_table(items, columns)
 
 
-def print_fields(row: Any, *, as_json: bool) -> None:
-    """One row (a dataclass or mapping) as `name  value` lines, or as JSON."""
+def print_fields(row: Any, *, as_json: bool, dry_run: bool = False) -> None:
+    """One row (a dataclass or mapping) as `name  value` lines, or as JSON. dry_run: it says that nothing changed."""
     fields = _fields(row)
     if as_json:
-        print_json(fields)
+        print_json(fields | {"dry_run": True} if dry_run else fields)
         return
     width = max((len(name) for name in fields), default=0)
     for name, value in fields.items():
         typer.echo(f"{name.ljust(width)}  {'' if value is None else _text(value)}")
+    tell_dry_run(dry_run)
+
+
+def tell_dry_run(dry_run: bool) -> None:
+    """Where it was a dry run: that nothing was changed."""
+    if dry_run:
+        typer.echo("A dry run: nothing was changed.")
 
 
 def console() -> Console:

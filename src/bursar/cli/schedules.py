@@ -8,7 +8,7 @@ import typer
 from bursar import db
 from bursar.audit.events import OPERATOR
 from bursar.cli.credits import KeyOption, credits_of, rollover_of
-from bursar.cli.output import Column, JsonOption, print_fields, print_rows
+from bursar.cli.output import Column, DryRunOption, JsonOption, print_fields, print_rows, tell_dry_run
 from bursar.cli.scope import OrgOption, given_id, member_of, within
 from bursar.clock import in_utc, uuid7
 from bursar.credits import grants, pools, schedules
@@ -43,6 +43,7 @@ def add(
     free: Annotated[bool, typer.Option("--free", help="Complimentary: brings no revenue.")] = False,
     paid: Annotated[str, typer.Option(help="Money paid for each, in USD.")] = "0",
     reason: Annotated[str | None, typer.Option(help="Why, in words.")] = None,
+    dry_run: DryRunOption = False,
     idempotency_key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -83,7 +84,7 @@ def add(
         )
         return {"schedule_id": f"sch_{schedule_id.hex}", "credits": format_credits(micros)}
 
-    print_fields(within(org, work), as_json=as_json)
+    print_fields(within(org, work, dry_run=dry_run), dry_run=dry_run, as_json=as_json)
 
 
 @app.command("list")
@@ -119,7 +120,9 @@ def list_(org: OrgOption, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def cancel(org: OrgOption, schedule: Annotated[str, typer.Argument(help="The schedule's id.")]) -> None:
+def cancel(
+    org: OrgOption, schedule: Annotated[str, typer.Argument(help="The schedule's id.")], dry_run: DryRunOption = False
+) -> None:
     """End a schedule now; what it granted stays.
 
     Examples: `bursar schedules cancel sch_… --org acme`
@@ -131,4 +134,5 @@ def cancel(org: OrgOption, schedule: Annotated[str, typer.Argument(help="The sch
             conn, organization_id=organization.organization_id, schedule_id=schedule_id, by=OPERATOR
         )
 
-    within(org, work)
+    within(org, work, dry_run=dry_run)
+    tell_dry_run(dry_run)

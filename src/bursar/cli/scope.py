@@ -23,12 +23,17 @@ PAGE = 100
 Item = TypeVar("Item")
 
 
-def within(reference: str, work: Callable[[db.Connection, db.Database, Organization], Awaitable[Answer]]) -> Answer:
-    """Run work in one transaction of the organization that --org names."""
+def within(
+    reference: str,
+    work: Callable[[db.Connection, db.Database, Organization], Awaitable[Answer]],
+    *,
+    dry_run: bool = False,
+) -> Answer:
+    """Run work in one transaction of the organization that --org names; dry_run: nothing of it stays."""
 
     async def run(database: db.Database) -> Answer:
         organization_id = await org_of(database, reference)
-        async with database.tenant(organization_id) as conn:
+        async with database.tenant(organization_id) as conn, conn.transaction(force_rollback=dry_run):
             return await work(conn, database, await get_organization(conn, organization_id=organization_id))
 
     return with_database(run)

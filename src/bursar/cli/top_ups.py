@@ -8,7 +8,7 @@ import typer
 from bursar import db
 from bursar.audit.events import OPERATOR
 from bursar.cli.credits import credits_of
-from bursar.cli.output import Column, JsonOption, print_fields, print_rows, with_database
+from bursar.cli.output import Column, DryRunOption, JsonOption, print_fields, print_rows, with_database
 from bursar.cli.scope import OrgOption, given_id, member_of, org_of, within
 from bursar.credits import pools, top_ups
 from bursar.credits.top_ups import USUAL_MOST_PER_HOUR, Bought, TopUp
@@ -31,6 +31,7 @@ def set_(
         int, typer.Option(help="More purchases within an hour stop it: a runaway.", min=1)
     ] = USUAL_MOST_PER_HOUR,
     user: UserOption = None,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Set when a pool buys more. Setting it again also starts it again after declines or a runaway.
@@ -53,11 +54,11 @@ def set_(
         )
         return {"pool_id": f"pool_{pool_id.hex}", "below": below, "amount": amount, "ceiling": ceiling}
 
-    print_fields(within(org, work), as_json=as_json)
+    print_fields(within(org, work, dry_run=dry_run), dry_run=dry_run, as_json=as_json)
 
 
 @app.command()
-def stop(org: OrgOption, user: UserOption = None, as_json: JsonOption = False) -> None:
+def stop(org: OrgOption, user: UserOption = None, dry_run: DryRunOption = False, as_json: JsonOption = False) -> None:
     """Switch a pool's purchases off; an open one goes on.
 
     Examples: `bursar top-ups stop --org acme`
@@ -68,7 +69,7 @@ def stop(org: OrgOption, user: UserOption = None, as_json: JsonOption = False) -
         await top_ups.end_policy(conn, organization_id=organization.organization_id, pool_id=pool_id, by=OPERATOR)
         return {"pool_id": f"pool_{pool_id.hex}", "state": "ended"}
 
-    print_fields(within(org, work), as_json=as_json)
+    print_fields(within(org, work, dry_run=dry_run), dry_run=dry_run, as_json=as_json)
 
 
 @app.command()
@@ -104,6 +105,7 @@ def show(org: OrgOption, as_json: JsonOption = False) -> None:
 def list_(
     org: OrgOption,
     limit: Annotated[int, typer.Option(help="How many, newest first.", min=1, max=1000)] = 50,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """List purchases, newest first.

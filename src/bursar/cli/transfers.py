@@ -28,6 +28,7 @@ def transfer(
     from_: Annotated[str, typer.Option("--from", help=f"Out of: {PoolText}")],
     to: Annotated[str, typer.Option(help=f"Into: {PoolText}")],
     reason: Annotated[str | None, typer.Option(help="Why, in words.")] = None,
+    dry_run: DryRunOption = False,
     idempotency_key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -58,7 +59,7 @@ def transfer(
             "grants": " ".join(f"grt_{each.hex}" for each in made),
         }
 
-    print_fields(within(org, work), as_json=as_json)
+    print_fields(within(org, work, dry_run=dry_run), dry_run=dry_run, as_json=as_json)
 
 
 async def _pool_of(conn: db.Connection, database: db.Database, organization: Organization, reference: str) -> UUID:
@@ -82,6 +83,7 @@ def refund(
     request: Annotated[str, typer.Argument(help="The request's id.")],
     reason: Annotated[str, typer.Option(help="Why, in words.")],
     amount: Annotated[str, typer.Option(help="Credits; all that is left of the charge otherwise.")] = "all",
+    dry_run: DryRunOption = False,
     idempotency_key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -96,7 +98,7 @@ def refund(
     async def work(database: db.Database) -> dict[str, Any]:
         async with database.platform() as conn:
             organization_id = await explaining.find_organization(conn, request_id=request_id)
-        async with database.tenant(organization_id) as conn:
+        async with database.tenant(organization_id) as conn, conn.transaction(force_rollback=dry_run):
             given = await refunds.refund_charge(
                 conn,
                 organization_id=organization_id,
@@ -108,7 +110,7 @@ def refund(
             )
         return {"request": f"req_{request_id.hex}", "refunded": format_credits(given)}
 
-    print_fields(with_database(work), as_json=as_json)
+    print_fields(with_database(work), dry_run=dry_run, as_json=as_json)
 
 
 def switch_pools(
