@@ -108,7 +108,7 @@ class Chronicle(Stage):
             self._pass_time(min(step[1], 9))
             getattr(self, f"_{step[0]}")(*step[2:])
             instants.append(self.now)
-            casts = self.cast if step[0] in ("batch", "expire") else [self.cast[step[2] % 2]]
+            casts = self.cast if step[0] in ("batch", "expire") else [self._cast(step[2])]
             for cast in casts:  # what the note itself would roll over would not stay
                 self.simulator.execute("select credits.fold(%s, %s)", [cast.organization, self.now])
             notes += [self._note(cast, self.now + 2 * MICROSECOND, step) for cast in casts]

@@ -3,11 +3,12 @@
 A step names what happens by small integers, read against what there is at that moment; so any list of steps is a
 history, also after steps were taken out of it.
 
-Every command of credits that changes a balance within one organization is a step. What is not, and where it is tried:
-moving in, which leaves one organization for another (test_moving.py; depart, arrive); a period's reset, which only
-scenarios know (reset_pool; tests/simulate); strict caps and extensions that name what shall be held in all
-(test_limits.py, test_rules.py); the money behind credits (test_grants_at_random.py). The wrappers by name
-(80_names.sql) call what is a step here. Refunds of a request that was charged by two ways to pay are left out: no
+Every command of credits that changes a balance is a step. There are two companies and two people who belong to both and
+have a home each, which they leave with credits for one of the companies: at once, later or twice. What is not a step,
+and where it is tried: a period's reset, which only scenarios know, as real books do not let grants go on that have no
+bounds (reset_pool; verify; tests/simulate); strict caps and extensions that name what shall be held in all
+(test_limits.py, test_rules.py); the money behind credits (test_grants_at_random.py, test_moving.py). The wrappers by
+name (80_names.sql) call what is a step here. Refunds of a request that was charged by two ways to pay are left out: no
 program makes one. What only tells (credits.told_…, available_of, has_sufficient_credits) moves nothing.
 """
 
@@ -15,13 +16,14 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
 import psycopg
+from psycopg.types.json import Jsonb
 from tests.credits import reference as ref
 from tests.credits.people import INSERT_DEPARTMENT, INSERT_KEY, INSERT_MEMBER, INSERT_ORGANIZATION, INSERT_TEAM
 
@@ -49,11 +51,18 @@ WEIGHTS = {
     "expire": 7, "person": 2, "touch": 2, "default": 4, "own": 2, "raise": 3, "end_raise": 2, "renewed": 3,
     "reallocate": 2, "cycle": 1, "transfer": 4, "refund": 6, "schedule": 3, "cancel": 1, "forgive": 2, "switch": 2,
     "again": 5, "top_up": 2, "buy": 4, "bought": 4, "ask": 3, "decide": 3, "campaign": 1, "code": 2, "redeem": 3,
+    "depart": 8, "arrive": 5, "overrun": 3,
 }  # fmt: skip
 ARGUMENTS = {
     "allocate": 7, "limit": 7, "person": 3, "default": 9, "own": 8, "raise": 7, "renewed": 8, "transfer": 5,
-    "schedule": 9, "top_up": 6, "ask": 6, "campaign": 8,
+    "schedule": 9, "top_up": 6, "ask": 6, "campaign": 8, "depart": 5, "arrive": 2,
 }  # fmt: skip
+HOME = 1000
+"""From this number on, the organization of a step or move is a person's home."""
+AT_HOME = (
+    "grant", "limit", "end_limit", "void", "pool", "person", "touch", "default", "own", "raise", "end_raise", "cycle",
+    "transfer", "refund", "schedule", "cancel", "forgive", "again", "top_up", "buy", "bought", "ask", "decide",
+)  # fmt: skip
 EARLIER = BEGINNING - timedelta(days=1)
 LATENESS = (0, 10, 10, 10**6, 30 * 10**6, 3600 * 10**6, 8 * 3600 * 10**6, 3 * 86400 * 10**6)  # microseconds
 
@@ -78,13 +87,23 @@ POOLS = """
     select pool_id, kind, owner_user_id, model_filter, closed_at is not null
     from credits.pools where organization_id = %s"""
 NAMES = """
-    select grant_id, pool_id, parent_grant_id, amount_micros from credits.grants
+    select grant_id, pool_id, parent_grant_id, amount_micros, priority, is_free, effective_at,
+        nullif(expires_at, 'infinity')
+    from credits.grants
     where organization_id = %s and created_at between %s and %s order by grant_id"""
 PURCHASES = """
     select p.pool_id, p.state, p.declines, nullif(p.next_try_at, '-infinity'), array(
         select t.state from credits.top_ups t
         where t.organization_id = p.organization_id and t.pool_id = p.pool_id order by t.requested_at)
     from credits.top_up_policies p where p.organization_id = %s"""
+PARTS = """
+    select (d.transfer_id, p.grant_id)::text, d.into_kind, d.held_micros, d.arrived_at, p.grant_id, p.model_filter,
+        p.amount_micros, p.priority, p.is_free, p.effective_at, nullif(p.expires_at, 'infinity')
+    from credits.departures d left join lateral jsonb_to_recordset(d.parts) as p(grant_id uuid, model_filter text,
+        amount_micros bigint, priority integer, is_free boolean, effective_at timestamptz, expires_at timestamptz)
+        on true
+    where d.organization_id = %s"""
+ARRIVALS = "select transfer_id, user_id, amount_micros from credits.arrivals where organization_id = %s"
 TERMS = """
     select amount_micros, priority, nullif(credits_expire_at, 'infinity')
     from credits.code_redemptions where organization_id = %s and redemption_id = %s"""
@@ -97,9 +116,10 @@ GRANTS = """
             where (b.organization_id, b.pool_id, b.grant_id) = (s.organization_id, s.pool_id, s.grant_id)), 0)::bigint,
         coalesce(sum(e.amount) filter (where e.kind = 'expiry'), 0)::bigint,
         (select coalesce(sum(x.amount), 0)::bigint from ledger.entries x
-         where x.organization_id = s.organization_id and x.from_grant_id = s.grant_id),
+         where x.organization_id = s.organization_id and x.from_grant_id = s.grant_id)
+            + coalesce(sum(e.amount) filter (where e.kind = 'transfer_out'), 0)::bigint,
         coalesce(sum(e.amount) filter (where e.kind = 'refund'), 0)::bigint,
-        case when coalesce(bool_or(e.kind in ('grant', 'roll_over', 'transfer', 'forgiveness')), false)
+        case when coalesce(bool_or(e.kind in ('grant', 'roll_over', 'transfer', 'transfer_in', 'forgiveness')), false)
              then coalesce(sum(e.amount) filter (where e.kind = 'void'), 0)::bigint
              when s.state = 'ended' then g.amount_micros else 0 end
     from credits.grant_states s join credits.grants g using (organization_id, grant_id)
@@ -117,9 +137,12 @@ def random_steps(seed: int, count: int) -> list[Step]:
     steps: list[Step] = []
     for org in range(2):
         # A shared pool, a small pool of the first user's own, a share for the second that goes on in the open part.
-        steps += [("pool", 0, org, 0, 0, 0), ("grant", 0, org, 0, 200, 0, 0, 0, 0)]
-        steps += [("pool", 0, org, 1, 0, 0), ("grant", 0, org, 1, 50, 0, 0, 0, 0)]
+        steps += [("pool", 0, org, 0, 0, 0), ("grant", 0, org, 0, 200, 0, 0, 0, 1)]
+        steps += [("pool", 0, org, 1, 0, 0), ("grant", 0, org, 1, 50, 0, 0, 0, 1)]
         steps += [("allocate", 0, org, 0, 1, 1, 2, 1, 1)]
+        # The home of somebody who belongs to both organizations.
+        steps += [("pool", 0, HOME + org, 0, 0, 0), ("grant", 0, HOME + org, 0, 100, 0, 0, 0, 1)]
+        steps += [("pool", 0, HOME + org, 0, 0, 2 + org), ("grant", 0, HOME + org, 1, 50, 0, 3, 0, 1)]
     prelude = dice.choices(["pool", "grant", "allocate", "limit"], [3, 3, 3, 2], k=min(6, count // 4))
     names = dice.choices(list(WEIGHTS), list(WEIGHTS.values()), k=max(0, count - len(steps) - len(prelude)))
     steps += [(name, 1, *_random_arguments(name, dice)) for name in prelude]
@@ -129,11 +152,17 @@ def random_steps(seed: int, count: int) -> list[Step]:
 def _random_arguments(name: str, dice: random.Random) -> tuple[Any, ...]:
     if name == "batch":
         count = dice.choice((1, 1, 1, 1, 2, 2, 3, 3, 5, 5, 8, 16))
-        return (tuple(tuple(dice.randrange(1000) for _ in range(10)) for _ in range(count)),)
+        return (tuple(_random_move(dice) for _ in range(count)),)
+    org = dice.randrange(1000) + (HOME if name in AT_HOME and dice.randrange(5) == 0 else 0)
     if name == "grant":
         amount = dice.choice((1, 20, 50, 100, 200, 400))
-        return (dice.randrange(1000), dice.randrange(1000), amount, *(dice.randrange(1000) for _ in range(4)))
-    return tuple(dice.randrange(1000) for _ in range(ARGUMENTS.get(name, 4)))
+        return (org, dice.randrange(1000), amount, *(dice.randrange(1000) for _ in range(4)))
+    return (org, *(dice.randrange(1000) for _ in range(ARGUMENTS.get(name, 4) - 1)))
+
+
+def _random_move(dice: random.Random) -> tuple[int, ...]:
+    kind, org, *others = (dice.randrange(1000) for _ in range(10))
+    return (kind, org + (HOME if dice.randrange(6) == 0 else 0), *others)
 
 
 # ---------------------------------------------------------------------------------------------- the stage
@@ -150,6 +179,17 @@ class Cast:
     departments: list[UUID]
     requests: list[UUID] = field(default_factory=list)
     sent: list[tuple[str, "Ask"]] = field(default_factory=list)  # commands with idempotency keys
+    is_shared: bool = True  # as identity was told last
+
+
+@dataclass(frozen=True)
+class Way:
+    """Of somebody who left their home with credits: from where to where, and whose they shall be."""
+
+    transfer_id: UUID
+    home: Cast
+    company: Cast
+    kind: str
 
 
 class Told(ref.Names):
@@ -158,7 +198,7 @@ class Told(ref.Names):
     def __init__(self, stage: "Stage", organization_id: UUID) -> None:
         self.stage, self.organization_id = stage, organization_id
         self.at = EARLIER
-        self.new: dict[tuple[Any, ...], list[UUID]] = {}
+        self.new: dict[tuple[Any, ...], list[tuple[UUID, ref.Like]]] = {}
 
     def pool(self, kind: str, owner: UUID | None, pattern: str | None) -> tuple[UUID, UUID | None]:
         """As in Names."""
@@ -171,21 +211,36 @@ class Told(ref.Names):
             raise Disagreement(f"there is no {kind} pool of {owner} for {pattern}")
         return row[0], row[1]
 
-    def grant(self, pool_id: UUID, parent: UUID | None, amount: int) -> UUID:
+    def grant(self, pool_id: UUID, parent: UUID | None, amount: int, like: ref.Like | None = None) -> UUID:
         """As in Names."""
-        if self.at != self.stage.now:
-            self.at, self.new = self.stage.now, {}
-            known = self.stage.world.organizations[self.organization_id].grants
-            # A refund books each charge of a request by itself.
-            for row in self.stage.admin.execute(
-                NAMES, [self.organization_id, self.at, self.at + timedelta(microseconds=9)], prepare=True
-            ):
-                if row[0] not in known:
-                    self.new.setdefault(row[1:], []).append(row[0])
-        found = self.new.get((pool_id, parent, amount))
-        if not found:
+        found = None
+        if self.at == self.stage.now:
+            found = self._found(pool_id, parent, amount, like)
+        if found is None:  # a step of several commands has them all at one instant
+            self._look()
+            found = self._found(pool_id, parent, amount, like)
+        if found is None:
             raise Disagreement(f"no grant of {amount} from {parent} came into {pool_id}; there came {self.new}")
-        return found.pop(0)
+        return found
+
+    def _look(self) -> None:
+        self.at, self.new = self.stage.now, {}
+        known = self.stage.world.organizations[self.organization_id].grants
+        # A refund books each charge of a request by itself.
+        for row in self.stage.admin.execute(
+            NAMES, [self.organization_id, self.at, self.at + timedelta(microseconds=9)], prepare=True
+        ):
+            if row[0] not in known:
+                is_like = (*row[4:7], row[7] or ref.LATEST)
+                self.new.setdefault(row[1:4], []).append((row[0], is_like))
+
+    def _found(self, pool_id: UUID, parent: UUID | None, amount: int, like: ref.Like | None) -> UUID | None:
+        came = self.new.get((pool_id, parent, amount), [])
+        for each in came:
+            if like in (None, each[1]):
+                came.remove(each)
+                return each[0]
+        return None
 
 
 class Disagreement(AssertionError):
@@ -193,7 +248,7 @@ class Disagreement(AssertionError):
 
 
 class Stage:
-    """Two organizations in the database and in the reference."""
+    """Two companies and the homes of two people who belong to both, in the database and in the reference."""
 
     def __init__(self, simulator: Connection, admin: Connection) -> None:
         arrays.register(simulator)
@@ -202,7 +257,11 @@ class Stage:
             conn.prepared_max = 1000  # a null in a command is another type, and makes another statement of it
         self.now = BEGINNING
         self.world = ref.World()
-        self.cast = [self._open(n) for n in range(2)]
+        people = [uuid7() for _ in range(2)]
+        self.companies = [self._open(ZONES[n + 1], [*people, uuid7()]) for n in range(2)]
+        self.homes = [self._open(ZONES[3 * n], [people[n]] * 3, kind="individual") for n in range(2)]
+        self.cast = [*self.companies, *self.homes]
+        self.ways: list[Way] = []
 
     def play(self, steps: Sequence[Step], *, look_every: int = 8) -> None:
         """Play the steps; grants and burns are compared every so many steps and at the end.
@@ -213,7 +272,8 @@ class Stage:
         for number, step in enumerate(steps):
             self._pass_time(step[1])
             getattr(self, f"_{step[0]}")(*step[2:])
-            casts = self.cast if step[0] in ("batch", "expire") else [self.cast[step[2] % 2]]
+            casts = self.cast if step[0] in ("batch", "expire", "depart", "arrive") else [self._cast(step[2])]
+            self._say_what_is_shared(casts)
             self._compare(casts, number)
             for cast in casts if number % look_every == 0 else []:
                 self._compare_deeply(cast, number)
@@ -224,11 +284,14 @@ class Stage:
 
     # ------------------------------------------------------------------ setting
 
-    def _open(self, n: int) -> Cast:
-        organization = ref.Organization(uuid7(), zone=ZONES[n + 1], anchor=self.now)
+    def _cast(self, org: int) -> Cast:
+        return (self.homes if org >= HOME else self.companies)[org % 2]
+
+    def _open(self, zone: str, users: list[UUID], *, kind: str = "company") -> Cast:
+        organization = ref.Organization(uuid7(), zone=zone, anchor=self.now, is_shared=kind == "company")
         cast = Cast(
             organization.organization_id,
-            users=[uuid7() for _ in range(3)],
+            users=users,
             keys=[uuid7() for _ in range(4)],
             teams=[uuid7() for _ in range(2)],
             departments=[uuid7()],
@@ -246,6 +309,10 @@ class Stage:
         self.world.organizations[cast.organization] = organization
         with self.admin.transaction():
             self._insert(cast, organization)
+            self.admin.execute(
+                "update identity.organizations set kind = %s where organization_id = %s", [kind, cast.organization]
+            )
+        self._say_what_is_shared([cast])
         self.simulator.execute("select credits.open_organization(%s)", [cast.organization])
         return cast
 
@@ -266,6 +333,17 @@ class Stage:
             columns = {"id": key.key_id, "original": key.original, "public": key.key_id.hex}
             rest = {"user": key.user, "team": key.team, "end": key.expires}
             self.admin.execute(INSERT_KEY, {**always, **columns, **rest})
+
+    def _say_what_is_shared(self, casts: Sequence[Cast]) -> None:
+        """An organization is told how it shares when its pools were switched, as the product tells it."""
+        for cast in casts:
+            is_shared = self._model(cast).is_shared
+            if cast.is_shared != is_shared:
+                self.admin.execute(
+                    "update identity.organizations set is_shared_token_pool = %s where organization_id = %s",
+                    [is_shared, cast.organization],
+                )
+                cast.is_shared = is_shared
 
     def _model(self, cast: Cast) -> ref.Organization:
         return self.world.organizations[cast.organization]
@@ -319,15 +397,17 @@ class Stage:
 
     def _again(self, org: int, which: int, how: int, *_: int) -> None:
         """A command of before once more under its key: as it was, or with another body. Most often one of late."""
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         if cast.sent:
             lately = cast.sent[-4:] if which % 3 else cast.sent
             sql, ask = lately[which % len(lately)]
             self._command(cast, sql, *ask("another" if how % 3 == 0 else None))
 
     def _pool(self, org: int, kind: int, owner: int, pattern: int, *_: int) -> None:
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         name = ("personal", "personal", "shared")[kind % 3] if kind else "shared"
+        if cast in self.homes:
+            name = "individual"
         user = cast.users[owner % 3] if name == "personal" else None
         self._open_pool(cast, name, user, FILTERS[pattern % len(FILTERS)])
 
@@ -346,7 +426,7 @@ class Stage:
         return _one(mostly, [p.pool_id for p in pools], which)
 
     def _grant(self, org: int, pool: int, amount: int, begins: int, ends: int, order: int, key: int) -> None:
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         delays = (None, None, 0, 60, 86400, 3 * 86400, -3600)
         delay = delays[begins % len(delays)]
         effective = None if delay is None else self.now + timedelta(seconds=delay)
@@ -377,7 +457,7 @@ class Stage:
         )
 
     def _transfer(self, org: int, giver: int, taker: int, amount: int, key: int) -> None:
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         pools = self._pick_pool(cast, giver), self._pick_pool(cast, taker)
         micros = (None, 1, 10, 40, 0, 10**16)[amount % 6 if amount % 7 else amount % 4]
         key_text = f"transfer {key % 40}"
@@ -392,7 +472,7 @@ class Stage:
 
     def _refund(self, org: int, which: int, amount: int, key: int) -> None:
         """Mostly of what was charged lately."""
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         charges = self._model(cast).charges
         requests = list(charges)[-12 if which % 4 else 0 :] if which % 19 else cast.requests
         request = requests[which % len(requests)] if requests else uuid7()
@@ -408,7 +488,7 @@ class Stage:
         )
 
     def _forgive(self, org: int, pool: int, amount: int, key: int) -> None:
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         pools = self._model(cast).pools
         owing = [p for p in pools if self._model(cast).balance(p).excess]
         pool_id = owing[pool % len(owing)] if owing and pool % 5 else self._pick_pool(cast, pool)
@@ -426,7 +506,7 @@ class Stage:
     def _schedule(
         self, org: int, pool: int, amount: int, unit: int, anchor: int, lasts: int, ends: int, rolls: int, zone: int
     ) -> None:
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         pool_id, micros = self._pick_pool(cast, pool), (3, 15, 40, 0)[amount % 4 if amount % 5 else amount % 3]
         name, every = (("day", 1), ("day", 3), ("week", 1), ("month", 1), ("day", 2), ("year", 1))[unit % 6]
         back = (0, 0, 3600, 5 * 86400, -7200, 70 * 86400, -86400)[anchor % 7]
@@ -457,7 +537,7 @@ class Stage:
         )
 
     def _cancel(self, org: int, which: int, *_: int) -> None:
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         schedules = list(self._model(cast).schedules)
         schedule_id = schedules[which % len(schedules)] if schedules else uuid7()
         self._command(
@@ -469,7 +549,7 @@ class Stage:
 
     def _top_up(self, org: int, pool: int, below: int, amount: int, ceiling: int, hourly: int) -> None:
         """A pool shall buy by itself, or no more."""
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         pool_id = self._pick_pool(cast, pool)
         if below % 7 == 0:
             self._command(
@@ -491,7 +571,7 @@ class Stage:
 
     def _buy(self, org: int, which: int, below: int, amount: int) -> None:
         """What the worker does; the first time, a policy is set."""
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         pools = list(self._model(cast).policies)
         if not pools:
             self._top_up(org, which, below, amount, amount // 3, which)
@@ -506,7 +586,7 @@ class Stage:
 
     def _bought(self, org: int, which: int, succeeded: int, _: int) -> None:
         """It was paid or not; mostly of one that is not decided yet."""
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         purchases = self._model(cast).purchases
         if not purchases:
             self._buy(org, which, succeeded, which)
@@ -522,7 +602,7 @@ class Stage:
         )
 
     def _ask(self, org: int, which: int, who: int, user: int, amount: int, until: int) -> None:
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         limits = self._model(cast).limits
         asking = [x for x in limits if limits[x].action == "asks" and not limits[x].is_ended] if which % 7 else []
         if which % 7 and not asking:
@@ -544,7 +624,7 @@ class Stage:
         self._keyed(cast, "select credits.request_raise(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)", ask)
 
     def _decide(self, org: int, which: int, how: int, _: int) -> None:
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         wishes = self._model(cast).wishes
         if not wishes:
             self._ask(org, which, how, which, 1 + how % 4, how)
@@ -565,7 +645,7 @@ class Stage:
     def _campaign(
         self, org: int, starts: int, ends: int, life: int, per_code: int, per_person: int, per_day: int, in_all: int
     ) -> None:
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         campaign_id = uuid7()
         begins = self.now + timedelta(hours=(0, 0, 0, 5)[starts % 4])
         until = (None, None, begins + timedelta(days=4), self.now)[ends % 4 if ends % 3 else 0]
@@ -588,7 +668,7 @@ class Stage:
 
     def _code(self, org: int, which: int, revokes: int, code: int) -> None:
         """One more of a campaign; sometimes one, or all of them, are no good any more."""
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         model, code_id = self._model(cast), uuid7()
         campaigns, codes = list(model.campaigns), list(model.codes)
         if not campaigns:
@@ -613,7 +693,7 @@ class Stage:
 
     def _redeem(self, org: int, which: int, who: int, stops: int) -> None:
         """Claimed, then granted, as one call does it; sometimes it stops in between, and is done again later."""
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         if not self._model(cast).codes:
             self._code(org, which, 1, stops)
             return
@@ -639,7 +719,7 @@ class Stage:
         )
 
     def _switch(self, org: int, to: int, key: int, _: int) -> None:
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         ways = ("personal", "shared")
         is_shared = any(p.kind == "shared" and not p.is_closed for p in self._model(cast).pools.values())
         way = ways[to % 2] if to % 5 == 4 else ways[1 - is_shared]  # mostly the one that it has not
@@ -653,8 +733,92 @@ class Stage:
             ),
         )
 
+    def _overrun(self, org: int, who: int, size: int, more: int) -> None:
+        """A request that runs while the pools are switched uses more than it held: somebody may owe a closed pool."""
+        cast, request = self._cast(org), uuid7()
+        cast.requests.append(request)
+        ask = ref.Move(cast.organization, ref.AUTHORIZE, request, cast.users[who % 3], None, size % 20, model="gpt-4")
+        self._move([ask])
+        if request in self._model(cast).holds:
+            self._pass_time(size % 5)
+            self._switch(org, 0, more, 0)
+            self._pass_time(who % 5)
+            self._move([replace(ask, action=ref.SETTLE, amount=size % 20 + (5, 30, 100)[more % 3])])
+
+    def _depart(self, org: int, who: int, kind: int, how: int, when: int) -> None:
+        """Somebody leaves their home with credits; mostly they arrive at once, as in one call, sometimes later.
+
+        Sometimes it is a departure of before, mostly of late.
+        """
+        home, company, into = self.homes[who % 2], self.companies[org % 2], ("personal", "shared")[kind % 2]
+        if how % 4:
+            home, company, into = self._who_owes() or (home, company, into)
+        if how % 5 and not any(g.left and g.state == "active" for g in self._model(home).grants.values()):
+            at_home = HOME + self.homes.index(home)
+            self._grant(at_home, kind, (20, 50, 100)[when % 3], how, when, who, 1)  # there is nothing to bring
+            if when % 3 == 0:
+                return
+        way = Way(uuid7(), home, company, into)
+        if self.ways and how % 6 == 0:
+            lately = self.ways[-3:] if how % 4 else self.ways
+            way = lately[how % len(lately)]
+        model = self._model(way.home)
+        asked = (way.transfer_id, way.home.users[0], way.company.organization, way.kind)
+        self._command(
+            way.home,
+            "select amount_micros from credits.depart(%s, %s, %s, %s, %s, null, %s)",
+            [way.home.organization, *asked, self.now],
+            lambda o: o.depart(way.transfer_id, way.kind, self.now),
+        )
+        if way.transfer_id in model.departures:
+            self.ways += [way] if way not in self.ways else []
+            if when % 2:
+                self._bring(way, is_noted=when % 13 > 0)
+
+    def _who_owes(self) -> tuple[Cast, Cast, str] | None:
+        """A home, a company and a kind of pool whose credits would pay what is owed to a closed pool."""
+        for company in self.companies:
+            pools = self._model(company).pools
+            for to_id in (to_id for pool in pools.values() for to_id, rest in pool.rests.items() if rest < 0):
+                if pools[to_id].kind == "shared":
+                    return self.homes[0], company, "shared"
+                for n, home in enumerate(self.homes):
+                    if pools[to_id].owner == company.users[n]:
+                        return home, company, "personal"
+        return None
+
+    def _arrive(self, _: int, which: int) -> None:
+        """What is under way, and sometimes what has arrived before."""
+        coming = [way for way in self.ways if self._model(way.home).departures[way.transfer_id].arrived is None]
+        ways = coming if which % 3 else self.ways
+        if ways:
+            self._bring(ways[which % len(ways)], is_noted=which % 7 > 0)
+
+    def _bring(self, way: Way, *, is_noted: bool) -> None:
+        """Into the organization, then noted at home, unless the process ends in between."""
+        parts = self.admin.execute(
+            "select parts from credits.departures where organization_id = %s and transfer_id = %s",
+            [way.home.organization, way.transfer_id],
+        ).fetchone()
+        assert parts is not None
+        user, left = way.home.users[0], self._model(way.home).departures[way.transfer_id]
+        self._command(
+            way.company,
+            "select credits.arrive(%s, %s, %s, %s, %s, %s, null, %s)",
+            [way.company.organization, way.transfer_id, user, way.home.organization, way.kind, Jsonb(parts[0]),
+             self.now],
+            lambda o: o.arrive(way.transfer_id, user, left, self.now),
+        )  # fmt: skip
+        if is_noted:
+            self._command(
+                way.home,
+                "select credits.note_arrival(%s, %s, %s) is null",
+                [way.home.organization, way.transfer_id, self.now],
+                lambda o: o.note_arrival(way.transfer_id, self.now),
+            )
+
     def _void(self, org: int, which: int, key: int, _: int) -> None:
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         grants = list(self._model(cast).grants)
         grant_id = grants[which % len(grants)] if grants and which % 17 else uuid7()
         key_text = f"void {key % 50}"
@@ -668,7 +832,7 @@ class Stage:
         )
 
     def _allocate(self, org: int, pool: int, user: int, kind: int, amount: int, empty: int, key: int) -> None:
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         pools = self._model(cast).pools.values()
         if amount % 2 and not any(p.kind == "shared" and not p.is_closed for p in pools):
             self._switch(org, 0, key, 0)  # there is none to have a share of
@@ -699,7 +863,7 @@ class Stage:
         self._keyed(cast, "select credits.allocate(%s, %s, %s, %s, %s, %s, %s, %s, %s, null, %s, %s, %s)", ask)
 
     def _end_allocation(self, org: int, which: int, *_: int) -> None:
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         shares = self._model(cast).allocations
         allocation_id = _one([a for a in shares if not shares[a].is_ended], list(shares), which)
         self._command(
@@ -710,7 +874,7 @@ class Stage:
         )
 
     def _limit(self, org: int, scope: int, metric: int, pattern: int, period: int, amount: int, action: int) -> None:
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         scopes: list[tuple[str, UUID | None]] = [("organization", None)]
         scopes += [("user", user) for user in cast.users] + [("key", key) for key in cast.keys]
         scopes += [("team", team) for team in cast.teams] + [("department", cast.departments[0])]
@@ -754,7 +918,7 @@ class Stage:
         _: int,
     ) -> None:
         """For each user, key, team or department, or for those of one team or department."""
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         name = ("user", "user", "key", "team", "department")[scope % 5]
         places: list[tuple[str | None, UUID | None]] = [(None, None)]
         if name in ("user", "key"):
@@ -778,7 +942,7 @@ class Stage:
 
     def _own(self, org: int, which: int, who: int, amount: int, action: int, *_: int) -> None:
         """What takes a default's place, for one: higher, lower, or none."""
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         defaults = [x for x in self._model(cast).limits.values() if x.each]
         if not defaults:
             return
@@ -802,7 +966,7 @@ class Stage:
         return found[who % len(found)] if found else None
 
     def _raise(self, org: int, which: int, who: int, amount: int, begins: int, ends: int, key: int) -> None:
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         limits = list(self._model(cast).limits.values())
         limit = limits[which % len(limits)] if limits else None
         subject = self._subject(cast, limit.scope, who) if limit and limit.each and who % 13 else None
@@ -826,7 +990,7 @@ class Stage:
         self._keyed(cast, "select credits.raise_limit(%s, %s, %s, %s, %s, %s, %s, %s, null, %s, %s)", ask)
 
     def _end_raise(self, org: int, which: int, *_: int) -> None:
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         raises = self._model(cast).raises
         raise_id = _one([r for r in raises if raises[r].ends > self.now], list(raises), which)
         self._command(
@@ -840,7 +1004,7 @@ class Stage:
         self, org: int, pool: int, user: int, period: int, amount: int, carry: int, empty: int, over: int
     ) -> None:
         """A reserved share that is renewed."""
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         picked = (
             self._pick_pool(cast, pool, shared=True),
             cast.users[user % 3],
@@ -853,7 +1017,7 @@ class Stage:
         self._share(cast, picked, (0, 0, 15, 100)[carry % 4], f"share {uuid7()}")
 
     def _reallocate(self, org: int, which: int, to: int, amount: int) -> None:
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         shares = self._model(cast).allocations
         reserved = [a for a in shares if not shares[a].is_ended and shares[a].kind == "reserved"]
         share = _one(reserved, list(shares), which)
@@ -870,7 +1034,7 @@ class Stage:
         self._keyed(cast, "select credits.reallocate(%s, %s, %s, %s, %s, %s)", ask)
 
     def _cycle(self, org: int, day: int, *_: int) -> None:
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         anchor = datetime(2026, 1 + day % 3, (31, 15, 1, 28, 27)[day % 5] if day % 3 != 1 else 28, day % 24, tzinfo=UTC)
         self._command(
             cast,
@@ -880,7 +1044,7 @@ class Stage:
         )
 
     def _end_limit(self, org: int, which: int, *_: int) -> None:
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         limits = self._model(cast).limits
         limit_id = _one([x for x in limits if not limits[x].is_ended], list(limits), which)
         self._command(
@@ -892,21 +1056,24 @@ class Stage:
 
     def _person(self, org: int, who: int, what: int) -> None:
         """A key is revoked, a member leaves, returns or changes the team, a zone changes, an organization is frozen."""
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         model, organization = self._model(cast), cast.organization
         user, key = cast.users[who % 3], cast.keys[who % 4]
+        sql: str
+        arguments: list[Any]
         if what % 6 == 0:
             model.keys[key].revoked = self.now
             sql, arguments = "update identity.api_keys set revoked_at = %s where api_key_id = %s", [self.now, key]
         elif what % 6 == 1 or (what % 6 == 2 and model.members[user].status != "active"):
             status = "suspended" if model.members[user].status == "active" else "active"
             model.members[user].status = status
-            sql, arguments = "update identity.memberships set status = %s where user_id = %s", [status, user]
+            sql = "update identity.memberships set status = %s where user_id = %s and organization_id = %s"
+            arguments = [status, user, organization]
         elif what % 6 in (2, 3):
             model.members[user].team = cast.teams[what % 2]
             sql, arguments = (
-                "update identity.memberships set team_id = %s where user_id = %s",
-                [cast.teams[what % 2], user],
+                "update identity.memberships set team_id = %s where user_id = %s and organization_id = %s",
+                [cast.teams[what % 2], user, organization],
             )
         elif what % 6 == 4:
             model.zone = ZONES[who % len(ZONES)]
@@ -920,7 +1087,7 @@ class Stage:
         self._touch(org)
 
     def _touch(self, org: int, *_: int) -> None:
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         self.simulator.execute("select credits.limits_changed(%s)", [cast.organization])
         self._model(cast).version += 1
 
@@ -965,7 +1132,7 @@ class Stage:
 
     def _as_move(self, numbers: Sequence[int]) -> ref.Move:
         kind, org, who, which, size, mark, flags, model, key, other = numbers
-        cast = self.cast[org % 2]
+        cast = self._cast(org)
         organization = self._model(cast)
         action = (1, 1, 1, 1, 2, 2, 3, 3, 3, 3, 4, 5, 5, 5)[kind % 14]
         holds, estimates = list(organization.holds), list(organization.estimates)
@@ -1068,6 +1235,9 @@ class Stage:
             for pool_id, p in model.policies.items()
         })  # fmt: skip
         self._same(number, "wishes", self._rows(WISHES, cast), {w: (x.state,) for w, x in model.wishes.items()})
+        self._same(number, "arrivals", self._rows(ARRIVALS, cast), model.arrivals)
+        if cast in self.homes:
+            self._same(number, "departures", self._rows(PARTS, cast), _told(model.departures))
         for pool in model.pools.values():
             model.pour(pool, self.now)
         self._same(number, "grants", self._grants(cast), {
@@ -1091,10 +1261,24 @@ class Stage:
             return {row[0]: row[1:] for row in self.admin.execute(GRANTS, [cast.organization]).fetchall()}
 
 
+def _told(departures: dict[UUID, ref.Departure]) -> dict[Any, Any]:
+    """One row for each grant that left, or for a departure with nothing."""
+    rows: dict[Any, Any] = {}
+    for transfer_id, each in departures.items():
+        head = each.kind, each.held, each.arrived
+        if not each.parts:
+            rows[f"({transfer_id},)"] = (*head, *[None] * 7)
+        for part in each.parts:
+            expires = None if part.expires == ref.LATEST else part.expires
+            what = part.grant_id, part.filter, part.amount, part.priority, part.is_free, part.effective, expires
+            rows[f"({transfer_id},{part.grant_id})"] = (*head, *what)
+    return rows
+
+
 def _one(mostly: list[UUID], others: list[UUID], which: int) -> UUID:
     """Mostly one of the first, sometimes any, and rarely one that there is not."""
     found = mostly if mostly and which % 5 else others
-    return found[which % len(found)] if found and which % 59 else uuid7()
+    return found[which % len(found)] if found and which % 59 < 58 else uuid7()
 
 
 def real(move: ref.Move) -> RealMove:

@@ -365,6 +365,34 @@ class Part:
         return id(self.chain), self.what, self.booked
 
 
+@dataclass(frozen=True)
+class Brought:
+    """What left a home of one grant. filter: of the pool in which it was."""
+
+    grant_id: UUID
+    filter: str | None
+    amount: int
+    priority: int
+    is_free: bool
+    effective: datetime
+    expires: datetime
+
+
+@dataclass
+class Departure:
+    """A person left their home with credits. kind: into what pool they shall go; held: stayed for open holds."""
+
+    kind: str
+    parts: list[Brought]
+    held: int
+    arrived: datetime | None = None
+
+    @property
+    def amount(self) -> int:
+        """All that left."""
+        return sum(part.amount for part in self.parts)
+
+
 @dataclass
 class Raise:
     """An amount on top of a balance's limit for a time."""
@@ -545,6 +573,10 @@ def _copied(value: Any) -> Any:
     return new
 
 
+Like = tuple[int, bool, datetime, datetime]
+"""Of a grant: priority, whether it is free, from when until when it can be spent."""
+
+
 class Names:
     """Ids that the database draws by itself. Here any will do; whoever plays beside a database asks it."""
 
@@ -552,8 +584,8 @@ class Names:
         """Of a pool that was opened, and of its open part."""
         return uuid4(), uuid4() if kind == "shared" else None
 
-    def grant(self, pool_id: UUID, parent: UUID | None, amount: int) -> UUID:
-        """Of a grant that came of another one, or of none."""
+    def grant(self, pool_id: UUID, parent: UUID | None, amount: int, like: "Like | None" = None) -> UUID:
+        """Of a grant that came of another one, or of none. like: what tells several of them apart."""
         return uuid4()
 
 
@@ -593,6 +625,11 @@ class Organization:
     wishes: dict[UUID, Wish] = field(default_factory=dict)
     campaigns: dict[UUID, Campaign] = field(default_factory=dict)
     codes: dict[UUID, Code] = field(default_factory=dict)
+    departures: dict[UUID, Departure] = field(default_factory=dict)
+    arrivals: dict[UUID, tuple[UUID, int]] = field(default_factory=dict)
+    """Who came, and with how much."""
+    is_shared: bool = True
+    """Its members have one balance together."""
     names: Names = field(default_factory=Names)
     periods: dict[UUID, list[Balance]] = field(default_factory=dict)
     of_pool: dict[UUID, list[Grant]] = field(default_factory=dict)
@@ -1607,6 +1644,7 @@ class Organization:
             self._fold_pool(pool, now)
         self._settle_due(now)
         self.version += 1
+        self.is_shared = to == "shared"
         self._end(now, key, body, told)
         return told
 
@@ -1646,7 +1684,7 @@ class Organization:
 
     def _gather(self, givers: list[Pool], taker: Pool, now: datetime) -> int:
         """What several pools can spare goes into one; parts of what was one grant are one again."""
-        groups: dict[tuple[Any, ...], list[tuple[Grant, int]]] = {}
+        groups: dict[tuple[UUID | None, Like, Any], list[tuple[Grant, int]]] = {}
         for pool in [*givers, taker]:
             self.pour(pool, now)
         for pool in givers:
@@ -1655,16 +1693,16 @@ class Organization:
                 kept = min(grant.left, held)
                 held -= kept
                 if grant.state == "active" and grant.left > kept:
-                    like = (grant.priority, grant.is_free, grant.effective, grant.expires, grant.rolls_until)
-                    group = (self._origin(grant), *like, grant.rolls is None)
+                    like = (grant.priority, grant.is_free, grant.effective, grant.expires)
+                    group = (self._origin(grant), like, (grant.rolls_until, grant.rolls is None))
                     groups.setdefault(group, []).append((grant, grant.left - kept))
-        for (origin, *_), parts in groups.items():
+        for (origin, like, _), parts in groups.items():
             total = sum(free for _, free in parts)
             first = parts[0][0]
             whole = replace(
-                first, grant_id=self.names.grant(taker.pool_id, origin, total), pool_id=taker.pool_id, amount=total,
-                left=total, created=now, state="active", burnt=0, expired=0, voided=0, gone=0, lapsed=0, refunded=0,
-                parent=origin, is_part=True,
+                first, grant_id=self.names.grant(taker.pool_id, origin, total, like), pool_id=taker.pool_id,
+                amount=total, left=total, created=now, state="active", burnt=0, expired=0, voided=0, gone=0, lapsed=0,
+                refunded=0, parent=origin, is_part=True,
             )  # fmt: skip
             if first.rolls:
                 bounds = [(g.rolls or (0, 0), free, g.amount) for g, free in parts]
@@ -1684,8 +1722,11 @@ class Organization:
         self._fold_pool(taker, now)
         return sum(free for parts in groups.values() for _, free in parts)
 
-    def _origin(self, grant: Grant) -> UUID:
+    def _origin(self, grant: Grant) -> UUID | None:
+        """None: a member brought it along, and what it was before any transfer is elsewhere."""
         while grant.is_part and grant.parent is not None:
+            if grant.parent not in self.grants:
+                return None
             grant = self.grants[grant.parent]
         return grant.grant_id
 
@@ -1761,6 +1802,78 @@ class Organization:
         for pool in self.pools.values():
             if pool.rests and (pool is taker or pool.rests.get(taker.pool_id, 0) < 0):
                 pool.is_due = True
+
+    # ------------------------------------------------------------------ moving in
+
+    def depart(self, transfer_id: UUID, kind: str, now: datetime) -> int:
+        """All that no hold needs leaves a person's home, unless one of its pools owes something; how much that is.
+
+        Holds need the grants that burn first, and all that there is of those that are past their end.
+        """
+        self.fold(now)
+        if transfer_id in self.departures:
+            return self.departures[transfer_id].amount
+        home = [p for p in self.pools.values() if p.kind == "individual"]
+        home.sort(key=lambda p: (p.created, p.pool_id))
+        if any(self.balance(p.pool_id).excess for p in home):
+            raise Refused("BR433")
+        parts = []
+        for pool in home:
+            self.pour(pool, now)
+            stays = self.balance(pool.pool_id).held
+            for grant in self._grants_of(pool, "active", "lingering"):
+                leaves = max(0, grant.left - stays) if grant.state == "active" else 0
+                stays = max(0, stays - grant.left)
+                if leaves:
+                    parts.append(self._part_with(grant, pool, leaves))
+        held = sum(self.balance(p.pool_id).held for p in home)
+        self.departures[transfer_id] = Departure(kind, parts, held)
+        return self.departures[transfer_id].amount
+
+    def _part_with(self, grant: Grant, pool: Pool, amount: int) -> Brought:
+        grant.left -= amount
+        grant.gone += amount
+        grant.state = grant.state if grant.left else "ended"
+        self.balance(pool.pool_id).limit -= amount
+        return Brought(
+            grant.grant_id, pool.filter, amount, grant.priority, grant.is_free, grant.effective, grant.expires
+        )
+
+    def arrive(self, transfer_id: UUID, user: UUID, left: Departure, now: datetime) -> int:
+        """What left a home comes in, once, as grants like those that they were; how much that is.
+
+        Into the shared pool where it was meant for it and there is one still, else into the person's own.
+        """
+        self.fold(now)
+        if transfer_id in self.arrivals:
+            return self.arrivals[transfer_id][1]
+        for part in left.parts:
+            if left.kind == "shared" and self.is_shared:
+                pool = self._pool_of("shared", None, part.filter, now)
+            else:
+                pool = self._pool_of_user(user, part.filter, now)
+            self.pour(pool, now)
+            grant = Grant(
+                self.names.grant(pool.pool_id, part.grant_id, part.amount), pool.pool_id, part.amount, part.priority,
+                part.is_free, part.effective, part.expires, now, part.amount, "active", parent=part.grant_id,
+                is_part=True,
+            )  # fmt: skip
+            self._add_grant(grant)
+            self.balance(pool.pool_id).limit += part.amount
+            self._came(pool)
+            self._fold_pool(pool, now)
+        self._settle_due(now)
+        self.reopen()
+        self.version += 1
+        self.arrivals[transfer_id] = user, left.amount
+        return left.amount
+
+    def note_arrival(self, transfer_id: UUID, now: datetime) -> None:
+        """The home knows that they arrived, and when it first learned it."""
+        self.fold(now)
+        self.departures[transfer_id].arrived = self.departures[transfer_id].arrived or now
+
+    # ------------------------------------------------------------------ chains
 
     def _refusal(self, user: UUID, key_id: UUID, now: datetime) -> str | None:
         key = self.keys.get(key_id)
