@@ -508,6 +508,24 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
             "and k.chain_id is not distinct from d.chain_id and k.model is not distinct from d.model",
             refunds.test_of_a_request_that_was_charged_twice_each_charge_gives_room_back_where_it_took_it,
         ),
+        (
+            ("ends[i] - starts[i] - refunded[i]", "ends[i] - starts[i]"),
+            refunds.test_what_was_refunded_before_a_request_was_charged_again_is_not_refunded_twice,
+        ),
+    ),
+    *of(
+        "origin_of",
+        (
+            ("not exists (select from grants g where", "false and not exists (select from grants g where"),
+            moving.test_what_members_brought_along_stays_apart_when_it_is_shared,
+        ),
+    ),
+    *of(
+        "end_grant",
+        (
+            (", 1, 16) || substr(md5(", ", 1, 0) || substr(md5("),
+            grants.test_what_rolls_over_at_one_instant_burns_in_the_order_of_what_it_was,
+        ),
     ),
     *of(
         "parts_of",
@@ -1008,7 +1026,7 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
     *of(
         "refund_charge",
         (
-            ("least(v_skip, v_end - v_draws.starts[i])", "v_skip"),
+            ("v_draws.ends[i] - v_draws.refunded[i]", "v_draws.ends[i]"),
             refunds.test_a_request_is_refunded_step_by_step_from_its_end,
         ),
         (

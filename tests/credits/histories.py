@@ -1221,7 +1221,8 @@ class Stage:
     def _compare_deeply(self, cast: Cast, number: int) -> None:
         model = self._model(cast)
         self._same(number, "charges", self._rows(CHARGES, cast), {
-            r: (charged, model.charges[r].refunded if r in model.charges else 0) for r, charged in model.charged.items()
+            r: (charged, sum(model.charges[r].backs) if r in model.charges else 0)
+            for r, charged in model.charged.items()
         })  # fmt: skip
         self._same(number, "estimates", self._rows(ESTIMATES, cast), {r: (e.legs,) for r, e in model.estimates.items()})
         self._same(number, "pools", self._rows(POOLS, cast), {

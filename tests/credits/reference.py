@@ -347,8 +347,9 @@ class Charge:
 
     draws: list[tuple[UUID, int, int]] = field(default_factory=list)
     parts: list["Part"] = field(default_factory=list)
-    """Of which charge each is; a request may be charged again after it was by estimate."""
-    refunded: int = 0
+    """Of which charge each is; a request may be charged again after it was by estimate, or refunded."""
+    backs: list[int] = field(default_factory=list)
+    """How much of the end of each was refunded."""
 
 
 @dataclass(frozen=True)
@@ -1520,7 +1521,7 @@ class Organization:
         if request not in self.charged:
             raise Refused("BR404")
         charge = self.charges.get(request)
-        left = self.charged[request] - charge.refunded if charge else 0
+        left = self.charged[request] - sum(charge.backs) if charge else 0
         amount = left if amount is None else amount
         if charge is None or not 1 <= amount <= left:
             raise Refused("BR432")
@@ -1529,7 +1530,6 @@ class Organization:
         for pool_id, *_ in back:
             self.pour(self.pools[pool_id], now)
         grown = [self._return(self.pools[pool_id], start, end, now) for pool_id, start, end, _ in back]
-        charge.refunded += amount
         for part in {part.key: part for *_, part in back}.values():
             own = [n for n in range(len(back)) if back[n][3].key == part.key]
             self._give_room_back(part, [back[n] for n in own], [grown[n] for n in own], now)
@@ -1553,14 +1553,15 @@ class Organization:
 
     def _last_of(self, charge: Charge, amount: int) -> list[tuple[UUID, int, int, Part]]:
         """The last stretches that a request drew and that were not refunded before, the very last first."""
-        skip, found = charge.refunded, []
-        for (pool_id, start, end), part in reversed(list(zip(charge.draws, charge.parts, strict=True))):
-            less = min(skip, end - start)
-            skip -= less
-            micros = min(amount, end - less - start)
+        found = []
+        for n in reversed(range(len(charge.draws))):
+            pool_id, start, end = charge.draws[n]
+            end -= charge.backs[n]
+            micros = min(amount, end - start)
             if micros:
                 amount -= micros
-                found.append((pool_id, end - less - micros, end - less, part))
+                charge.backs[n] += micros
+                found.append((pool_id, end - micros, end, charge.parts[n]))
         return found
 
     def _return(self, pool: Pool, start: int, end: int, now: datetime) -> int:
@@ -1722,11 +1723,9 @@ class Organization:
         self._fold_pool(taker, now)
         return sum(free for parts in groups.values() for _, free in parts)
 
-    def _origin(self, grant: Grant) -> UUID | None:
-        """None: a member brought it along, and what it was before any transfer is elsewhere."""
-        while grant.is_part and grant.parent is not None:
-            if grant.parent not in self.grants:
-                return None
+    def _origin(self, grant: Grant) -> UUID:
+        """What it was before any transfer in here; what a member brought along begins with itself."""
+        while grant.is_part and grant.parent in self.grants:
             grant = self.grants[grant.parent]
         return grant.grant_id
 
@@ -2302,6 +2301,7 @@ class Organization:
         charge = self.charges.setdefault(request, Charge())
         charge.draws += [(pool_id, start, end) for pool_id, (start, end) in draws.items()]
         charge.parts += [part] * len(draws)
+        charge.backs += [0] * len(draws)
 
     def _undraw(self, charge: Charge, chain: Chain, moved: list[int]) -> None:
         """What a correction takes back of a pool is gone from the last stretches of it."""
@@ -2310,7 +2310,7 @@ class Organization:
             for n in reversed(range(len(charge.draws))):
                 pool, start, end = charge.draws[n]
                 if pool == pool_id:
-                    less = min(left, end - start)
+                    less = min(left, end - start - charge.backs[n])
                     charge.draws[n] = (pool, start, end - less)
                     left -= less
 

@@ -976,3 +976,16 @@ def test_grants_of_several_pools_that_start_together_each_start_in_their_own(sce
     scene.wake()
     assert [scene.balance(pool).limit for pool in pools] == [10, 20, 30]
     assert scene.findings() == []
+
+
+def test_what_rolls_over_at_one_instant_burns_in_the_order_of_what_it_was(scene: Scene) -> None:
+    user, pool = scene.user(), scene.pool()
+    end = scene.now + timedelta(days=1)
+    made = [scene.grant(pool, 10, expires=end, rolls=(0, 10), rolls_until=end + timedelta(days=1)) for _ in range(6)]
+    scene.later(days=1)
+    scene.deduct(35, user)
+    scene.admin("select credits.pour(%s, %s, %s)", scene.organization, pool, scene.now)
+    states = "credits.grants join credits.grant_states using (organization_id, grant_id)"
+    of = f"select parent_grant_id, left_micros from {states} where organization_id = %s and source = 'roll_over'"
+    rolled = dict(scene.admin(of, scene.organization))
+    assert [rolled[grant] for grant in made] == [0, 0, 0, 5, 10, 10]

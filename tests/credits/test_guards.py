@@ -433,7 +433,7 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
     # refunds
     (
         "refund_charge",
-        "if v_left > v_charged - v_skip or v_left = 0 then",
+        "if v_left > v_charged - v_before or v_left = 0 then",
         "if false then",
         grants.test_no_more_is_refunded_than_was_charged,
     ),
@@ -444,9 +444,9 @@ MUTATIONS: list[tuple[str, str, str, Rule]] = [
         grants.test_no_more_is_refunded_than_was_charged,
     ),
     (
-        "refund_charge",
-        "v_part := least(v_skip, v_end - v_draws.starts[i]);",
-        "v_part := 0;",
+        "draws_of",
+        "refunded[i] := refunded[i] + v_back;",
+        "null;",
         grants.test_a_refund_goes_back_to_the_grants_that_paid_last_first,
     ),
     (

@@ -397,3 +397,20 @@ def test_when_a_move_arrived_is_noted_once(scene: Scene) -> None:
         scene.later(hours=1)
     noted = "select arrived_at from credits.departures where transfer_id = %s"
     assert [scene.admin(noted, each)[0][0] for each in transfers] == [scene.now - timedelta(hours=2), None]
+
+
+def test_what_members_brought_along_stays_apart_when_it_is_shared(scene: Scene) -> None:
+    users, end = [scene.user(), scene.user()], scene.now + timedelta(days=9)
+    for user, paid in zip(users, (1_000_000, 3_000_000), strict=True):
+        home = Scene(scene.conn)
+        home.grant(home.pool("individual"), 100, expires=end, paid=paid)
+        arrive(scene, depart(home, user)[2], user)
+    pool = scene.pool()
+    scene.switch("shared")
+    shared = """
+        select g.amount_micros, g.cost_basis_nano_usd, g.parent_grant_id = any (array(
+            select b.grant_id from credits.grants b
+            where b.organization_id = g.organization_id and b.pool_id <> g.pool_id))
+        from credits.grants g where g.organization_id = %s and g.pool_id = %s order by 2"""
+    assert scene.admin(shared, scene.organization, pool) == [(100, 1_000_000, True), (100, 3_000_000, True)]
+    assert scene.findings() == []

@@ -270,3 +270,38 @@ def test_of_a_request_that_was_charged_twice_each_charge_goes_back_to_who_asked(
     own = [scene.pool("personal", owner=user) for user in (one, two)]
     assert [scene.balance(each).limit for each in own] == [10, 20]
     assert scene.findings() == []
+
+
+def test_a_refund_is_the_use_of_the_share_that_its_own_charge_passed(scene: Scene) -> None:
+    one, two, pool = scene.user(), scene.user(), scene.pool()
+    scene.grant(pool, 100)
+    share = scene.share(pool, two, 50, kind="capped")
+    request = scene.hold(27, one, flags=Flag.SENT)
+    scene.later(hours=1)
+    scene.expire()
+    assert scene.refund(request, 10) == 10
+    scene.later(minutes=1)
+    scene.hold(20, two, request=request)
+    scene.settle(request, 20, two)
+    assert scene.balance(share).used == 20
+    assert scene.findings() == []
+
+
+def test_what_was_refunded_before_a_request_was_charged_again_is_not_refunded_twice(scene: Scene) -> None:
+    one, two, pool = scene.user(), scene.user(), scene.pool()
+    scene.grant(pool, 100)
+    caps = [scene.limit(50, scope="user", of=user) for user in (one, two)]
+    request = scene.hold(27, one, flags=Flag.SENT)
+    scene.later(hours=1)
+    scene.expire()
+    scene.refund(request, 10)
+    scene.later(minutes=1)
+    scene.hold(20, two, request=request)
+    scene.settle(request, 20, two)
+    for amount, left in ((3, [(17, 0), (17, 0)]), (19, [(15, 0), (0, 0)]), (15, [(0, 0), (0, 0)])):
+        scene.later(minutes=1)
+        assert scene.refund(request, amount) == amount
+        assert [scene.used(cap) for cap in caps] == left
+    assert scene.balance(pool) == Balance(147, 47, 0, 0)
+    assert scene.grants(pool) == [("purchase", 100, 100, "active")]
+    assert scene.findings() == []

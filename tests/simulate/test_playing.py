@@ -325,3 +325,30 @@ def test_the_schema_names_every_part_of_a_scenario() -> None:
     assert document["$schema"].endswith("2020-12/schema")
     assert document["additionalProperties"] is False
     assert {"grants", "usage", "ask", "limits", "holds", "settles"} <= document["properties"].keys()
+
+
+async def test_what_a_hold_kept_over_a_reset_rolls_over_at_its_own_end_too(database: db.Database) -> None:
+    answer = await played(
+        database,
+        grants=[
+            {"id": "g", "amount": 10, "effective_at": at(1), "expires_at": at(14), "max_rollover": 10,
+             "rolls_over": "at_end", "rollover_expires_at": at(20)},
+        ],
+        holds=[{"id": "h", "at": at(2), "amount": 5, "expires_at": at(5)}],
+        resets=[at(3), at(3)],
+        ask=[at(3), at(6), at(15), at(20)],
+    )  # fmt: skip
+    assert [each["balance"] for each in answer["asked"]] == ["5", "10", "5", "0"]
+
+
+async def test_grants_that_are_alike_burn_as_they_are_told_also_after_they_rolled_over(database: db.Database) -> None:
+    names = [f"g{number}" for number in range(6)]
+    bounds = {"max_rollover": 10, "rolls_over": "at_end", "rollover_expires_at": at(20)}
+    answer = await played(
+        database,
+        grants=[{"id": name, "amount": 10, "effective_at": at(1), "expires_at": at(8), **bounds} for name in names],
+        usage=[{"at": at(9), "amount": 35}],
+        ask=[at(10)],
+    )
+    left = answer["asked"][0]["grants"]
+    assert [sum(int(left[each]) for each in left if each.startswith(name)) for name in names] == [0, 0, 0, 5, 10, 10]

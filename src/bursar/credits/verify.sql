@@ -164,9 +164,10 @@ with draws as (
     select t.organization_id, a.chain_id, t.pool_id, t.charged_micros
     from ledger.attribution_takes t
     join ledger.attribution a on a.organization_id = t.organization_id and a.request_id = t.request_id and a.booked_at = t.booked_at
-    union all  -- less what was refunded
+    union all  -- less what was refunded, of each charge by its own row
     select e.organization_id, a.chain_id, e.to_id, -e.amount
-    from ledger.entries e join ledger.attribution a on a.organization_id = e.organization_id and a.request_id = e.from_id and a.kind = 0
+    from ledger.entries e
+    join ledger.attribution a on a.organization_id = e.organization_id and a.request_id = e.from_id and a.booked_at = e.booked_at and a.kind = 2
     where e.from_kind = 'usage'
 ), used as (
     select d.organization_id, e.id, e.start, sum(d.micros) as amount

@@ -183,7 +183,11 @@ declare
     v_kept bigint;
     v_value bigint;
     v_lost_value bigint;
-    v_new uuid := md5(p_grant.grant_id::text || ' after ' || coalesce(p_before, 0) + p_lapse)::uuid;
+    -- Begins as its parent's id does, so that what is alike in all else burns in the parents' order; a grant may roll over several times, since
+    -- resets end it before its own end, too.
+    v_new uuid := (substr(replace(p_grant.grant_id::text, '-', ''), 1, 16) || substr(md5(p_grant.grant_id::text || ' roll-over ' || (
+        select count(*) from grants
+        where organization_id = p_grant.organization_id and pool_id = p_grant.pool_id and parent_grant_id = p_grant.grant_id)), 17))::uuid;
 begin
     if p_grant.rollover_expires_at <= p_at then
         v_rolls := 0;

@@ -240,7 +240,7 @@ end $$;
 comment on function credits.spread_over_members is 'Divides what a pool can spare among the members: what is set apart for each, then equal parts, the rest to the residual pool';
 
 -- parts_of: what each pool paid of each booking of a request, from where in its running total, the pool that was drawn first before the others (nr).
--- What a correction took back is less than nothing; a refund is no such booking.
+-- What a correction took back is less than nothing; so is a refund, which is of no pool here.
 create or replace function credits.parts_of(p_organization_id uuid, p_request_id uuid)
 returns table (booked_at timestamptz, nr integer, pool_id uuid, start_micros bigint, micros bigint, model text, feature text, chain_id uuid)
 language sql stable set search_path = credits, pg_temp as $$
@@ -248,7 +248,7 @@ language sql stable set search_path = credits, pg_temp as $$
             where t.organization_id = a.organization_id and t.request_id = a.request_id and t.booked_at = a.booked_at), 0)::bigint,
         a.model, a.feature, a.chain_id
     from ledger.attribution a
-    where a.organization_id = p_organization_id and a.request_id = p_request_id and a.pool_id is not null
+    where a.organization_id = p_organization_id and a.request_id = p_request_id and (a.pool_id is not null or a.kind = 2)
     union all
     select t.booked_at, 1, t.pool_id, t.position_micros, t.charged_micros, a.model, a.feature, a.chain_id
     from ledger.attribution_takes t

@@ -1,16 +1,18 @@
 -- Refunds: what a request was charged goes back to the grants that paid it.
 
 -- draws_of: which stretches of which pools' running totals a request drew, in order, corrections included: what one took back is gone from
--- the last of them. charged_at: when the charge was booked of which each is; a request may have been charged again after it had been by estimate.
+-- the last of them. charged_at: when the charge was booked of which each is; a request may have been charged again after it had been by estimate,
+-- or refunded. refunded: how much was of each, at its end, as each refund found them.
 create or replace function credits.draws_of(
-    p_organization_id uuid, p_request_id uuid, out pool_ids uuid[], out starts bigint[], out ends bigint[], out charged_at timestamptz[]
+    p_organization_id uuid, p_request_id uuid, out pool_ids uuid[], out starts bigint[], out ends bigint[], out charged_at timestamptz[],
+    out refunded bigint[]
 ) language plpgsql stable set search_path = credits, pg_temp as $$
 declare
     v_row record;
     v_left bigint;
     v_back bigint;
 begin
-    pool_ids := '{}'; starts := '{}'; ends := '{}'; charged_at := '{}';
+    pool_ids := '{}'; starts := '{}'; ends := '{}'; charged_at := '{}'; refunded := '{}';
     for v_row in
         select d.pool_id, d.start_micros as start, d.micros, (
             select max(k.booked_at) from ledger.attribution k
@@ -23,14 +25,18 @@ begin
     loop
         if v_row.micros > 0 then
             pool_ids := pool_ids || v_row.pool_id; starts := starts || v_row.start; ends := ends || v_row.start + v_row.micros;
-            charged_at := charged_at || v_row.charged_at;
+            charged_at := charged_at || v_row.charged_at; refunded := refunded || 0::bigint;
             continue;
         end if;
         v_left := -v_row.micros;
         for i in reverse cardinality(pool_ids)..1 loop
             continue when pool_ids[i] <> v_row.pool_id;
-            v_back := least(v_left, ends[i] - starts[i]);
-            ends[i] := ends[i] - v_back;
+            v_back := least(v_left, ends[i] - starts[i] - refunded[i]);
+            if v_row.pool_id is null then
+                refunded[i] := refunded[i] + v_back;
+            else
+                ends[i] := ends[i] - v_back;
+            end if;
             v_left := v_left - v_back;
         end loop;
     end loop;
@@ -166,7 +172,7 @@ declare
     v_stored jsonb := credits.stored_outcome(p_organization_id, p_idempotency_key, v_hash, v_now);
     v_row ledger.attribution;
     v_charged bigint;
-    v_skip bigint;
+    v_before bigint;
     v_left bigint;
     v_part bigint;
     v_draws record;
@@ -190,14 +196,14 @@ begin
     -- A row of its own also where much happens to one request at one simulated instant; its entries bear the same.
     select coalesce(sum(charged_micros) filter (where kind < 2), 0), coalesce(-sum(charged_micros) filter (where kind = 2), 0),
         greatest(v_now, max(booked_at) + interval '1 microsecond')
-    into v_charged, v_skip, v_booked
+    into v_charged, v_before, v_booked
     from ledger.attribution where organization_id = p_organization_id and request_id = p_request_id;
     if not exists (select from ledger.attribution where organization_id = p_organization_id and request_id = p_request_id and kind = 0) then
         raise exception 'no such charge' using errcode = 'BR404';
     end if;
-    v_left := coalesce(p_amount_micros, v_charged - v_skip);
-    if v_left > v_charged - v_skip or v_left = 0 then
-        raise exception 'of % that were charged % were refunded, % more are asked for', credits.spoken(v_charged), credits.spoken(v_skip),
+    v_left := coalesce(p_amount_micros, v_charged - v_before);
+    if v_left > v_charged - v_before or v_left = 0 then
+        raise exception 'of % that were charged % were refunded, % more are asked for', credits.spoken(v_charged), credits.spoken(v_before),
             credits.spoken(v_left) using errcode = 'BR432';
     end if;
     p_amount_micros := v_left;
@@ -206,10 +212,7 @@ begin
     select * into v_draws from credits.draws_of(p_organization_id, p_request_id);
     perform credits.pour(p_organization_id, pool_id, v_now) from (select distinct unnest(v_draws.pool_ids) as pool_id order by 1) p;
     for i in reverse cardinality(v_draws.pool_ids)..1 loop
-        v_end := v_draws.ends[i];
-        v_part := least(v_skip, v_end - v_draws.starts[i]);  -- what was refunded before came from the end too
-        v_skip := v_skip - v_part;
-        v_end := v_end - v_part;
+        v_end := v_draws.ends[i] - v_draws.refunded[i];
         v_part := least(v_left, v_end - v_draws.starts[i]);
         continue when v_part = 0;
         v_left := v_left - v_part;

@@ -57,7 +57,7 @@ begin
 end $$;
 comment on function credits.watch_charge is 'Notes with which pool the correction of a charge on a closed pool is settled; returns whether it is closed';
 
--- origin_of: the grant that a transferred one was before any transfer.
+-- origin_of: the grant that a transferred one was before any transfer within its organization.
 create or replace function credits.origin_of(p_organization_id uuid, p_grant_id uuid) returns uuid
 language sql stable set search_path = credits, pg_temp as $$
     with recursive line as (
@@ -66,7 +66,8 @@ language sql stable set search_path = credits, pg_temp as $$
         select g.grant_id, g.parent_grant_id, g.source from line l join grants g on g.organization_id = p_organization_id and g.grant_id = l.parent_grant_id
         where l.source = 'transfer'
     )
-    select grant_id from line where source <> 'transfer' or parent_grant_id is null;
+    select l.grant_id from line l
+    where l.source <> 'transfer' or not exists (select from grants g where g.organization_id = p_organization_id and g.grant_id = l.parent_grant_id);
 $$;
 comment on function credits.origin_of is 'The grant that a transferred one was before any transfer';
 
