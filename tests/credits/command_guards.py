@@ -523,7 +523,7 @@ COMMAND_GUARDS: list[tuple[str, str, str, Rule]] = [
     *of(
         "end_grant",
         (
-            (", 1, 16) || substr(md5(", ", 1, 0) || substr(md5("),
+            ("substr(replace(p_grant.grant_id::text, '-', ''), 1, 16)", "substr(md5(p_grant.grant_id::text), 1, 16)"),
             grants.test_what_rolls_over_at_one_instant_burns_in_the_order_of_what_it_was,
         ),
     ),

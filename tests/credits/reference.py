@@ -756,8 +756,9 @@ class Organization:
         if rolls > lapse:
             self.version += 1
         if rolls:
-            name = f"{grant.grant_id} after {grant.lapsed}".encode()
-            new = UUID(md5(name, usedforsecurity=False).hexdigest())
+            others = sum(g.parent == grant.grant_id and g.pool_id == pool.pool_id for g in self.grants.values())
+            name = md5(f"{grant.grant_id} roll-over {others}".encode(), usedforsecurity=False).hexdigest()
+            new = UUID(grant.grant_id.hex[:16] + name[16:])
             rolled = Grant(
                 new, pool.pool_id, rolls, grant.priority, grant.is_free, at, grant.rolls_until, at, rolls, "active"
             )
