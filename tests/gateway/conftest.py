@@ -127,18 +127,31 @@ def two_servers(priced: db.Database, admin_dsn: str, run_dir: Path) -> Iterator[
             server.wait(timeout=40)
 
 
-def serve_beside_tests(port: int, *options: str) -> list[str]:
-    """A command that serves as `bursar serve` does, but leaves to other tests on the same database what is theirs:
-    e-mails and webhooks that they send themselves, and results stored at instants long past.
+BESIDE_TESTS = """
+import runpy
+from bursar import worker
+from bursar.credits.jobs import forget_commands
+from bursar.gateway import jobs as batches
+from bursar.outbox import jobs as outbox
 
-    options: of Python itself.
+look_at_all = batches._look_at_all
+
+async def look_at_own(keeper, due):
+    await look_at_all(keeper, [each for each in due if str(each.organization_id) == {organization!r}])
+
+batches._look_at_all = look_at_own
+worker.JOBS = tuple(job for job in worker.JOBS if job not in outbox.JOBS and job[1] is not forget_commands)
+runpy.run_module("bursar", run_name="__main__")
+"""
+
+
+def serve_beside_tests(port: int, *options: str, organization: UUID | None = None) -> list[str]:
+    """A command that serves as `bursar serve` does, but leaves to other tests on the same database what is theirs:
+    e-mails and webhooks that they send and batches that they look at themselves, results stored at instants long past.
+
+    options: of Python itself. organization: whose batches it looks after.
     """
-    program = (
-        "import runpy; from bursar import worker; from bursar.credits.jobs import forget_commands; "
-        "from bursar.outbox import jobs; "
-        "worker.JOBS = tuple(job for job in worker.JOBS if job not in jobs.JOBS and job[1] is not forget_commands); "
-        "runpy.run_module('bursar', run_name='__main__')"
-    )
+    program = BESIDE_TESTS.format(organization=str(organization))
     return [sys.executable, *options, "-c", program, "serve", "--port", str(port)]
 
 

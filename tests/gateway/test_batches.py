@@ -3,10 +3,7 @@
 import asyncio
 import json
 import os
-import socket
 import subprocess
-import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +16,7 @@ import openai
 import psycopg
 import pytest
 from tests.conftest import MASTER_KEY, Org
-from tests.gateway.conftest import Payer, fund
+from tests.gateway.conftest import Payer, free_port, fund, serve_beside_tests, wait_until_ready
 
 from bursar import db
 from bursar.audit.events import OPERATOR
@@ -847,11 +844,9 @@ async def test_a_worker_that_is_killed_at_any_step_is_followed_by_one_that_books
 
 
 @contextmanager
-def _server(settings: Settings, admin_dsn: str) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
-    """A server process with its worker."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+def _server(settings: Settings, admin_dsn: str, org: Org) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+    """A server process with its worker, which looks after the batches of this organization."""
+    port = free_port()
     environment = {
         **os.environ,
         "DATABASE_URL": admin_dsn,
@@ -859,15 +854,9 @@ def _server(settings: Settings, admin_dsn: str) -> Iterator[tuple[str, "subproce
         "BURSAR_DATA_DIR": str(settings.data_dir),
         "BURSAR_LOG_LEVEL": "error",
     }
-    server = subprocess.Popen([sys.executable, "-m", "bursar", "serve", "--port", str(port)], env=environment)
+    server = subprocess.Popen(serve_beside_tests(port, organization=org.organization_id), env=environment)
     try:
-        for _ in range(600):
-            assert server.poll() is None
-            try:
-                if httpx2.get(f"http://127.0.0.1:{port}/readyz", timeout=5).status_code == 200:
-                    break
-            except httpx2.TransportError:
-                time.sleep(0.1)
+        wait_until_ready(f"http://127.0.0.1:{port}", server)
         yield f"http://127.0.0.1:{port}", server
     finally:
         server.kill()
@@ -877,13 +866,13 @@ def _server(settings: Settings, admin_dsn: str) -> Iterator[tuple[str, "subproce
 async def test_a_server_that_is_killed_leaves_its_batches_to_the_next_one(
     payer: Payer, settings: Settings, admin_dsn: str
 ) -> None:
-    with _server(settings, admin_dsn) as (address, server):
+    with _server(settings, admin_dsn, payer.org) as (address, server):
         first = replace(payer, base_url=address)
         made = (await claude(first).messages.batches.create(requests=messages(40))).id
         chats = (await chat_batch(first, lines(40))).id
         server.kill()
     assert (await payer.pool()).held_micros == 40 * (CLAUDE_MICROS + CHAT_MICROS)
-    with _server(settings, admin_dsn) as (address, _):
+    with _server(settings, admin_dsn, payer.org) as (address, _):
         second = replace(payer, base_url=address)
         for _ in range(600):
             messages_told = await claude(second).messages.batches.retrieve(made)
