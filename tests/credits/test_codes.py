@@ -439,6 +439,7 @@ def so_often(scene: Scene, most: str) -> None:
         scene.later(days=1)
         with scene.refusal("BR443"):
             claim(scene, code(scene, spring))
+    assert len(claims(scene)) == (3 if most == "most_in_all" else 4)
 
 
 def test_people_of_a_domain_redeem_so_often(scene: Scene) -> None:
@@ -473,6 +474,7 @@ def test_a_code_is_redeemed_from_its_first_instant_until_just_before_its_last(sc
     for each in (text, short):
         with scene.refusal("BR441"):
             claim(scene, each)
+    assert len(claims(scene)) == 3
 
 
 def test_what_a_code_gives_ends_with_its_campaign_or_its_days(scene: Scene) -> None:
@@ -489,6 +491,7 @@ def test_a_code_for_members_goes_into_their_organization_alone(scene: Scene) -> 
         claim(scene, text, into=uuid7())
     claim(scene, text)
     claim(scene, code(scene, campaign(scene)), into=uuid7())
+    assert len(claims(scene)) == 2
 
 
 def test_a_code_for_a_domain_is_for_its_people_alone(scene: Scene) -> None:
@@ -496,6 +499,7 @@ def test_a_code_for_a_domain_is_for_its_people_alone(scene: Scene) -> None:
     with scene.refusal("BR442"):
         claim(scene, text, domain=b"cc")
     claim(scene, text, domain=b"bb")
+    assert len(claims(scene)) == 1
 
 
 def test_what_was_revoked_is_redeemed_no_more_and_the_rest_is(scene: Scene) -> None:
@@ -528,6 +532,7 @@ def test_a_campaign_that_would_be_over_is_none(scene: Scene) -> None:
     for amount in (0, -1, 10**15 + 1):
         with scene.refusal("BR400"):
             campaign(scene, amount_micros=amount)
+    assert scene.admin("select from credits.code_campaigns where organization_id = %s", scene.organization) == []
 
 
 def test_the_terms_of_a_campaign_say_nothing_of_whose_it_is_or_when_it_ended(scene: Scene) -> None:

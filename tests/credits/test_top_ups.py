@@ -87,6 +87,7 @@ def test_what_is_only_held_is_no_debt(scene: Scene) -> None:
     scene.later(minutes=6)
     with scene.refusal("BR450"):
         forgive(scene, pool, None)
+    assert scene.balance(pool) == Balance(limit=100, used=0, held=100, excess=0)
 
 
 def test_what_is_held_beyond_what_there_is_is_no_debt_either(scene: Scene) -> None:

@@ -27,17 +27,20 @@ async def alone(database: db.Database, key: int) -> AsyncIterator[bool]:
 
 
 async def in_turn(organization_ids: Sequence[UUID], work: Callable[[UUID], Awaitable[int]]) -> int:
-    """Do this for one organization after the other; returns the sum of its counts. What is wrong in one keeps no other
-    waiting: the last fault is raised in the end.
+    """Do this for one organization after the other; returns the sum of its counts.
+
+    Raises:
+        ExceptionGroup: what was wrong in some, which keeps no other waiting.
     """
-    done, fault = 0, None
+    done, faults = 0, []
     for organization_id in organization_ids:
         try:
             done += await work(organization_id)
         except Exception as error:
-            fault = error
-    if fault is not None:
-        raise fault
+            error.add_note(f"in the organization {organization_id}")
+            faults.append(error)
+    if faults:
+        raise ExceptionGroup("not done in every organization", faults)
     return done
 
 

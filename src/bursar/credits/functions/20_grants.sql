@@ -183,11 +183,7 @@ declare
     v_kept bigint;
     v_value bigint;
     v_lost_value bigint;
-    -- Begins as its parent's id does, so that what is alike in all else burns in the parents' order; a grant may roll over several times, since
-    -- resets end it before its own end, too.
-    v_new uuid := (substr(replace(p_grant.grant_id::text, '-', ''), 1, 16) || substr(md5(p_grant.grant_id::text || ' roll-over ' || (
-        select count(*) from grants
-        where organization_id = p_grant.organization_id and pool_id = p_grant.pool_id and parent_grant_id = p_grant.grant_id)), 17))::uuid;
+    v_new uuid;
 begin
     if p_grant.rollover_expires_at <= p_at then
         v_rolls := 0;
@@ -196,6 +192,11 @@ begin
     v_value := credits.value_taken(p_grant, p_left, p_value_left, v_kept);
     v_lost_value := credits.value_taken(p_grant, p_left - v_kept, p_value_left - v_value, p_lapse - v_kept);
     if v_rolls > 0 then
+        -- Begins as its parent's id does, so that what is alike in all else burns in the parents' order; a grant may roll over several times,
+        -- since resets end it before its own end, too.
+        v_new := (substr(replace(p_grant.grant_id::text, '-', ''), 1, 16) || substr(md5(p_grant.grant_id::text || ' roll-over ' || (
+            select count(*) from grants
+            where organization_id = p_grant.organization_id and pool_id = p_grant.pool_id and parent_grant_id = p_grant.grant_id)), 17))::uuid;
         insert into grants (organization_id, grant_id, pool_id, source, amount_micros, priority, is_free, cost_basis_nano_usd, effective_at,
                             expires_at, parent_grant_id, reason, created_at, created_by)
         values (p_grant.organization_id, v_new, p_grant.pool_id, 'roll_over', v_rolls, p_grant.priority, p_grant.is_free, v_value, p_at,
