@@ -344,7 +344,7 @@ def _page(made: Demo, doors: Mapping[tuple[str, str], _Door], base_url: str, set
         role = "member" if slug == "helix-foods" else "admin"
         yield from _lines_of(doors[slug, role], doors[slug, role].company.story)
     alice = doors["acme-corp", "member"]
-    yield from _lines_of(alice, "The same company as one of its members sees it")
+    yield from _lines_of(alice, "One of its members, who may not see what all spend: the page says who may")
     here, program = f"BURSAR_DATA_DIR={shlex.quote(str(settings.data_dir))}", this_program()
     yield f"Another link:     {here} {program} users link {alice.access.email} --base-url {base_url}\n"
     tried = doors[TRIED_AT, "member"]
