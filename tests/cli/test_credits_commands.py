@@ -4,6 +4,7 @@ import asyncio
 import json
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import psycopg
 import pytest
@@ -56,11 +57,14 @@ def test_what_is_given_away_under_one_key_moves_once_and_tells_what_is_left_now(
 TABLES = """
     select c.relnamespace::regnamespace::text, c.relname from pg_attribute a join pg_class c on c.oid = a.attrelid
     where a.attname = 'organization_id' and c.relkind in ('r', 'p') and not c.relispartition
-      and c.relnamespace::regnamespace::text in ('credits', 'ledger', 'audit', 'outbox') order by 1, 2"""
+      and c.relnamespace::regnamespace::text in ('credits', 'ledger', 'audit', 'outbox', 'alerts') order by 1, 2"""
 SILENT = {"end-share", "end-raise", "end", "cancel"}
 
 
-def test_a_dry_run_tells_the_same_and_changes_nothing(run: Any, org: Any, admin_dsn: str) -> None:
+def test_a_dry_run_tells_the_same_and_changes_nothing(
+    run: Any, org: Any, admin_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BURSAR_WEBHOOKS_LOOPBACK", "1")
     at = ("--org", org.slug)
     mira, noor = f"mira@{org.slug}.example", f"noor@{org.slug}.example"
     for email in (mira, noor):
@@ -87,8 +91,9 @@ def test_a_dry_run_tells_the_same_and_changes_nothing(run: Any, org: Any, admin_
         code, told = run(*command, *at, "--json")
         assert (code, books() != before) == (Exit.DONE, True)
         assert planned.pop("dry_run") is True
-        ids = {name for name in told if name.endswith("_id") or name in ("grants", "to")}  # of what is made
-        assert {k: planned[k] for k in planned if k not in ids} == {k: told[k] for k in told if k not in ids}
+        made = {name for name in told if name.endswith(("_id", "_at", "secret")) or name in ("grants", "to", "items")}
+        assert "secret" not in planned
+        assert {k: planned[k] for k in planned if k not in made} == {k: told[k] for k in told if k not in made}
         return dict(told)
 
     tried("credits", "add", "500")
@@ -103,13 +108,36 @@ def test_a_dry_run_tells_the_same_and_changes_nothing(run: Any, org: Any, admin_
     cap = tried("caps", "set", "--user", mira, "--ask", "5cr", "--per", "day")["limit_id"]
     raised = tried("caps", "raise", cap, "--amount", "5cr", "--until", "2999-01-01")["raise_id"]
     tried("caps", "end-raise", raised)
+    ask = ("caps", "request", "--user", mira, "--until", "2999-01-01", "--reason", "a demo", "--amount")
+    assert tried("caps", "approve", tried(*ask, "5cr")["request_id"], "--amount", "4cr")["state"] == "approved"
+    assert tried("caps", "deny", tried(*ask, "5cr")["request_id"])["state"] == "denied"
     tried("caps", "end", cap)
     schedule = tried("schedules", "add", "10")["schedule_id"]
     tried("schedules", "cancel", schedule)
-    tried("top-ups", "set", "--below", "5", "--amount", "10", "--ceiling", "100")
+    tried("credits", "cycle", "--anchor", "2026-01-31")
+    pool = tried("top-ups", "set", "--below", "1000", "--amount", "10", "--ceiling", "100")["pool_id"]
+    with psycopg.connect(admin_dsn) as conn:
+        conn.execute("select set_config('app.organization_id', %s, true)", [str(org.organization_id)])
+        begin = "select top_up_id from credits.begin_top_up(%s, %s, %s)"
+        [(begun,)] = conn.execute(begin, [org.organization_id, UUID(pool.removeprefix("pool_")), uuid7()])
+    top_up = f"top_{begun.hex}"
+    assert tried("top-ups", "decline", top_up, "--reason", "card expired")["state"] == "failed"
+    assert tried("top-ups", "confirm", top_up, "--paid", "9.50", "--reference", "INV-1")["state"] == "succeeded"
     tried("top-ups", "stop")
     assert run("codes", "create", "50", "--campaign", "Spring", *at)[0] == Exit.DONE
     tried("codes", "revoke", "Spring", "--yes")
+    webhook = tried("webhooks", "add", "http://127.0.0.1:9/bursar")["webhook_id"]
+    tried("webhooks", "rotate", webhook)
+    assert tried("webhooks", "replay", webhook, "--hours", "1")["events"] > 0
+    with psycopg.connect(admin_dsn) as conn:
+        failed = "update outbox.endpoints set state = 'disabled', ended_at = now() where endpoint_id = %s"
+        conn.execute(failed, [UUID(webhook.removeprefix("whk_"))])
+    assert tried("webhooks", "enable", webhook)["state"] == "active"
+    tried("alerts", "set", "pool", "--at", "80", "--mail", "cfo@acme.example")
+    before = books()
+    assert run("webhooks", "remove", webhook, *at, "--dry-run")[0] == Exit.DONE
+    assert books() == before
+    assert run("webhooks", "remove", webhook, *at) == (Exit.DONE, "It is removed.\n")
 
 
 def test_more_codes_of_a_campaign_have_its_terms_or_are_refused(run: Any, org: Any) -> None:

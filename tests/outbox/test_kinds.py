@@ -71,15 +71,17 @@ async def bought(org: Org, **policy: int) -> None:
     top_up = await purchase(org, **policy)
     assert top_up is not None
     paid = top_ups.Bought(NanoUsd(5_250_000_000), "INV-7")
-    await top_ups.confirm(org.database, top_up_id=top_up, bought=paid, by=OPERATOR, **place)
+    async with org.tenant() as conn:
+        await top_ups.confirm(conn, top_up_id=top_up, bought=paid, by=OPERATOR, **place)
 
 
 async def declined(org: Org) -> None:
     top_up = await purchase(org)
     assert top_up is not None
-    await top_ups.decline(
-        org.database, organization_id=org.organization_id, top_up_id=top_up, reason="card expired", by=OPERATOR
-    )
+    async with org.tenant() as conn:
+        await top_ups.decline(
+            conn, organization_id=org.organization_id, top_up_id=top_up, reason="card expired", by=OPERATOR
+        )
 
 
 async def at_the_ceiling(org: Org) -> None:

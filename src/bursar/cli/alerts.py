@@ -24,7 +24,7 @@ from bursar.alerts.rules import (
 )
 from bursar.audit.events import OPERATOR
 from bursar.cli.credits import credits_of
-from bursar.cli.output import Column, JsonOption, print_rows
+from bursar.cli.output import Column, DryRunOption, JsonOption, print_rows
 from bursar.cli.scope import OrgOption, as_id, within
 from bursar.clock import now
 from bursar.identity.organizations import Organization
@@ -102,6 +102,7 @@ def set_(
     ] = COLLECT_MINUTES,
     off: Annotated[bool, typer.Option("--off", help="Tell nothing of these.")] = False,
     default: Annotated[bool, typer.Option("--default", help="Take back what was set.")] = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Set at which levels is told, by percent used or by what is left, and to whom.
@@ -131,7 +132,7 @@ def set_(
             )
         return await list_rules(conn, organization_id=organization.organization_id)
 
-    _print_rules(within(org, run), as_json)
+    _print_rules(within(org, run, dry_run=dry_run), as_json, dry_run=dry_run)
 
 
 @app.command("list")
@@ -225,7 +226,7 @@ def _object(reference: str | None) -> Any:
     raise InvalidRule(f"“{reference[:50]}” is no id. Those there are: bursar credits show --json, bursar caps list")
 
 
-def _print_rules(found: list[Rule], as_json: bool) -> None:
+def _print_rules(found: list[Rule], as_json: bool, *, dry_run: bool = False) -> None:
     rows = [
         {
             "rule_id": f"rul_{each.rule_id.hex}",
@@ -242,7 +243,7 @@ def _print_rules(found: list[Rule], as_json: bool) -> None:
     ]
     if not as_json:
         rows = [{**row, "levels": _levels(row), "whom": _whom(row)} for row in rows]
-    print_rows(rows, RULE_COLUMNS, as_json=as_json)
+    print_rows(rows, RULE_COLUMNS, as_json=as_json, dry_run=dry_run)
 
 
 def _whom(row: dict[str, Any]) -> str:

@@ -359,6 +359,7 @@ def request(
     key: Annotated[str | None, typer.Option("--key", help="The key that is used: its name or id.")] = None,
     model: Annotated[str, typer.Option(help="The model that is used.")] = "",
     idempotency_key: KeyOption = None,
+    dry_run: DryRunOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -403,7 +404,7 @@ def request(
         )
         return {"request_id": f"lrq_{request_id.hex}", "cap": able[0].name, "amount": amount, "until": ends_at}
 
-    _print_made(within(org, work), "request_id", quiet=quiet, as_json=as_json)
+    _print_made(within(org, work, dry_run=dry_run), "request_id", dry_run=dry_run, quiet=quiet, as_json=as_json)
 
 
 @app.command("requests")
@@ -450,6 +451,7 @@ def approve(
     until: Annotated[datetime | None, typer.Option(help="Another end than asked for (UTC).")] = None,
     note: Annotated[str | None, typer.Option(help="What is said to it.")] = None,
     by: ByOption = None,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Approve a request: a raise that ends by itself.
@@ -457,7 +459,7 @@ def approve(
     Examples: `bursar caps approve lrq_… --org acme`,
     `bursar caps approve lrq_… --org acme --amount 20cr --note "for now"`
     """
-    print_fields(_decided(org, asked, True, amount, until, note, by), as_json=as_json)
+    print_fields(_decided(org, asked, True, amount, until, note, by, dry_run), dry_run=dry_run, as_json=as_json)
 
 
 @app.command()
@@ -466,13 +468,14 @@ def deny(
     asked: Annotated[str, typer.Argument(help="The request's id.")],
     note: Annotated[str | None, typer.Option(help="What is said to it.")] = None,
     by: ByOption = None,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Deny a request.
 
     Examples: `bursar caps deny lrq_… --org acme --note "Use the smaller model"`
     """
-    print_fields(_decided(org, asked, False, None, None, note, by), as_json=as_json)
+    print_fields(_decided(org, asked, False, None, None, note, by, dry_run), dry_run=dry_run, as_json=as_json)
 
 
 def _decided(
@@ -483,6 +486,7 @@ def _decided(
     until: datetime | None,
     note: str | None,
     by: str | None,
+    dry_run: bool,
 ) -> dict[str, Any]:
     async def work(conn: db.Connection, database: db.Database, organization: Organization) -> dict[str, Any]:
         organization_id = organization.organization_id
@@ -505,7 +509,7 @@ def _decided(
             "raise_id": f"rai_{raise_id.hex}" if raise_id else None,
         }
 
-    return within(org, work)
+    return within(org, work, dry_run=dry_run)
 
 
 # ---------------------------------------------------------------------------------------------- words

@@ -510,6 +510,7 @@ async def _share_of(conn: db.Connection, database: db.Database, organization: Or
 def cycle(
     org: OrgOption,
     anchor: Annotated[datetime | None, typer.Option(help="When the subscription began (UTC).")] = None,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show the organization's cycle, or say when its subscription began.
@@ -526,4 +527,4 @@ def cycle(
             )
         return await limits.get_cycle(conn, organization_id=organization.organization_id)
 
-    print_fields(within(org, work), as_json=as_json)
+    print_fields(within(org, work, dry_run=dry_run), dry_run=dry_run, as_json=as_json)

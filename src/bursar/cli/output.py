@@ -88,15 +88,19 @@ def print_json(document: Any) -> None:
     typer.echo(json.dumps(document, default=_plain, indent=2 if sys.stdout.isatty() else None, ensure_ascii=False))
 
 
-def print_rows(rows: Iterable[Any], columns: Sequence[Column], *, as_json: bool, empty: str = "Nothing yet.") -> None:
-    """Rows (dataclasses or mappings) as a table, or as {"items": […]} with every field."""
+def print_rows(
+    rows: Iterable[Any], columns: Sequence[Column], *, as_json: bool, empty: str = "Nothing yet.", dry_run: bool = False
+) -> None:
+    """Rows (dataclasses or mappings) as a table, or as {"items": […]} with every field. dry_run: as `print_fields`."""
     items = [_fields(row) for row in rows]
     if as_json:
-        print_json({"items": items})
-    elif not items:
-        typer.echo(empty)
-    else:
+        print_json({"items": items} | ({"dry_run": True} if dry_run else {}))
+        return
+    if items:
         _print_table(items, columns)
+    else:
+        typer.echo(empty)
+    tell_dry_run(dry_run)
 
 
 def print_fields(row: Any, *, as_json: bool, dry_run: bool = False) -> None:

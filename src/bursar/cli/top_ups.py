@@ -8,8 +8,8 @@ import typer
 from bursar import db
 from bursar.audit.events import OPERATOR
 from bursar.cli.credits import credits_of
-from bursar.cli.output import Column, DryRunOption, JsonOption, print_fields, print_rows, with_database
-from bursar.cli.scope import OrgOption, given_id, member_of, org_of, within
+from bursar.cli.output import Column, DryRunOption, JsonOption, print_fields, print_rows
+from bursar.cli.scope import OrgOption, given_id, member_of, within
 from bursar.credits import pools, top_ups
 from bursar.credits.top_ups import USUAL_MOST_PER_HOUR, Bought, TopUp
 from bursar.identity.organizations import Organization
@@ -105,7 +105,6 @@ def show(org: OrgOption, as_json: JsonOption = False) -> None:
 def list_(
     org: OrgOption,
     limit: Annotated[int, typer.Option(help="How many, newest first.", min=1, max=1000)] = 50,
-    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """List purchases, newest first.
@@ -129,6 +128,7 @@ def confirm(
     org: OrgOption,
     paid: Annotated[str, typer.Option(help="Money paid for it, in USD.")],
     reference: Annotated[str, typer.Option(help="What the payment is called where it was made.")],
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say that a purchase was paid: its credits are granted. Again changes nothing.
@@ -137,13 +137,17 @@ def confirm(
     """
     bought = Bought(parse_usd(paid), reference)
 
-    async def work(database: db.Database) -> dict[str, Any]:
+    async def work(conn: db.Connection, database: db.Database, organization: Organization) -> dict[str, Any]:
         done = await top_ups.confirm(
-            database, organization_id=await org_of(database, org), top_up_id=_id(top_up), bought=bought, by=OPERATOR
+            conn,
+            organization_id=organization.organization_id,
+            top_up_id=given_id(top_up, "top_"),
+            bought=bought,
+            by=OPERATOR,
         )
         return _row(done)
 
-    print_fields(with_database(work), as_json=as_json)
+    print_fields(within(org, work, dry_run=dry_run), dry_run=dry_run, as_json=as_json)
 
 
 @app.command()
@@ -151,6 +155,7 @@ def decline(
     top_up: TopUpArgument,
     org: OrgOption,
     reason: Annotated[str, typer.Option(help="Why, in words.")],
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say that a purchase was not paid: the next one waits an hour, then longer each time.
@@ -158,13 +163,17 @@ def decline(
     Examples: `bursar top-ups decline top_… --org acme --reason "card expired"`
     """
 
-    async def work(database: db.Database) -> dict[str, Any]:
+    async def work(conn: db.Connection, database: db.Database, organization: Organization) -> dict[str, Any]:
         done = await top_ups.decline(
-            database, organization_id=await org_of(database, org), top_up_id=_id(top_up), reason=reason, by=OPERATOR
+            conn,
+            organization_id=organization.organization_id,
+            top_up_id=given_id(top_up, "top_"),
+            reason=reason,
+            by=OPERATOR,
         )
         return _row(done)
 
-    print_fields(with_database(work), as_json=as_json)
+    print_fields(within(org, work, dry_run=dry_run), dry_run=dry_run, as_json=as_json)
 
 
 def _row(each: TopUp) -> dict[str, Any]:
@@ -179,10 +188,6 @@ def _row(each: TopUp) -> dict[str, Any]:
         "reason": each.reason,
         "grant_id": None if each.grant_id is None else f"grt_{each.grant_id.hex}",
     }
-
-
-def _id(text: str) -> UUID:
-    return given_id(text, "top_")
 
 
 async def _pool(conn: db.Connection, database: db.Database, organization: Organization, user: str | None) -> UUID:

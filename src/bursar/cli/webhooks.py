@@ -10,7 +10,16 @@ import typer
 from bursar import db
 from bursar.audit.events import OPERATOR
 from bursar.cli.exits import Exit
-from bursar.cli.output import Column, JsonOption, print_fields, print_json, print_rows, with_database
+from bursar.cli.output import (
+    Column,
+    DryRunOption,
+    JsonOption,
+    print_fields,
+    print_json,
+    print_rows,
+    tell_dry_run,
+    with_database,
+)
 from bursar.cli.scope import OrgOption, as_id, org_of, within
 from bursar.clock import now
 from bursar.identity.organizations import Organization
@@ -61,6 +70,7 @@ def add(
     kind: Annotated[
         list[str] | None, typer.Option("--kind", help="pool.low, pool.* …; may be given again; all otherwise.")
     ] = None,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Send events to an address from now on. Prints the secret that they are signed with, once.
@@ -80,9 +90,9 @@ def add(
             by=OPERATOR,
         )
 
-    endpoint, secret = within(org, run)
-    shown = {"webhook_id": _shown(endpoint.endpoint_id), "url": url, "kinds": endpoint.kinds, "secret": secret}
-    print_fields(shown, as_json=as_json)
+    endpoint, secret = within(org, run, dry_run=dry_run)
+    shown = {"webhook_id": _shown(endpoint.endpoint_id), "url": url, "kinds": endpoint.kinds}
+    print_fields(shown | _kept(secret, dry_run), dry_run=dry_run, as_json=as_json)
 
 
 @app.command("list")
@@ -139,6 +149,7 @@ def rotate(
     webhook: WebhookArgument,
     org: OrgOption,
     overlap_hours: Annotated[int, typer.Option(help="How long the secret before signs too.", min=0, max=24 * 30)] = 24,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make a new secret and print it, once; for a while every delivery is signed with both.
@@ -157,8 +168,8 @@ def rotate(
             by=OPERATOR,
         )
 
-    secret = within(org, run)
-    print_fields({"webhook_id": webhook, "secret": secret}, as_json=as_json)
+    secret = within(org, run, dry_run=dry_run)
+    print_fields({"webhook_id": webhook} | _kept(secret, dry_run), dry_run=dry_run, as_json=as_json)
 
 
 @app.command("test")
@@ -196,6 +207,7 @@ def replay_(
     event: Annotated[str | None, typer.Option(help="One event: evt_…")] = None,
     hours: Annotated[int | None, typer.Option(help="All of the last hours.", min=1, max=24 * 366)] = None,
     only_failed: Annotated[bool, typer.Option("--only-failed", help="Of those only what was given up.")] = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Send events once more, under their old ids; also those that happened before the webhook was added.
@@ -220,15 +232,18 @@ def replay_(
             by=OPERATOR,
         )
 
-    again = within(org, run)
+    again = within(org, run, dry_run=dry_run)
     if as_json:
-        print_json({"events": again})
+        print_fields({"events": again}, dry_run=dry_run, as_json=True)
     else:
         typer.echo(f"{again} {'event goes' if again == 1 else 'events go'} out again.")
+        tell_dry_run(dry_run)
 
 
 @app.command()
-def enable(webhook: WebhookArgument, org: OrgOption, as_json: JsonOption = False) -> None:
+def enable(
+    webhook: WebhookArgument, org: OrgOption, dry_run: DryRunOption = False, as_json: JsonOption = False
+) -> None:
     """Send to a webhook again that was disabled because it failed for days.
 
     Examples: `bursar webhooks enable whk_0195f2c0a1b27c3d8e4f5a6b7c8d9e0f --org acme`,
@@ -240,12 +255,13 @@ def enable(webhook: WebhookArgument, org: OrgOption, as_json: JsonOption = False
             conn, organization_id=organization.organization_id, endpoint_id=_id(webhook), by=OPERATOR
         )
 
-    found = within(org, run)
-    print_fields({"webhook_id": webhook, "url": found.url, "state": found.state}, as_json=as_json)
+    found = within(org, run, dry_run=dry_run)
+    shown = {"webhook_id": webhook, "url": found.url, "state": found.state}
+    print_fields(shown, dry_run=dry_run, as_json=as_json)
 
 
 @app.command()
-def remove(webhook: WebhookArgument, org: OrgOption) -> None:
+def remove(webhook: WebhookArgument, org: OrgOption, dry_run: DryRunOption = False) -> None:
     """Send nothing there any more; what waits for it is given up.
 
     Examples: `bursar webhooks remove whk_0195f2c0a1b27c3d8e4f5a6b7c8d9e0f --org acme`,
@@ -255,8 +271,9 @@ def remove(webhook: WebhookArgument, org: OrgOption) -> None:
     async def run(conn: db.Connection, _: db.Database, organization: Organization) -> None:
         await remove_endpoint(conn, organization_id=organization.organization_id, endpoint_id=_id(webhook), by=OPERATOR)
 
-    within(org, run)
-    typer.echo("It is removed.")
+    within(org, run, dry_run=dry_run)
+    typer.echo("It would be removed." if dry_run else "It is removed.")
+    tell_dry_run(dry_run)
 
 
 def _id(reference: str) -> UUID:
@@ -264,6 +281,11 @@ def _id(reference: str) -> UUID:
     if found is None:
         raise WebhookNotFound(f"“{reference[:50]}”. Those there are: bursar webhooks list")
     return found
+
+
+def _kept(secret: str, dry_run: bool) -> dict[str, str]:
+    """The secret, where it is one: that of a dry run signs nothing."""
+    return {} if dry_run else {"secret": secret}
 
 
 def _shown(endpoint_id: UUID) -> str:

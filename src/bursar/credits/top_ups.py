@@ -144,17 +144,23 @@ async def _top_up(database: db.Database, purchases: Purchases, organization_id: 
         case Waiting():
             return 1
         case Bought() as bought:
-            await confirm(
-                database, organization_id=organization_id, top_up_id=found.top_up_id, bought=bought, by=SYSTEM
-            )
+            async with database.tenant(organization_id) as conn:
+                await confirm(
+                    conn, organization_id=organization_id, top_up_id=found.top_up_id, bought=bought, by=SYSTEM
+                )
         case Declined() as declined:
-            await decline(
-                database, organization_id=organization_id, top_up_id=found.top_up_id, reason=declined.reason, by=SYSTEM
-            )
+            async with database.tenant(organization_id) as conn:
+                await decline(
+                    conn,
+                    organization_id=organization_id,
+                    top_up_id=found.top_up_id,
+                    reason=declined.reason,
+                    by=SYSTEM,
+                )
     return 0
 
 
-async def confirm(database: db.Database, *, organization_id: UUID, top_up_id: UUID, bought: Bought, by: Actor) -> TopUp:
+async def confirm(conn: db.Connection, *, organization_id: UUID, top_up_id: UUID, bought: Bought, by: Actor) -> TopUp:
     """A purchase was paid: its credits are granted, with the money as their cost basis. Again is once.
 
     One that was declined may turn out to have been paid.
@@ -162,48 +168,44 @@ async def confirm(database: db.Database, *, organization_id: UUID, top_up_id: UU
     Raises:
         NotFound
     """
-    async with database.tenant(organization_id) as conn:
-        done = await db.fetch_one(
-            conn,
-            TopUp,
-            QUERIES.decide_top_up,
-            organization_id=organization_id,
-            top_up_id=top_up_id,
-            succeeded=True,
-            paid_nano_usd=bought.paid_nano_usd,
-            reference=bought.reference,
-            reason=None,
-        )
-        new = {"amount_micros": done.amount_micros, "paid_nano_usd": done.paid_nano_usd, "reference": done.reference}
-        await record(
-            conn, organization_id=organization_id, by=by, action="top_up.confirmed", object_id=top_up_id, new=new
-        )
+    done = await db.fetch_one(
+        conn,
+        TopUp,
+        QUERIES.decide_top_up,
+        organization_id=organization_id,
+        top_up_id=top_up_id,
+        succeeded=True,
+        paid_nano_usd=bought.paid_nano_usd,
+        reference=bought.reference,
+        reason=None,
+    )
+    new = {"amount_micros": done.amount_micros, "paid_nano_usd": done.paid_nano_usd, "reference": done.reference}
+    await record(conn, organization_id=organization_id, by=by, action="top_up.confirmed", object_id=top_up_id, new=new)
     return done
 
 
 async def decline(
-    database: db.Database, *, organization_id: UUID, top_up_id: UUID, reason: str | None, by: Actor
+    conn: db.Connection, *, organization_id: UUID, top_up_id: UUID, reason: str | None, by: Actor
 ) -> TopUp:
     """A purchase was not paid: the next one waits an hour, then two, four … a day at most; six in a row stop it all.
 
     Raises:
         NotFound, AlreadyBought
     """
-    async with database.tenant(organization_id) as conn:
-        done = await db.fetch_one(
-            conn,
-            TopUp,
-            QUERIES.decide_top_up,
-            organization_id=organization_id,
-            top_up_id=top_up_id,
-            succeeded=False,
-            paid_nano_usd=None,
-            reference=None,
-            reason=reason,
-        )
-        await record(
-            conn, organization_id=organization_id, by=by, action="top_up.declined", object_id=top_up_id, reason=reason
-        )
+    done = await db.fetch_one(
+        conn,
+        TopUp,
+        QUERIES.decide_top_up,
+        organization_id=organization_id,
+        top_up_id=top_up_id,
+        succeeded=False,
+        paid_nano_usd=None,
+        reference=None,
+        reason=reason,
+    )
+    await record(
+        conn, organization_id=organization_id, by=by, action="top_up.declined", object_id=top_up_id, reason=reason
+    )
     return done
 
 
