@@ -34,7 +34,11 @@ def main() -> None:
         folder.chmod(0o711)  # as root, the server runs as another user
         with _server(folder) as server:
             if plan.only_caps:
-                report.show(_with_caps(plan, server), _about(plan, server))
+                rows = _with_caps(plan, server)
+                about = _about(plan, server)
+                with http.served(folder / "site", members=USERS) as site:
+                    rows += uvloop.run(groups.caps_over_http(plan, site))
+                report.show(rows, about)
                 return
             print(f"opening {plan.organizations:,} organizations …", flush=True)
             ready = books.open_books(
@@ -47,8 +51,9 @@ def main() -> None:
             if plan.filled:
                 rows += groups.filled(plan, server, ready)
             about = _about(plan, server)
-        with http.served(folder / "site") as site:
+        with http.served(folder / "site", members=USERS) as site:
             rows += uvloop.run(groups.over_http(plan, site))
+            rows += uvloop.run(groups.caps_over_http(plan, site))
     report.show(rows, about)
     report.write(RESULT, rows, about)
     print(f"written to {RESULT.relative_to(Path.cwd()) if RESULT.is_relative_to(Path.cwd()) else RESULT}")
@@ -100,7 +105,9 @@ def _with_caps(plan: Plan, server: Server) -> list[report.Row]:
         rounds=plan.rounds,
         seconds=plan.seconds,
     )
-    return uvloop.run(work)
+    return uvloop.run(work) + caps.server_alone(
+        server.lane, server.admin, organizations, rounds=plan.rounds, seconds=plan.seconds / 3
+    )
 
 
 def _pgledger(plan: Plan, server: Server, ready: books.Books) -> groups.Pgledger | None:

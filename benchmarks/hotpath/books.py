@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 from uuid import UUID
 
 import psycopg
@@ -15,6 +15,7 @@ QUERIES: Final = db.load_queries("benchmarks.hotpath")
 PLENTY: Final = 10**15  # micros: never reached
 NOTHING: Final = 1  # micros: an exhausted cap
 AT_ONCE: Final = 500  # organizations opened in one transaction
+Drawn = TypeVar("Drawn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +85,8 @@ def _open(
     simulator.commit()
 
 
-def shuffled(payers: Sequence[Payer], seed: int) -> Iterator[Payer]:
+def shuffled(things: Sequence[Drawn], seed: int) -> Iterator[Drawn]:
     """Endless draws, the same in every run."""
     draw = random.Random(seed)
     while True:
-        yield draw.choice(payers)
+        yield draw.choice(things)

@@ -5,24 +5,27 @@ model. Users are spread over teams, teams over departments; everybody has a key 
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
 import psycopg
 
-from benchmarks.hotpath import contenders
+from benchmarks.hotpath import contenders, floor
 from benchmarks.hotpath.books import PLENTY, QUERIES, Payer
-from benchmarks.hotpath.pace import Case, Figure, Pace, interleaved
-from benchmarks.hotpath.report import Ratio, Row
+from benchmarks.hotpath.pace import Case, Figure, Pace, interleaved, rate_of
+from benchmarks.hotpath.report import Ratio, Row, row_of
 from bursar.clock import uuid7
 from bursar.credits.batcher import Batcher
 
 TEAMS: Final = 10
 DEPARTMENTS: Final = 3
 GRANTS: Final = 3
+BATCH: Final = 64
 LEAST_SHARE: Final = 0.8
+WITHOUT: Final = "without caps"
+WITH_ALL: Final = "with caps of every scope"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +118,9 @@ async def with_and_without(
 ) -> list[Row]:
     """Deductions, and holds with their settles, with caps against without."""
     members = {
-        "without caps": organizations.without,
+        WITHOUT: organizations.without,
         "with a default for every member": organizations.default,
-        "with caps of every scope": organizations.capped,
+        WITH_ALL: organizations.capped,
     }
     rows: list[Row] = []
     await _use(lane, admin_dsn, [payer for payers in members.values() for payer in payers])
@@ -125,21 +128,44 @@ async def with_and_without(
         for what, by in (("deduct", contenders.by_batcher), ("hold and settle", contenders.by_hold)):
             cases = [Case(name, by(batcher, payers), callers, server) for name, payers in members.items()]
             paces = await interleaved(cases, rounds=rounds, seconds=seconds)
-            bare = _rate(paces["without caps"]).median
-            for name, each in paces.items():
-                ratios = (Ratio("the rate without", _rate(each).median / bare, LEAST_SHARE),)
-                rows.append(_row(f"caps, hot pool, {callers} callers, {what}", name, each, ratios))
+            rows += compared(f"caps, hot pool, {callers} callers, {what}", paces)
     return rows
 
 
-def _rate(paces: Sequence[Pace]) -> Figure:
-    return Figure.of([pace.per_second for pace in paces])
+def server_alone(lane: str, admin_dsn: str, organizations: Organizations, *, rounds: int, seconds: float) -> list[Row]:
+    """The server's work alone, with all caps against none, and the row writes among it that no batch can do without."""
+    chains = floor.chains_of(admin_dsn)
+    members = {WITHOUT: organizations.without, WITH_ALL: organizations.capped}
+    rows: list[Row] = []
+    for durable in (True, False):
+        paces = floor.interleaved(
+            {
+                f"{work}, {name}": dsn
+                for work, dsn in (("move_batch", lane), ("cost floor", admin_dsn))
+                for name in members
+            },
+            {f"move_batch, {name}": floor.batches(payers, BATCH) for name, payers in members.items()}
+            | {f"cost floor, {name}": floor.floors(payers, BATCH, chains) for name, payers in members.items()},
+            size=BATCH,
+            rounds=rounds,
+            seconds=seconds,
+            durable=durable,
+        )
+        rates = {name: Figure.of(each) for name, each in paces.items()}
+        group = f"caps, server alone, batches of {BATCH}, {'durable' if durable else 'not waiting for disk'}"
+        for name, rate in rates.items():
+            bare = rates[name.replace(WITH_ALL, WITHOUT)].median
+            ratios = () if name.endswith(WITHOUT) else (Ratio("the rate without", rate.median / bare, LEAST_SHARE),)
+            rows.append(Row(group, name, rate, "/s", BATCH / rate.median * 1e3, ratios=ratios))
+    return rows
 
 
-def _row(group: str, name: str, paces: Sequence[Pace], ratios: tuple[Ratio, ...]) -> Row:
-    p50 = Figure.of([pace.p50_ms for pace in paces]).median
-    p99 = Figure.of([pace.p99_ms for pace in paces]).median
-    client = Figure.of([pace.client for pace in paces]).median
-    found = [pace.server for pace in paces if pace.server is not None]
-    server = Figure.of(found).median if found else None
-    return Row(group, name, _rate(paces), "/s", p50, p99, client, server, () if name == "without caps" else ratios)
+def compared(group: str, paces: Mapping[str, Sequence[Pace]]) -> list[Row]:
+    """A row for each, and how much of the rate without caps it is."""
+    bare = rate_of(paces[WITHOUT]).median
+    ratios = {
+        name: (Ratio("the rate without", rate_of(each).median / bare, LEAST_SHARE),)
+        for name, each in paces.items()
+        if name != WITHOUT
+    }
+    return [row_of(group, name, each, ratios.get(name, ())) for name, each in paces.items()]

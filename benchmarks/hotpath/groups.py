@@ -11,10 +11,10 @@ from typing import Final
 import psycopg
 import uvloop
 
-from benchmarks.hotpath import contenders, floor, http, ledger, pgledger, usage
+from benchmarks.hotpath import caps, contenders, floor, http, ledger, pgledger, usage
 from benchmarks.hotpath.books import QUERIES, Books, Payer
-from benchmarks.hotpath.pace import Case, Figure, Pace, interleaved
-from benchmarks.hotpath.report import Ratio, Row
+from benchmarks.hotpath.pace import Case, Figure, Pace, interleaved, rate_of
+from benchmarks.hotpath.report import Ratio, Row, row_of
 from bursar.credits.batcher import Batcher
 
 EXHAUSTED_SHARE: Final = 0.05
@@ -116,7 +116,7 @@ async def _hot(plan: Plan, server: Server, kit: Kit, ready: Books, theirs: Pgled
         calls[TRANSFERS] = pgledger.by_transfer(kit.pgledger_pool, theirs.payer, theirs.takers)
     cases = [Case(name, call, plan.callers, server.pid) for name, call in calls.items()]
     paces = await interleaved(cases, rounds=plan.rounds, seconds=plan.seconds)
-    rate = {name: _rate(each).median for name, each in paces.items()}
+    rate = {name: rate_of(each).median for name, each in paces.items()}
     ours, poor_rate, _, transaction, function, single = list(rate.values())[:6]
     against = [
         Ratio("the transaction", ours / transaction, 20),
@@ -134,7 +134,7 @@ async def _hot(plan: Plan, server: Server, kit: Kit, ready: Books, theirs: Pgled
         ),
     }
     group = f"hot pool, {plan.callers} callers"
-    rows = [_row(group, name, each, ratios.get(name, ())) for name, each in paces.items()]
+    rows = [row_of(group, name, each, ratios.get(name, ())) for name, each in paces.items()]
     return rows if TRANSFERS in rate else [*rows, Row(group, TRANSFERS, None, "")]
 
 
@@ -148,7 +148,7 @@ async def _uniform(plan: Plan, server: Server, kit: Kit, payers: Sequence[Payer]
     }
     cases = [Case(name, call, plan.callers, server.pid) for name, call in calls.items()]
     paces = await interleaved(cases, rounds=plan.rounds, seconds=plan.seconds)
-    one, two, transaction, function, single = (_rate(each).median for each in paces.values())
+    one, two, transaction, function, single = (rate_of(each).median for each in paces.values())
     best = max(one, two)
     ratios = {
         "ours, one lane": (
@@ -158,7 +158,7 @@ async def _uniform(plan: Plan, server: Server, kit: Kit, payers: Sequence[Payer]
         "ours, two lanes": (Ratio("one lane", two / one, 1.5),),
     }
     group = f"uniform over {plan.organizations:,} organizations, {plan.callers} callers"
-    return [_row(group, name, each, ratios.get(name, ())) for name, each in paces.items()]
+    return [row_of(group, name, each, ratios.get(name, ())) for name, each in paces.items()]
 
 
 async def _alone(plan: Plan, server: Server, kit: Kit, ready: Books) -> list[Row]:
@@ -177,7 +177,7 @@ async def _alone(plan: Plan, server: Server, kit: Kit, ready: Books) -> list[Row
         Ratio("p50, written for it", p50["ours, deduct"] / p50["one call, written for it"], 1.15, True),
         Ratio("p50, our own function", p50["ours, deduct"] / p50["one call, our own function"], 1.15, True),
     )
-    return [_row("one caller", name, each, ratios if name == "ours, deduct" else ()) for name, each in paces.items()]
+    return [row_of("one caller", name, each, ratios if name == "ours, deduct" else ()) for name, each in paces.items()]
 
 
 def _memory(server: Server) -> list[Row]:
@@ -206,9 +206,9 @@ def filled(plan: Plan, server: Server, ready: Books) -> list[Row]:
     group = f"{plan.filled:,} rows in the ledger before, {plan.callers} callers"
     rows = []
     for name, paces in after.items():
-        rate = _rate(before[name]).median
-        ratio = Ratio("the rate on an empty ledger", _rate(paces).median / rate, 0.8)
-        rows += [_row(group, f"{name}, before", before[name], ()), _row(group, name, paces, (ratio,))]
+        rate = rate_of(before[name]).median
+        ratio = Ratio("the rate on an empty ledger", rate_of(paces).median / rate, 0.8)
+        rows += [row_of(group, f"{name}, before", before[name], ()), row_of(group, name, paces, (ratio,))]
     return rows
 
 
@@ -235,16 +235,27 @@ async def over_http(plan: Plan, site: http.Site) -> list[Row]:
         alone = await interleaved(
             [replace(case, callers=1) for case in cases], rounds=plan.rounds, seconds=plan.seconds / 2
         )
-    deduct, keyed, empty = (_rate(each).median for each in paces.values())
+    deduct, keyed, empty = (rate_of(each).median for each in paces.values())
     ratios = {
         "POST /api/v1/credits/deduct": (Ratio("the empty route", deduct / empty, 0.4),),
         "the same, each with an Idempotency-Key": (Ratio("the empty route", keyed / empty, 0.4),),
     }
     group = f"over HTTP, one server process, {plan.callers} connections"
-    rows = [_row(group, name, each, ratios.get(name, ())) for name, each in paces.items()]
+    rows = [row_of(group, name, each, ratios.get(name, ())) for name, each in paces.items()]
     return rows + [
-        _row("over HTTP, one server process, one connection", name, each, ()) for name, each in alone.items()
+        row_of("over HTTP, one server process, one connection", name, each, ()) for name, each in alone.items()
     ]
+
+
+async def caps_over_http(plan: Plan, site: http.Site) -> list[Row]:
+    """Deductions over HTTP by members of a company without caps, and of one with all."""
+    async with http.callers(site.port, plan.callers) as connected:
+        cases = [
+            Case(name, http.by_request(site, connected, http.DEDUCT, keys=keys), plan.callers, site.pid)
+            for name, keys in site.members.items()
+        ]
+        paces = await interleaved(cases, rounds=plan.rounds, seconds=plan.seconds)
+    return caps.compared(f"caps, over HTTP, one server process, {plan.callers} connections", paces)
 
 
 def floors(plan: Plan, server: Server, ready: Books) -> list[Row]:
@@ -273,16 +284,3 @@ def floors(plan: Plan, server: Server, ready: Books) -> list[Row]:
             rows.append(Row(group, "move_batch", ours, "/s", floor.BATCH / ours.median * 1e3, ratios=ratios))
             rows.append(Row(group, "cost floor", least, "/s", floor.BATCH / least.median * 1e3))
     return rows
-
-
-def _rate(paces: Sequence[Pace]) -> Figure:
-    return Figure.of([pace.per_second for pace in paces])
-
-
-def _row(group: str, name: str, paces: Sequence[Pace], ratios: tuple[Ratio, ...]) -> Row:
-    p50 = Figure.of([pace.p50_ms for pace in paces]).median
-    p99 = Figure.of([pace.p99_ms for pace in paces]).median
-    client = Figure.of([pace.client for pace in paces]).median
-    found = [pace.server for pace in paces if pace.server is not None]
-    server = Figure.of(found).median if found else None
-    return Row(group, name, _rate(paces), "/s", p50, p99, client, server, ratios)

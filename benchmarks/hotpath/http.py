@@ -13,17 +13,20 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.hotpath.books import shuffled
+from benchmarks.hotpath.companies import open_companies
 from benchmarks.hotpath.contenders import AMOUNT, MODEL, PROVIDER
 from benchmarks.hotpath.pace import Call
 from bursar.asgi import Receive, Scope, Send
 from bursar.server import ServedApp, from_environment
+from bursar.settings import Settings
 
 EMPTY: Final = "/empty"
 DEDUCT: Final = "/api/v1/credits/deduct"
@@ -55,16 +58,17 @@ def application() -> WithEmptyRoute:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A server that is running, and a key that may charge its organization."""
+    """A server that is running. key: of an organization with two caps; members: those of `companies`, by company."""
 
     port: int
-    key: str
     pid: int
+    key: str
+    members: dict[str, list[str]]
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[Site]:
-    """A server with an embedded, durable database, whose organization has credits and caps."""
+def served(folder: Path, *, members: int) -> Iterator[Site]:
+    """A server with an embedded, durable database, whose organizations have credits. members: of each company."""
     folder.mkdir(mode=0o711)
     port = _free_port()
     environment = {
@@ -81,7 +85,8 @@ def served(folder: Path) -> Iterator[Site]:
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             _wait(port, process)
-            yield Site(port, _set_up(environment), process.pid)
+            companies = asyncio.run(open_companies(Settings.from_environment(environment), members=members))
+            yield Site(port, process.pid, _set_up(environment), companies)
         finally:
             process.send_signal(signal.SIGTERM)
 
@@ -168,18 +173,22 @@ async def callers(port: int, number: int) -> AsyncIterator[list[Caller]]:
             each.close()
 
 
-def by_request(site: Site, connected: list[Caller], path: str, *, with_key: bool = False) -> Call:
-    """One POST per request. with_key: each under an idempotency key of its own."""
+def by_request(
+    site: Site, connected: list[Caller], path: str, *, keys: Sequence[str] = (), with_key: bool = False
+) -> Call:
+    """One POST per request, with the site's key or one drawn from keys. with_key: each under an idempotency key."""
     body: dict[str, Any] = {"amount": {"amount": str(AMOUNT), "unit": "micro"}, "provider": PROVIDER, "model": MODEL}
     raw = json.dumps(body).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{site.port}\r\nAuthorization: Bearer {site.key}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(raw)}\r\n"
-    ).encode()
-    whole = head + b"\r\n" + raw
+    heads = [
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{site.port}\r\nAuthorization: Bearer {key}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(raw)}\r\n".encode()
+        for key in keys or [site.key]
+    ]
+    drawn = shuffled([(head, head + b"\r\n" + raw) for head in heads], 1)
     run, numbers = os.urandom(8).hex(), count()
 
     async def call(number: int) -> bool:
+        head, whole = next(drawn)
         key = f"Idempotency-Key: {run}-{next(numbers)}\r\n\r\n"
         answer = await connected[number].ask(head + key.encode() + raw if with_key else whole)
         if not answer.startswith(b"HTTP/1.1 200"):

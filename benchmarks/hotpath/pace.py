@@ -50,6 +50,11 @@ class Case:
     server: int | None = None
 
 
+def rate_of(paces: Sequence[Pace]) -> Figure:
+    """Charged calls per second."""
+    return Figure.of([pace.per_second for pace in paces])
+
+
 async def interleaved(cases: Sequence[Case], *, rounds: int, seconds: float) -> dict[str, list[Pace]]:
     """Each case once per round, in turn, so that a noisy minute hits all alike. seconds: of one case in all rounds."""
     paces: dict[str, list[Pace]] = {case.name: [] for case in cases}

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.hotpath.pace import Figure
+from benchmarks.hotpath.pace import Figure, Pace, rate_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,16 @@ class Row:
     client: float | None = None
     server: float | None = None
     ratios: tuple[Ratio, ...] = ()
+
+
+def row_of(group: str, name: str, paces: Sequence[Pace], ratios: tuple[Ratio, ...]) -> Row:
+    """A line of what some rounds showed."""
+    p50 = Figure.of([pace.p50_ms for pace in paces]).median
+    p99 = Figure.of([pace.p99_ms for pace in paces]).median
+    client = Figure.of([pace.client for pace in paces]).median
+    found = [pace.server for pace in paces if pace.server is not None]
+    server = Figure.of(found).median if found else None
+    return Row(group, name, rate_of(paces), "/s", p50, p99, client, server, ratios)
 
 
 def show(rows: Sequence[Row], about: dict[str, Any]) -> None:

@@ -88,9 +88,9 @@ POOLS = """
     from credits.pools where organization_id = %s"""
 NAMES = """
     select grant_id, pool_id, parent_grant_id, amount_micros, priority, is_free, effective_at,
-        nullif(expires_at, 'infinity')
+        nullif(expires_at, 'infinity'), reason = 'after the switch of pools' is true
     from credits.grants
-    where organization_id = %s and created_at between %s and %s order by grant_id"""
+    where organization_id = %s and created_at between %s and %s order by ctid"""  # mostly as they came
 PURCHASES = """
     select p.pool_id, p.state, p.declines, nullif(p.next_try_at, '-infinity'), array(
         select t.state from credits.top_ups t
@@ -198,7 +198,7 @@ class Told(ref.Names):
     def __init__(self, stage: "Stage", organization_id: UUID) -> None:
         self.stage, self.organization_id = stage, organization_id
         self.at = EARLIER
-        self.new: dict[tuple[Any, ...], list[tuple[UUID, ref.Like]]] = {}
+        self.new: dict[tuple[Any, ...], list[tuple[UUID, ref.Like, bool]]] = {}
 
     def pool(self, kind: str, owner: UUID | None, pattern: str | None) -> tuple[UUID, UUID | None]:
         """As in Names."""
@@ -211,14 +211,16 @@ class Told(ref.Names):
             raise Disagreement(f"there is no {kind} pool of {owner} for {pattern}")
         return row[0], row[1]
 
-    def grant(self, pool_id: UUID, parent: UUID | None, amount: int, like: ref.Like | None = None) -> UUID:
+    def grant(
+        self, pool_id: UUID, parent: UUID | None, amount: int, like: ref.Like | None = None, *, is_swept: bool = False
+    ) -> UUID:
         """As in Names."""
         found = None
         if self.at == self.stage.now:
-            found = self._found(pool_id, parent, amount, like)
+            found = self._found(pool_id, parent, amount, like, is_swept)
         if found is None:  # a step of several commands has them all at one instant
             self._look()
-            found = self._found(pool_id, parent, amount, like)
+            found = self._found(pool_id, parent, amount, like, is_swept)
         if found is None:
             raise Disagreement(f"no grant of {amount} from {parent} came into {pool_id}; there came {self.new}")
         return found
@@ -232,12 +234,14 @@ class Told(ref.Names):
         ):
             if row[0] not in known:
                 is_like = (*row[4:7], row[7] or ref.LATEST)
-                self.new.setdefault(row[1:4], []).append((row[0], is_like))
+                self.new.setdefault(row[1:4], []).append((row[0], is_like, row[8]))
 
-    def _found(self, pool_id: UUID, parent: UUID | None, amount: int, like: ref.Like | None) -> UUID | None:
+    def _found(
+        self, pool_id: UUID, parent: UUID | None, amount: int, like: ref.Like | None, is_swept: bool
+    ) -> UUID | None:
         came = self.new.get((pool_id, parent, amount), [])
         for each in came:
-            if like in (None, each[1]):
+            if like in (None, each[1]) and is_swept == each[2]:
                 came.remove(each)
                 return each[0]
         return None

@@ -585,8 +585,13 @@ class Names:
         """Of a pool that was opened, and of its open part."""
         return uuid4(), uuid4() if kind == "shared" else None
 
-    def grant(self, pool_id: UUID, parent: UUID | None, amount: int, like: "Like | None" = None) -> UUID:
-        """Of a grant that came of another one, or of none. like: what tells several of them apart."""
+    def grant(
+        self, pool_id: UUID, parent: UUID | None, amount: int, like: "Like | None" = None, *, is_swept: bool = False
+    ) -> UUID:
+        """Of a grant that came of another one, or of none. like, is_swept: what tells several of them apart.
+
+        is_swept: a closed pool sent it on; a command that folds first brings its twin right after it.
+        """
         return uuid4()
 
 
@@ -994,7 +999,9 @@ class Organization:
             room = min(room, self.balance(pool.open_part).room)
         return max(0, room)
 
-    def _divide(self, giver: Pool, shares: list[tuple[Pool, int]], now: datetime) -> list[UUID]:
+    def _divide(
+        self, giver: Pool, shares: list[tuple[Pool, int]], now: datetime, *, is_swept: bool = False
+    ) -> list[UUID]:
         """So much to each, in burn order, past what open holds would burn; each gets its part of every grant.
 
         Parts are rounded so that all of them up to any one are at most what is due to these together.
@@ -1020,7 +1027,7 @@ class Organization:
                 part = take * (before + needs[n]) // need - take * before // need
                 before += needs[n]
                 if part:
-                    new.append(self._move_part(grant, taker, part, now))
+                    new.append(self._move_part(grant, taker, part, is_swept, now))
                     needs[n] -= part
             need -= take
         assert need == 0
@@ -1036,12 +1043,12 @@ class Organization:
         self.version += 1
         return new
 
-    def _move_part(self, grant: Grant, taker: Pool, part: int, now: datetime) -> UUID:
+    def _move_part(self, grant: Grant, taker: Pool, part: int, is_swept: bool, now: datetime) -> UUID:
         """Bounds of a roll-over go along with a whole grant; a part takes its share of the most and no least."""
+        name = self.names.grant(taker.pool_id, grant.grant_id, part, is_swept=is_swept)
         moved = replace(
-            grant, grant_id=self.names.grant(taker.pool_id, grant.grant_id, part), pool_id=taker.pool_id, amount=part,
-            left=part, created=now, state="active", burnt=0, expired=0, voided=0, gone=0, lapsed=0, refunded=0,
-            parent=grant.grant_id, is_part=True,
+            grant, grant_id=name, pool_id=taker.pool_id, amount=part, left=part, created=now, state="active", burnt=0,
+            expired=0, voided=0, gone=0, lapsed=0, refunded=0, parent=grant.grant_id, is_part=True,
         )  # fmt: skip
         if grant.rolls:
             least = grant.rolls[0] if part == grant.amount else 0
@@ -1659,7 +1666,7 @@ class Organization:
         told["residual_micros"] += self._spread_over_members(pool, rests, now)
         told["held_micros"] += self._note_leaving(pool, None, now)
 
-    def _spread_over_members(self, pool: Pool, rests: dict[UUID, int], now: datetime) -> int:
+    def _spread_over_members(self, pool: Pool, rests: dict[UUID, int], now: datetime, *, is_swept: bool = False) -> int:
         """To each what is set apart for them, or their part of it; then the same to all; the rest to nobody."""
         left = total = self._spare(pool)
         claimed = sum(rests.values())
@@ -1675,7 +1682,7 @@ class Organization:
         parts = [(self._pool_of_user(u, pool.filter, now), share) for u, share in shares.items() if share]
         if left:
             parts.append((self._pool_of_user(NOBODY, pool.filter, now), left))
-        self._divide(pool, parts, now)
+        self._divide(pool, parts, now, is_swept=is_swept)
         return left
 
     def _pool_of_user(self, user: UUID, pattern: str | None, now: datetime) -> Pool:
@@ -1751,7 +1758,7 @@ class Organization:
                 pool.rests[to_id] = pool.rests.get(to_id, 0) + kept - self._charged_to(pool, request)
             self._settle_accounts(pool, now)
         if self._spare(pool) and pool.kind == "shared":
-            self._spread_over_members(pool, {}, now)
+            self._spread_over_members(pool, {}, now, is_swept=True)
         elif self._spare(pool):
             shared = [p for p in self.pools.values() if (p.kind, p.filter) == ("shared", pool.filter)]
             for each in shared:
@@ -1766,7 +1773,7 @@ class Organization:
 
     def _pass_on(self, giver: Pool, taker: Pool, amount: int, now: datetime) -> int:
         amount = min(amount, self._spare(giver))
-        self._divide(giver, [(taker, amount)], now)
+        self._divide(giver, [(taker, amount)], now, is_swept=True)
         return amount
 
     def _settle_accounts(self, pool: Pool, now: datetime) -> None:
