@@ -15,15 +15,17 @@ from bursar import db
 from bursar.clock import uuid7
 from bursar.credits.moves import Outcome
 
-GRANTED = 20_000
+GRANTS = 1, 9_999, 7_000, 3_000
 
 
 def test_switches_under_load_lose_and_double_nothing(books: db.Database, today: Scene) -> None:  # noqa: F811
     users = [today.user() for _ in range(3)]
     pool = today.pool()
-    for amount in (1, 9_999, 7_000, 3_000):
-        today.grant(pool, amount, paid=amount * 3 + 1)
-    today.share(pool, users[0], 5_000)
+    times = figure("steps") // 2_000
+    granted = sum(GRANTS) * times
+    for amount in GRANTS:
+        today.grant(pool, amount * times, paid=amount * 3 + 1)
+    today.share(pool, users[0], 5_000 * times)
     with lanes(books, 6) as connected:
         traffic = [Traffic(today, lane, users, random.Random(SEED + n)) for n, lane in enumerate(connected[:5])]
         stop = threading.Event()
@@ -51,7 +53,7 @@ def test_switches_under_load_lose_and_double_nothing(books: db.Database, today: 
             stop.set()
             turns = background.result()
     today.admin("update credits.holds set lease_expires_at = placed_at where organization_id = %s", today.organization)
-    today.call("select credits.expire_holds()")
+    today.call("select credits.expire_holds(100000)")
     last = today.asked(2, None)  # an extension of nothing: whoever moves credits folds what is due
     today.now = today.admin("select clock_timestamp()")[0][0]
     today.move(last)
@@ -63,8 +65,8 @@ def test_switches_under_load_lose_and_double_nothing(books: db.Database, today: 
         "where p.organization_id = %s",
         today.organization,
     )
-    assert rows == [(GRANTED, charged, 0, 0)]
+    assert rows == [(granted, charged, 0, 0)]
     accepted = sum(n for each in traffic for (_, outcome), n in each.outcomes.items() if outcome is Outcome.ACCEPTED)
     assert today.findings() == []
     assert turns > 2
-    tell(f"{turns} switches during {accepted} moves of 5 threads; {charged} micros charged, {GRANTED - charged} left")
+    tell(f"{turns} switches during {accepted} moves of 5 threads; {charged} micros charged, {granted - charged} left")
