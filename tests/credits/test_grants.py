@@ -370,6 +370,8 @@ def test_bounds_must_make_sense(scene: Scene) -> None:
         scene.grant(pool, 10, rolls=(1, 4))
     with scene.refusal("BR400"):
         scene.grant(pool, 10, expires=end, rolls=(1, 4), rolls_until=end)
+    scene.grant(pool, 10, expires=end, rolls=(4, 4), rolls_until=end + timedelta(microseconds=1))
+    assert scene.balance(pool) == Balance(10, 0, 0, 0)
 
 
 # ---------------------------------------------------------------------------------------------- schedules
@@ -469,6 +471,8 @@ def test_nobody_is_paid_for_a_grant(scene: Scene) -> None:
         scene.grant(pool, 10, paid=-1)
     with scene.refusal("BR400"):
         scene.schedule(pool, 10, anchor=NOON + timedelta(days=1), paid=-1)
+    scene.grant(pool, 10, paid=0)
+    assert scene.balance(pool) == Balance(10, 0, 0, 0)
 
 
 def test_a_schedule_with_the_same_key_is_one(scene: Scene) -> None:

@@ -1222,6 +1222,8 @@ def test_a_command_needs_a_key(scene: Scene) -> None:
     for key in (None, "k" * 256):
         with scene.refusal("BR400"):
             scene.grant(pool, 1, key=key)
+    scene.grant(pool, 1, key="k" * 255)
+    assert scene.balance(pool) == Balance(1, 0, 0, 0)
 
 
 def test_a_grant_that_ends_before_it_starts_is_refused(scene: Scene) -> None:
@@ -1229,6 +1231,8 @@ def test_a_grant_that_ends_before_it_starts_is_refused(scene: Scene) -> None:
     for starts, expires in ((None, scene.now), (scene.now + timedelta(days=2), scene.now + timedelta(days=1))):
         with scene.refusal("BR400"):
             scene.grant(pool, 10, starts=starts, expires=expires)
+    scene.grant(pool, 10, expires=scene.now + timedelta(microseconds=1))
+    assert scene.balance(pool) == Balance(10, 0, 0, 0)
 
 
 def test_a_pool_that_would_overflow_refuses_the_grant_and_keeps_what_it_had(scene: Scene) -> None:
@@ -1249,7 +1253,11 @@ def test_a_filter_that_cannot_be_read_is_refused_before_it_can_fail_a_batch(scen
         scene.limit(10, models="gpt\\")
     with scene.refusal("23514"):
         scene.pool(models="gpt\\")
-    scene.limit(10, models="gpt\\_4%")
+    limit, user = scene.limit(10, models="gpt\\_4%"), scene.user()
+    scene.grant(scene.pool(), 100)
+    for model in ("gpt_4o", "gpt-4o"):  # the underscore is one, not any letter
+        scene.deduct(5, user, model=model)
+    assert scene.balance(limit).used == 5
 
 
 # ---------------------------------------------------------------------------------------------- time and tenants
@@ -1268,6 +1276,9 @@ def test_only_the_simulator_dates_money(scene: Scene) -> None:
             "'{null}', '{null}', '{null}', '{null}', '{null}', now())",
             {"o": scene.organization, "os": [scene.organization], "rs": [uuid7()]},
         )
+    scene.now += timedelta(days=99)
+    later = scene.pool(models="b")
+    assert scene.admin("select created_at from credits.pools where pool_id = %s", later) == [(scene.now,)]
 
 
 def test_whether_there_is_enough_can_be_asked_before_anything_was_spent(scene: Scene) -> None:

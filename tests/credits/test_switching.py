@@ -35,9 +35,12 @@ def test_only_a_companys_pools_are_switched(scene: Scene) -> None:
     for to in ("individual", None):
         with scene.refusal("BR400"):
             scene.switch(to)  # type: ignore[arg-type]
-    scene.admin("update identity.organizations set kind = 'individual' where organization_id = %s", scene.organization)
+    kind = "update identity.organizations set kind = %s where organization_id = %s"
+    scene.admin(kind, "individual", scene.organization)
     with scene.refusal("BR400"):
         scene.switch("personal")
+    scene.admin(kind, "company", scene.organization)
+    assert scene.switch("personal")["moved_micros"] == 100
 
 
 def test_each_pool_is_divided_by_its_own_shares(scene: Scene) -> None:

@@ -130,6 +130,10 @@ def test_nobody_but_the_lanes_decides_for_many_organizations(scene: Scene, role:
             scene.conn.execute(f"select {call}")
     with scene.refusal("42501"), scene.acting_as(role, scene.organization):
         scene.conn.execute("select credits.move_batch(" + ", ".join(["null"] * 22) + ")")
+    may = (
+        "select has_function_privilege(%s, p.oid, 'execute') from pg_proc p where p.oid = 'credits.move_batch'::regproc"
+    )
+    assert [scene.admin(may, who) for who in (role, "bursar_lane")] == [[(False,)], [(True,)]]
 
 
 def test_a_lane_reads_and_changes_no_table_itself(scene: Scene) -> None:

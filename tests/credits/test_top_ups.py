@@ -254,6 +254,9 @@ def test_amounts_that_cannot_be_are_refused(scene: Scene) -> None:
         with scene.refusal("BR400"):
             set_policy(scene, pool, below=below, amount=amount, ceiling=ceiling)
     set_policy(scene, pool, below=0, amount=1, ceiling=1)
+    set_policy(scene, pool, below=10**15, amount=10**15, ceiling=10**15)
+    kept = "select threshold_micros, amount_micros, ceiling_micros from credits.top_up_policies where pool_id = %s"
+    assert scene.admin(kept, pool) == [(10**15, 10**15, 10**15)]
 
 
 def test_the_ceiling_may_be_reached_exactly_and_counts_the_month_alone(scene: Scene) -> None:

@@ -168,17 +168,7 @@ async def confirm(conn: db.Connection, *, organization_id: UUID, top_up_id: UUID
     Raises:
         NotFound
     """
-    done = await db.fetch_one(
-        conn,
-        TopUp,
-        QUERIES.decide_top_up,
-        organization_id=organization_id,
-        top_up_id=top_up_id,
-        succeeded=True,
-        paid_nano_usd=bought.paid_nano_usd,
-        reference=bought.reference,
-        reason=None,
-    )
+    done = await _decide(conn, organization_id=organization_id, top_up_id=top_up_id, bought=bought, reason=None)
     new = {"amount_micros": done.amount_micros, "paid_nano_usd": done.paid_nano_usd, "reference": done.reference}
     await record(conn, organization_id=organization_id, by=by, action="top_up.confirmed", object_id=top_up_id, new=new)
     return done
@@ -192,21 +182,28 @@ async def decline(
     Raises:
         NotFound, AlreadyBought
     """
-    done = await db.fetch_one(
+    done = await _decide(conn, organization_id=organization_id, top_up_id=top_up_id, bought=None, reason=reason)
+    await record(
+        conn, organization_id=organization_id, by=by, action="top_up.declined", object_id=top_up_id, reason=reason
+    )
+    return done
+
+
+async def _decide(
+    conn: db.Connection, *, organization_id: UUID, top_up_id: UUID, bought: Bought | None, reason: str | None
+) -> TopUp:
+    """bought: None where it was declined."""
+    return await db.fetch_one(
         conn,
         TopUp,
         QUERIES.decide_top_up,
         organization_id=organization_id,
         top_up_id=top_up_id,
-        succeeded=False,
-        paid_nano_usd=None,
-        reference=None,
+        succeeded=bought is not None,
+        paid_nano_usd=bought.paid_nano_usd if bought else None,
+        reference=bought.reference if bought else None,
         reason=reason,
     )
-    await record(
-        conn, organization_id=organization_id, by=by, action="top_up.declined", object_id=top_up_id, reason=reason
-    )
-    return done
 
 
 async def set_policy(

@@ -164,7 +164,7 @@ def parse_api_key(text: str) -> SecretText:
     try:
         return parse_secret_text(API_KEY, text)
     except Malformed as error:
-        raise InvalidApiKey("It was mistyped, or not copied whole") from error
+        raise InvalidApiKey("This API key was mistyped, or not copied whole") from error
 
 
 def permissions_at(place: Place) -> frozenset[Permission]:
