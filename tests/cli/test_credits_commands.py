@@ -121,8 +121,10 @@ def test_a_dry_run_tells_the_same_and_changes_nothing(
         begin = "select top_up_id from credits.begin_top_up(%s, %s, %s)"
         [(begun,)] = conn.execute(begin, [org.organization_id, UUID(pool.removeprefix("pool_")), uuid7()])
     top_up = f"top_{begun.hex}"
-    assert tried("top-ups", "decline", top_up, "--reason", "card expired")["state"] == "failed"
-    assert tried("top-ups", "confirm", top_up, "--paid", "9.50", "--reference", "INV-1")["state"] == "succeeded"
+    told = tried("top-ups", "decline", top_up, "--reason", "card expired")
+    assert (told["state"], told["reason"]) == ("failed", "card expired")
+    told = tried("top-ups", "confirm", top_up, "--paid", "9.50", "--reference", "INV-1")
+    assert (told["state"], told["paid_usd"], told["reference"]) == ("succeeded", "9.50", "INV-1")
     tried("top-ups", "stop")
     assert run("codes", "create", "50", "--campaign", "Spring", *at)[0] == Exit.DONE
     tried("codes", "revoke", "Spring", "--yes")

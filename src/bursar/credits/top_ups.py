@@ -140,23 +140,15 @@ async def _top_up(database: db.Database, purchases: Purchases, organization_id: 
         )
     if found is None:
         return 0
-    match await purchases.buy(database, organization_id, found):
-        case Waiting():
-            return 1
-        case Bought() as bought:
-            async with database.tenant(organization_id) as conn:
-                await confirm(
-                    conn, organization_id=organization_id, top_up_id=found.top_up_id, bought=bought, by=SYSTEM
-                )
-        case Declined() as declined:
-            async with database.tenant(organization_id) as conn:
-                await decline(
-                    conn,
-                    organization_id=organization_id,
-                    top_up_id=found.top_up_id,
-                    reason=declined.reason,
-                    by=SYSTEM,
-                )
+    answer = await purchases.buy(database, organization_id, found)
+    if isinstance(answer, Waiting):
+        return 1
+    async with database.tenant(organization_id) as conn:
+        if isinstance(answer, Bought):
+            await confirm(conn, organization_id=organization_id, top_up_id=found.top_up_id, bought=answer, by=SYSTEM)
+        else:
+            reason = answer.reason
+            await decline(conn, organization_id=organization_id, top_up_id=found.top_up_id, reason=reason, by=SYSTEM)
     return 0
 
 
