@@ -562,10 +562,11 @@ def test_nobody_pays_more_than_is_missing(scene: Scene) -> None:
 def owing(scene: Scene, **terms: Any) -> tuple[UUID, UUID, UUID]:
     """Who owes 15 to a pool that is closed, the pool of their own, which has 10 that are used, and the closed one."""
     user, shared = scene.user(), scene.pool()
+    own = scene.pool("personal", owner=user)
+    assert own > shared, "pools fold in the order of their ids: by the time that the own one has, the closed one did"
     scene.grant(shared, 20)
     request = scene.hold(20, user)
     scene.switch("personal")
-    own = scene.pool("personal", owner=user)
     scene.grant(own, 10, **terms)
     scene.deduct(10, user)
     scene.settle(request, 35)
